@@ -1,0 +1,6009 @@
+/* odmr: On-Demand Mail Relay (RFC 2645), provider and customer.
+ *
+ * Read odmr.h first: it is the map. This file is meant to be read from top to bottom; each part uses
+ * only what stands above it. A mark such as (5.2.1-f) names a requirement of the RFC; RFC2645.txt has
+ * them all, each with the function that keeps it and the test that shows it. */
+
+#include "odmr.h"
+
+#include <arpa/inet.h>
+#include <ctype.h>
+#include <dirent.h>
+#include <errno.h>
+#include <fcntl.h>
+#include <getopt.h>
+#include <grp.h>
+#include <limits.h>
+#include <netdb.h>
+#include <netinet/tcp.h>
+#include <openssl/crypto.h>
+#include <openssl/err.h>
+#include <openssl/hmac.h>
+#include <openssl/rand.h>
+#include <openssl/x509v3.h>
+#include <poll.h>
+#include <pwd.h>
+#include <signal.h>
+#include <spawn.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <strings.h>
+#include <sys/file.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <sysexits.h>
+#include <termios.h>
+#include <time.h>
+#include <unistd.h>
+
+extern char **environ;
+
+/* ==== Log and trace ===================================================================================
+ *
+ * One event, one line, one write to standard error, so that the lines of many threads never mix.
+ * Whatever a peer sent may be in a line, so every line is escaped as a whole, here and nowhere else:
+ * a terminal never sees a control character that came from the network. */
+
+void escape(char *out, size_t size, const char *text)
+{
+    static const char hex[] = "0123456789abcdef";
+    size_t n = 0;
+    for (; *text && n + 5 < size; text++) {
+        unsigned char c = (unsigned char)*text;
+        if (c >= 0x20 && c < 0x7f) {
+            out[n++] = (char)c;
+        } else {
+            out[n++] = '\\';
+            out[n++] = 'x';
+            out[n++] = hex[c >> 4];
+            out[n++] = hex[c & 15];
+        }
+    }
+    out[n] = '\0';
+}
+
+__attribute__((format(printf, 2, 0))) static void print_line(const char *prefix, const char *fmt, va_list args)
+{
+    char plain[LOG_LINE], safe[LOG_LINE * 2];
+    vsnprintf(plain, sizeof plain, fmt, args);
+    escape(safe, sizeof safe, plain);
+    fprintf(stderr, "%s%s\n", prefix, safe);
+}
+
+void log_event(const struct session *s, const char *fmt, ...)
+{
+    char prefix[48] = "odmr: ";
+    va_list args;
+    if (s && s->muted)
+        return;
+    if (s)
+        snprintf(prefix, sizeof prefix, "odmr: [%lu] ", s->number);
+    va_start(args, fmt);
+    print_line(prefix, fmt, args);
+    va_end(args);
+}
+
+void die(int code, const char *fmt, ...)
+{
+    va_list args;
+    va_start(args, fmt);
+    print_line("odmr: ", fmt, args);
+    va_end(args);
+    exit(code);
+}
+
+void *must_alloc(void *memory)
+{
+    if (!memory)
+        die(EX_OSERR, "out of memory; giving up");
+    return memory;
+}
+
+/* P: is the provider's line and C: the customer's, whichever of the two is writing the trace. */
+static char letter_of(enum side side)
+{
+    return side == PROVIDER ? 'P' : 'C';
+}
+
+/* ---- The ladder: the same dialogue as a picture ----
+ *
+ * The customer on the left, the provider on the right, an arrow for each line; at the margin the clause that
+ * asks for it, and why in a few words. To know what a reply answers, the commands that still wait for theirs
+ * are kept in a ring: with CHUNKING they are many. It only looks on: nothing else depends on it. */
+
+/* What a command or its reply is about. reply 0: the command; 2, 4, 5: any reply of that kind. The first row
+ * that fits is taken; where starts is given, the line must begin so, a reply's behind its code. */
+static const struct {
+    enum step step;
+    int reply;
+    const char *clause, *why, *starts;
+} notes[] = {
+    {STEP_GREETING, 220, "4-b", "greets", NULL},
+    {STEP_EHLO, 0, "5.1.1-a", "says who it is", NULL},
+    {STEP_EHLO, 2, "5.1.1-b", "how to log in", "AUTH"},
+    {STEP_EHLO, 2, "5.1.1-b", "this is ODMR", "ATRN"},
+    {STEP_EHLO, 2, "RFC 3207", "TLS can be had", "STARTTLS"},
+    {STEP_EHLO, 2, "5.1.1-a", "says who it is", NULL},
+    {STEP_STARTTLS, 0, "RFC 3207", "asks for TLS", NULL},
+    {STEP_STARTTLS, 2, "RFC 3207", "TLS from here on", NULL},
+    {STEP_AUTH, 0, "5.1.2-c", "wants to log in", "AUTH CRAM-MD5"},
+    {STEP_AUTH, 0, "5.1.2-f", "TLS says who I am", "AUTH EXTERNAL"},
+    {STEP_AUTH, 0, "5.1.2-d", "wants to log in", NULL},
+    {STEP_AUTH, 334, "5.1.2-a", "challenge", NULL},
+    {STEP_AUTH, 235, "5.1.2-b", "logged in: now", NULL},
+    {STEP_RESPONSE, 0, "5.1.2-a", "response", NULL},
+    {STEP_RESPONSE, 334, "5.1.2-a", "challenge", NULL},
+    {STEP_RESPONSE, 235, "5.1.2-b", "logged in: now", NULL},
+    {STEP_RESPONSE, 5, "5.1.2-b", "not logged in", NULL},
+    {STEP_ATRN, 0, "5.2.1-a", "asks for mail", "ATRN "},
+    {STEP_ATRN, 0, "5.2.1-d", "for all its mail", NULL},
+    {STEP_ATRN, 250, "5.2.1-j", "mail: roles turn", NULL},
+    {STEP_ATRN, 453, "5.2.1-g", "no mail", NULL},
+    {STEP_ATRN, 450, "5.2.1-f", "not now, or ever", NULL},
+    {STEP_ATRN, 451, "5.2.1-k", "cannot tell now", NULL},
+    {STEP_ATRN, 530, "5.2.1-b", "log in first", NULL},
+    {STEP_QUIT, 0, "5.1.3-a", "takes its leave", NULL},
+    {STEP_TURNED, 220, "5.3-b", "customer greets", NULL},
+    {STEP_HELLO, 0, "5.3-c", "now the client", NULL},
+    {STEP_HELLO, 2, "RFC 2920", "send on ahead", "PIPELINING"},
+    {STEP_HELLO, 2, "RFC 3030", "even further", "CHUNKING"},
+    {STEP_HELLO, 2, "RFC 1870", "tell me the size", "SIZE"},
+    {STEP_HELLO, 2, "RFC 6152", "octets over 127", "8BITMIME"},
+    {STEP_HELLO, 2, "RFC 6531", "UTF-8 addresses", "SMTPUTF8"},
+    {STEP_HELLO, 2, "RFC 2034", "codes like 5.1.1", "ENHANCED"},
+    {STEP_HELLO, 2, "5.3-a", "now the server", NULL},
+    {STEP_MAIL, 0, "5.3-c", "the reverse-path", NULL},
+    {STEP_RCPT, 0, "5.3-c", "a recipient", NULL},
+    {STEP_DATA, 0, "5.3-c", "may it come?", NULL},
+    {STEP_DATA, 354, "5.3-c", "go on", NULL},
+    {STEP_BDAT, 0, "RFC 3030", "so many octets", NULL},
+    {STEP_CONTENT, 0, "4-e", "its end", NULL},
+    {STEP_CONTENT, 2, "4-e", "now it is theirs", NULL},
+    {STEP_CONTENT, 4, "4-e", "stays queued", NULL},
+    {STEP_CONTENT, 5, "4-e", "sender is told", NULL},
+    {STEP_RCPT, 5, "4-e", "sender is told", NULL},
+    {STEP_RCPT, 4, "4-e", "stays queued", NULL},
+    {STEP_LEAVE, 0, "5-b", "all was sent", NULL},
+    {STEP_LEAVE, 2, "5-b", "good-bye", NULL},
+    {STEP_QUIT, 2, "5.1.3-a", "good-bye", NULL},
+    {STEP_OCTETS, 0, "5.3-c", "the message", NULL},
+    {STEP_OTHER, 502, "5.4-a", "not spoken here", NULL},
+    {STEP_ANY, 4, "", "not now", NULL},
+    {STEP_ANY, 5, "", "refused", NULL},
+    {STEP_ANY, 2, "", "accepted", NULL},
+};
+
+/* Where the ladder goes: demo's to standard output. NULL: standard error. */
+static FILE *ladder_file;
+
+static FILE *ladder_out(void)
+{
+    return ladder_file ? ladder_file : stderr;
+}
+
+/* Escape sequences for a terminal that wants them; else nothing. */
+static const char *colour(const char *code)
+{
+    static atomic_int wanted = -1; /* 1, 0; -1: nobody has looked */
+    if (atomic_load(&wanted) < 0)
+        atomic_store(&wanted, isatty(fileno(ladder_out())) && !getenv("NO_COLOR"));
+    return atomic_load(&wanted) ? code : "";
+}
+
+static enum step step_of_command(const struct session *s, const char *line)
+{
+    static const struct {
+        const char *verb;
+        enum step step, reversed;
+    } verbs[] = {
+        {"EHLO", STEP_EHLO, STEP_HELLO}, {"HELO", STEP_OTHER, STEP_HELLO}, {"STARTTLS", STEP_STARTTLS, STEP_OTHER},
+        {"AUTH", STEP_AUTH, STEP_OTHER}, {"ATRN", STEP_ATRN, STEP_OTHER},  {"QUIT", STEP_QUIT, STEP_LEAVE},
+        {"MAIL", STEP_OTHER, STEP_MAIL}, {"RCPT", STEP_OTHER, STEP_RCPT},  {"DATA", STEP_OTHER, STEP_DATA},
+        {"BDAT", STEP_OTHER, STEP_BDAT}, {".", STEP_OTHER, STEP_CONTENT},  {"...", STEP_OTHER, STEP_OCTETS},
+    };
+    size_t len = strcspn(line, " ");
+    if (s->ladder.challenged)
+        return STEP_RESPONSE;
+    for (size_t i = 0; i < sizeof verbs / sizeof *verbs; i++)
+        if (strlen(verbs[i].verb) == len && strncasecmp(line, verbs[i].verb, len) == 0)
+            return s->state == REVERSED ? verbs[i].reversed : verbs[i].step;
+    return STEP_OTHER;
+}
+
+/* Which command this reply answers: the oldest that waits. A greeting answers none. */
+static enum step step_of_reply(struct session *s, const char *line)
+{
+    struct ladder *l = &s->ladder;
+    enum step step = s->state == REVERSED ? STEP_TURNED : STEP_GREETING;
+    if (l->count > 0)
+        step = l->waiting[l->oldest];
+    l->challenged = strncmp(line, "334", 3) == 0;
+    if (line[0] && line[1] && line[2] && line[3] != '-' && l->count > 0) {
+        l->oldest = (l->oldest + 1) % LADDER_STEPS;
+        l->count--;
+    }
+    return step;
+}
+
+static void ladder_expect(struct ladder *l, enum step step)
+{
+    if (step == STEP_OCTETS || l->count == LADDER_STEPS)
+        return;
+    l->waiting[(l->oldest + l->count++) % LADDER_STEPS] = step == STEP_BDAT ? STEP_CONTENT : step;
+    l->challenged = false;
+}
+
+/* --step: goes on at Return. */
+static void wait_for_return(struct session *s)
+{
+    int c;
+    if (!s->ladder.stepwise)
+        return;
+    fputs("    (Return) ", ladder_out());
+    fflush(ladder_out());
+    do
+        c = getchar();
+    while (c != '\n' && c != EOF);
+    s->ladder.stepwise = c != EOF;
+    if (!isatty(STDIN_FILENO))
+        fputc('\n', ladder_out());
+}
+
+/* The clause and the reason for this line; a last row without either fits all. */
+static size_t note_for(enum step step, int reply, const char *text)
+{
+    size_t row = 0, rows = sizeof notes / sizeof *notes;
+    for (; row < rows; row++) {
+        const char *starts = notes[row].starts;
+        if ((notes[row].step == step || notes[row].step == STEP_ANY) &&
+            (notes[row].reply == reply || (reply && notes[row].reply == reply / 100)) &&
+            (!starts || strncasecmp(reply && strlen(text) > 4 ? text + 4 : text, starts, strlen(starts)) == 0))
+            break;
+    }
+    return row;
+}
+
+static void ladder_line(struct session *s, enum side who, const char *text)
+{
+    static const char dashes[] = "------------------------------------------------";
+    bool command = who == (s->state == REVERSED ? PROVIDER : CUSTOMER);
+    enum step step = command ? step_of_command(s, text) : step_of_reply(s, text);
+    size_t row = note_for(step, command ? 0 : atoi(text), text), rows = sizeof notes / sizeof *notes;
+    int number = snprintf(NULL, 0, "%lu", s->number), room = LADDER_TEXT + 1 - number, len = (int)strlen(text);
+    const char *dots = len > room ? "..." : "", *end = colour("\033[0m");
+    len = len > room ? room - 3 : len;
+    room -= len + (int)strlen(dots);
+    if (command)
+        wait_for_return(s);
+    flockfile(ladder_out());
+    fprintf(ladder_out(), "[%lu] |%s", s->number, colour(who == PROVIDER ? "\033[34m" : "\033[32m"));
+    if (who == CUSTOMER)
+        fprintf(ladder_out(), "- %.*s%s %.*s>", len, text, dots, room + 1, dashes);
+    else
+        fprintf(ladder_out(), "<%.*s %.*s%s -", room + 1, dashes, len, text, dots);
+    fprintf(ladder_out(), "%s|", end);
+    if (row < rows)
+        fprintf(ladder_out(), " %s%-8s%s %s", colour("\033[1m"), notes[row].clause, end, notes[row].why);
+    fputc('\n', ladder_out());
+    funlockfile(ladder_out());
+    if (command)
+        ladder_expect(&s->ladder, step);
+}
+
+/* The RFC's three states, the current one in capitals. */
+static void ladder_state(const struct session *s)
+{
+    static const char *const small[] = {"initial", "authenticated", "reversed"};
+    static const char *const capital[] = {"INITIAL", "AUTHENTICATED", "REVERSED"};
+    static const char *const box[] = {"+---------+", "+---------------+", "+----------+"};
+    static const char *const heavy[] = {"+=========+", "+===============+", "+==========+"};
+    const char *name[3], *frame[3];
+    FILE *out = ladder_out();
+    for (int i = 0; i < 3; i++) {
+        name[i] = i == (int)s->state ? capital[i] : small[i];
+        frame[i] = i == (int)s->state ? heavy[i] : box[i];
+    }
+    flockfile(out);
+    fprintf(out, "\n%s    %s AUTH %s ATRN %s\n", colour("\033[1m"), frame[0], frame[1], frame[2]);
+    fprintf(out, "    | %s |----->| %s |----->| %s |   QUIT ends each (5-a)\n", name[0], name[1], name[2]);
+    fprintf(out, "    %s      %s      %s\n%s\n", frame[0], frame[1], frame[2], colour("\033[0m"));
+    fprintf(out, "    customer: %-10s%*s\n", s->state == REVERSED ? "now server" : "client", LADDER_TEXT - 13,
+            s->state == REVERSED ? "provider: now client" : "provider: server");
+    funlockfile(out);
+}
+
+void trace_line(struct session *s, enum side who, const char *fmt, ...)
+{
+    char prefix[48], plain[LOG_LINE], safe[LOG_LINE * 2];
+    va_list args;
+    if (!s->trace)
+        return;
+    va_start(args, fmt);
+    vsnprintf(plain, sizeof plain, fmt, args);
+    va_end(args);
+    escape(safe, sizeof safe, plain);
+    snprintf(prefix, sizeof prefix, "[%lu] %c: ", s->number, letter_of(who));
+    if (s->trace == TRACE_LADDER)
+        ladder_line(s, who, safe);
+    else
+        fprintf(stderr, "%s%s\n", prefix, safe);
+}
+
+void enter_state(struct session *s, enum state state)
+{
+    static const char *const title[] = {
+        [INITIAL] = "initial state (RFC 2645, 5.1)",
+        [AUTHENTICATED] = "authenticated state (RFC 2645, 5.2)",
+        [REVERSED] = "reversed state (RFC 2645, 5.3): the provider is now the client",
+    };
+    s->state = state;
+    if (s->trace == TRACE_LADDER)
+        ladder_state(s);
+    else if (s->trace)
+        fprintf(stderr, "[%lu] -- %s\n", s->number, title[state]);
+}
+
+/* ==== The stream ======================================================================================
+ *
+ * Buffered bytes over one connected socket, in the clear or through TLS. To everything below this part
+ * a stream blocks: reading waits for the peer, writing waits for room. Three things are known only here:
+ *
+ *   - Waiting. socket_wait() is the one place where a thread waits for its peer, with its patience, its
+ *     deadline and the pipe that says "the server is shutting down".
+ *   - OpenSSL's I/O. TLS reads and writes the socket through the same two functions as everybody else
+ *     (a BIO of our own), so half a TLS record is waited for just like half a line.
+ *   - Why a connection is of no more use. The first reason is kept in `broken`, in words; from then on
+ *     every call fails at once, so callers may check once, at the end of what they do.
+ *
+ * Whatever was written is flushed before any wait for input: two peers never wait for each other. */
+
+int64_t now_ms(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+void stream_init(struct stream *s, int fd, int timeout)
+{
+    s->fd = fd;
+    s->wake_fd = -1;
+    s->tls = NULL;
+    s->timeout = timeout;
+    s->deadline = s->until = 0;
+    s->broken = NULL;
+    s->woken = s->timed_out = s->spoke = s->tls_failed = s->said_quit = s->line_records = false;
+    s->in_at = s->in_end = s->out_end = 0;
+    s->waits = 0;
+}
+
+void stream_break(struct stream *s, const char *why)
+{
+    if (!s->broken)
+        s->broken = why;
+}
+
+/* How long the operation that starts now may take: the patience for one wait, cut by the deadline. */
+static void set_patience(struct stream *s)
+{
+    s->until = now_ms() + (int64_t)s->timeout * 1000;
+    if (s->deadline && s->deadline < s->until)
+        s->until = s->deadline;
+}
+
+static bool socket_wait(struct stream *s, short events)
+{
+    struct pollfd p[2] = {{.fd = s->fd, .events = events}, {.fd = s->wake_fd, .events = POLLIN}};
+    nfds_t n = s->wake_fd >= 0 ? 2 : 1;
+    int64_t left = 0; /* the first look does not wait */
+    for (;;) {
+        int ready = poll(p, n, left > INT_MAX ? INT_MAX : (int)left);
+        if (ready > 0 && p[1].revents && n == 2) {
+            s->woken = true;
+            stream_break(s, "this server is shutting down");
+            return false;
+        }
+        if (ready > 0)
+            return true;
+        if (ready < 0 && errno != EINTR) {
+            stream_break(s, "poll failed");
+            return false;
+        }
+        if (events == POLLIN && s->spoke)
+            s->waits++;
+        s->spoke &= events != POLLIN;
+        left = s->until - now_ms();
+        if (left <= 0) {
+            s->timed_out = true;
+            stream_break(s, "the peer kept us waiting too long");
+            return false;
+        }
+    }
+}
+
+/* The two functions that touch the socket. The descriptor blocks; MSG_DONTWAIT on sending makes the
+ * kernel take what it has room for, so that the waiting stays in socket_wait(). */
+static ssize_t socket_read(struct stream *s, void *data, size_t size)
+{
+    ssize_t n;
+    do {
+        if (s->broken || !socket_wait(s, POLLIN))
+            return -1;
+        n = recv(s->fd, data, size, 0);
+    } while (n < 0 && (errno == EINTR || errno == EAGAIN));
+    if (n == 0)
+        stream_break(s, "the peer closed the connection");
+    else if (n < 0)
+        stream_break(s, "the connection was lost");
+    return n;
+}
+
+static ssize_t socket_write(struct stream *s, const void *data, size_t size)
+{
+    ssize_t n;
+    do {
+        if (s->broken || !socket_wait(s, POLLOUT))
+            return -1;
+        n = send(s->fd, data, size, MSG_NOSIGNAL | MSG_DONTWAIT);
+    } while (n < 0 && (errno == EINTR || errno == EAGAIN));
+    if (n < 0)
+        stream_break(s, "the connection was lost");
+    return n;
+}
+
+/* Has the peer said more already, so that reading would not wait? */
+bool stream_ready(const struct stream *s)
+{
+    struct pollfd p = {.fd = s->fd, .events = POLLIN};
+    return s->in_at < s->in_end || (s->tls && SSL_has_pending(s->tls)) || (!s->broken && poll(&p, 1, 0) > 0);
+}
+
+/* ---- TLS over the same two functions ---- */
+
+static int tls_bio_read(BIO *bio, char *data, int size)
+{
+    struct stream *s = BIO_get_data(bio);
+    ssize_t n = socket_read(s, data, (size_t)size);
+    BIO_clear_retry_flags(bio);
+    if (n < 0 && (s->timed_out || s->woken))
+        BIO_set_retry_read(bio); /* the connection is sound: a last word may still go out */
+    return n > 0 ? (int)n : -1;
+}
+
+static int tls_bio_write(BIO *bio, const char *data, int size)
+{
+    return (int)socket_write(BIO_get_data(bio), data, (size_t)size);
+}
+
+static long tls_bio_control(BIO *bio, int command, long number, void *pointer)
+{
+    (void)bio, (void)number, (void)pointer;
+    return command == BIO_CTRL_FLUSH; /* nothing is kept back, so there is nothing to flush */
+}
+
+static BIO_METHOD *tls_bio_method;
+
+static void make_tls_bio_method(void)
+{
+    tls_bio_method = BIO_meth_new(BIO_TYPE_SOURCE_SINK | BIO_get_new_index(), "odmr stream");
+    if (tls_bio_method) {
+        BIO_meth_set_read(tls_bio_method, tls_bio_read);
+        BIO_meth_set_write(tls_bio_method, tls_bio_write);
+        BIO_meth_set_ctrl(tls_bio_method, tls_bio_control);
+    }
+}
+
+static BIO *new_tls_bio(struct stream *s)
+{
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    BIO *bio;
+    pthread_once(&once, make_tls_bio_method);
+    bio = tls_bio_method ? BIO_new(tls_bio_method) : NULL;
+    if (bio) {
+        BIO_set_data(bio, s);
+        BIO_set_init(bio, 1);
+    }
+    return bio;
+}
+
+/* The name or address that the certificate must be for. */
+static bool expect_name(SSL *tls, const char *host)
+{
+    unsigned char address[16];
+    if (inet_pton(AF_INET, host, address) == 1 || inet_pton(AF_INET6, host, address) == 1)
+        return X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(tls), host) == 1;
+    return SSL_set1_host(tls, host) == 1 && SSL_set_tlsext_host_name(tls, host) == 1;
+}
+
+SSL *stream_offer_tls(struct stream *s, SSL_CTX *context, const char *host)
+{
+    SSL *tls = SSL_new(context);
+    BIO *bio = tls ? new_tls_bio(s) : NULL;
+    if (bio && (!host || expect_name(tls, host))) {
+        SSL_set_bio(tls, bio, bio);
+        return tls;
+    }
+    BIO_free(bio);
+    SSL_free(tls);
+    return NULL;
+}
+
+/* RFC 3207, 4.2: what was said in the clear is of no worth. Octets that somebody put behind STARTTLS are
+ * thrown away, those we have read and those that are still in the socket, and never obeyed. */
+bool stream_discard_input(struct stream *s)
+{
+    bool some = stream_ready(s);
+    s->in_at = s->in_end = 0;
+    for (int i = 0; i < LINGER_READS && stream_ready(s); i++)
+        if (recv(s->fd, s->in, sizeof s->in, 0) <= 0)
+            break;
+    return some;
+}
+
+bool stream_start_tls(struct stream *s, SSL *tls, const char *host)
+{
+    stream_flush(s);
+    s->tls = tls;
+    s->in_at = s->in_end = 0;
+    set_patience(s);
+    ERR_clear_error();
+    if ((host ? SSL_connect(tls) : SSL_accept(tls)) == 1)
+        return true;
+    s->tls_failed = !s->broken;
+    stream_break(s, SSL_get_verify_result(tls) == X509_V_OK
+                        ? "the TLS handshake failed"
+                        : X509_verify_cert_error_string(SSL_get_verify_result(tls)));
+    return false;
+}
+
+/* What SSL_read() or SSL_write() returned when it was no success, in words. */
+static ssize_t tls_broken(struct stream *s, int returned)
+{
+    if (SSL_get_error(s->tls, returned) == SSL_ERROR_ZERO_RETURN)
+        stream_break(s, "the peer closed the connection");
+    s->tls_failed |= !s->broken;
+    stream_break(s, "TLS failed");
+    return -1;
+}
+
+static ssize_t encrypted_read(struct stream *s, void *data, size_t size)
+{
+    int n;
+    ERR_clear_error();
+    n = SSL_read(s->tls, data, (int)size);
+    return n > 0 ? n : tls_broken(s, n);
+}
+
+static ssize_t encrypted_write(struct stream *s, const void *data, size_t size)
+{
+    const char *newline = s->line_records ? memchr(data, '\n', size) : NULL;
+    int n;
+    if (newline)
+        size = (size_t)(newline + 1 - (const char *)data);
+    ERR_clear_error();
+    n = SSL_write(s->tls, data, (int)size);
+    return n > 0 ? n : tls_broken(s, n);
+}
+
+/* ---- Buffered octets ---- */
+
+bool stream_flush(struct stream *s)
+{
+    size_t at = 0;
+    set_patience(s);
+    while (at < s->out_end && !s->broken) {
+        ssize_t n = s->tls ? encrypted_write(s, s->out + at, s->out_end - at)
+                           : socket_write(s, s->out + at, s->out_end - at);
+        if (n > 0)
+            at += (size_t)n;
+    }
+    s->spoke = true;
+    s->out_end = 0;
+    return !s->broken;
+}
+
+void stream_write(struct stream *s, const char *data, size_t len)
+{
+    while (len > 0 && !s->broken) {
+        size_t room = sizeof s->out - s->out_end;
+        size_t part = len < room ? len : room;
+        memcpy(s->out + s->out_end, data, part);
+        s->out_end += part;
+        data += part;
+        len -= part;
+        if (s->out_end == sizeof s->out)
+            stream_flush(s);
+    }
+}
+
+/* Called with the input buffer empty: flushes what we owe the peer, then waits for what it has to say. */
+static bool stream_fill(struct stream *s)
+{
+    ssize_t n;
+    int64_t until = s->until;
+    if (s->out_end > 0 && !stream_flush(s))
+        return false;
+    s->until = until;
+    s->in_at = s->in_end = 0;
+    n = s->tls ? encrypted_read(s, s->in, sizeof s->in) : socket_read(s, s->in, sizeof s->in);
+    if (n <= 0)
+        return false;
+    s->in_end = (size_t)n;
+    return true;
+}
+
+bool stream_peek(struct stream *s, const char **data, size_t *len)
+{
+    if (s->in_at == s->in_end) {
+        set_patience(s);
+        if (!stream_fill(s))
+            return false;
+    }
+    *data = s->in + s->in_at;
+    *len = s->in_end - s->in_at;
+    return true;
+}
+
+void stream_skip(struct stream *s, size_t len)
+{
+    s->in_at += len;
+}
+
+/* The patience is for the whole line: a peer that sends an octet a minute gets no more of it. */
+enum result stream_read_line(struct stream *s, char *line, size_t size, size_t *len)
+{
+    size_t total = 0, kept = 0;
+    set_patience(s);
+    for (;;) {
+        const char *from, *newline;
+        size_t part, room = size - 1 - kept;
+        if (s->in_at == s->in_end && !stream_fill(s))
+            return LATER;
+        from = s->in + s->in_at;
+        newline = memchr(from, '\n', s->in_end - s->in_at);
+        part = newline ? (size_t)(newline + 1 - from) : s->in_end - s->in_at;
+        memcpy(line + kept, from, part < room ? part : room);
+        kept += part < room ? part : room;
+        total += part;
+        s->in_at += part;
+        if (newline)
+            break;
+        if (total > ENDLESS_LINE) {
+            stream_break(s, "the peer sent a line without an end");
+            return LATER;
+        }
+    }
+    if (total > kept)
+        return REFUSED;
+    kept -= kept >= 2 && line[kept - 2] == '\r' ? 2 : 1;
+    line[kept] = '\0';
+    *len = kept;
+    return DONE;
+}
+
+/* A close() with unread input makes the kernel send a reset, which can overtake our last reply (a 421,
+ * say). So: say that we are done, then throw away what still comes, for a bounded while. A peer that said
+ * QUIT says no more, and is not waited for. */
+void stream_close(struct stream *s)
+{
+    if (!s->broken)
+        stream_flush(s);
+    if (s->tls && !s->broken)
+        SSL_shutdown(s->tls); /* says that this is the end, and no cut */
+    SSL_free(s->tls);
+    s->tls = NULL;
+    shutdown(s->fd, SHUT_WR);
+    for (int i = 0; i < LINGER_READS && !s->said_quit; i++) {
+        struct pollfd p = {.fd = s->fd, .events = POLLIN};
+        if (poll(&p, 1, LINGER_MS) <= 0 || recv(s->fd, s->in, sizeof s->in, 0) <= 0)
+            break;
+    }
+    close(s->fd);
+    s->fd = -1;
+    stream_break(s, "closed");
+}
+
+/* ==== Programs =========================================================================================
+ *
+ * What is run besides us: sendmail for notices, --exec's command. No shell stands between unless it was
+ * asked for, and nothing that a peer sent is ever a part of a command but an address behind "--". */
+
+/* Starts argv[0] with these as its standard input and output (-1: ours). 0, or an errno. */
+static int start_program(char *const argv[], int in, int out, pid_t *pid)
+{
+    posix_spawn_file_actions_t actions;
+    posix_spawnattr_t attributes;
+    sigset_t ignored_by_us;
+    int problem;
+    sigemptyset(&ignored_by_us);
+    sigaddset(&ignored_by_us, SIGPIPE);
+    posix_spawnattr_init(&attributes);
+    posix_spawnattr_setsigdefault(&attributes, &ignored_by_us);
+    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGDEF);
+    posix_spawn_file_actions_init(&actions);
+    if (in >= 0)
+        posix_spawn_file_actions_adddup2(&actions, in, STDIN_FILENO);
+    if (out >= 0)
+        posix_spawn_file_actions_adddup2(&actions, out, STDOUT_FILENO);
+    problem = posix_spawnp(pid, argv[0], &actions, &attributes, argv, environ);
+    posix_spawn_file_actions_destroy(&actions);
+    posix_spawnattr_destroy(&attributes);
+    return problem;
+}
+
+/* Waits for its end, ends it after so many seconds. The exit status, or -1: killed. */
+static int finish_program(pid_t pid, int seconds)
+{
+    int64_t until = now_ms() + (int64_t)seconds * 1000;
+    int status, pause = 1;
+    pid_t ended;
+    while ((ended = waitpid(pid, &status, WNOHANG)) == 0 && now_ms() < until) {
+        poll(NULL, 0, pause);
+        pause = pause < 100 ? pause * 2 : pause;
+    }
+    if (ended == 0) {
+        kill(pid, SIGKILL);
+        while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
+            ;
+    }
+    return ended == pid && WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+/* ==== Lines and replies ===============================================================================
+ *
+ * The dialogue is made of lines, ours and theirs. send_line() and read_line() are the only way they
+ * come and go, so the trace sees each. A reply is validated before it is believed. */
+
+enum side other_side(enum side side)
+{
+    return side == PROVIDER ? CUSTOMER : PROVIDER;
+}
+
+void send_line(struct session *s, const char *fmt, ...)
+{
+    char line[SEND_LINE + 3];
+    va_list args;
+    int n;
+    va_start(args, fmt);
+    n = vsnprintf(line, SEND_LINE + 1, fmt, args);
+    va_end(args);
+    if (n < 0 || n > SEND_LINE) {
+        stream_break(&s->io, "a line of ours would have been too long");
+        return;
+    }
+    trace_line(s, s->self, "%s", line);
+    memcpy(line + n, "\r\n", 3);
+    stream_write(&s->io, line, (size_t)n + 2);
+}
+
+enum result read_line(struct session *s)
+{
+    return stream_read_line(&s->io, s->line, sizeof s->line, &s->line_len);
+}
+
+/* Splits a command in place: s->line is left with the verb, s->argument is what stands behind the first
+ * blank, or NULL. Blanks at the end are forgiven (RFC 5321, 4.1.1), but ATRN's syntax knows none. */
+void split_command(struct session *s)
+{
+    char *blank = strchr(s->line, ' ');
+    s->argument = NULL;
+    if (strncasecmp(s->line, "ATRN ", 5) != 0)
+        while (s->line_len > 0 && s->line[s->line_len - 1] == ' ')
+            s->line[--s->line_len] = '\0';
+    if (blank && *blank == ' ') {
+        *blank = '\0';
+        s->argument = blank + 1;
+    }
+}
+
+/* RFC 5321, 4.2: three digits, then a blank, a hyphen (more lines follow) or the end of the line. */
+static bool reply_line_valid(const char *line, size_t len)
+{
+    return len >= 3 && len == strlen(line) && line[0] >= '2' && line[0] <= '5' && line[1] >= '0' &&
+           line[1] <= '5' && isdigit((unsigned char)line[2]) &&
+           (line[3] == '\0' || line[3] == ' ' || line[3] == '-');
+}
+
+enum result read_reply(struct session *s, struct reply *r)
+{
+    size_t used = 0;
+    r->code = 0;
+    r->text[0] = '\0';
+    for (int lines = 0; lines < REPLY_LINES; lines++) {
+        enum result got = read_line(s);
+        int code;
+        if (got == LATER)
+            return LATER;
+        if (got == DONE)
+            trace_line(s, other_side(s->self), "%s", s->line);
+        if (got == REFUSED || s->line_len > REPLY_LINE || !reply_line_valid(s->line, s->line_len))
+            break;
+        code = atoi((char[]){s->line[0], s->line[1], s->line[2], '\0'});
+        if (r->code && code != r->code)
+            break;
+        r->code = code;
+        used += (size_t)snprintf(r->text + used, sizeof r->text - used, "%s%s", lines ? "\n" : "",
+                                 s->line_len > 4 ? s->line + 4 : "");
+        if (used >= sizeof r->text)
+            used = sizeof r->text - 1;
+        if (s->line[3] != '-')
+            return DONE;
+    }
+    s->protocol_broken = true;
+    stream_break(&s->io, "the peer sent something that is not an SMTP reply");
+    return LATER;
+}
+
+enum result reply_result(const struct reply *r)
+{
+    if (r->code == 0) /* not a reply: our own refusal, in the same form */
+        return REFUSED;
+    return r->code < 400 ? DONE : r->code < 500 ? LATER : REFUSED;
+}
+
+const char *reply_keyword(const struct reply *r, const char *keyword)
+{
+    size_t n = strlen(keyword);
+    const char *line = strchr(r->text, '\n'); /* the first line is the greeting, not a keyword */
+    for (; line; line = strchr(line, '\n')) {
+        line++;
+        if (strncasecmp(line, keyword, n) == 0 && strchr(" =\n", line[n]))
+            return line + n + (line[n] == ' ' || line[n] == '='); /* strchr finds '\0' too */
+    }
+    return NULL;
+}
+
+const char *next_word(const char **list, size_t *len)
+{
+    const char *word;
+    while (**list == ' ' || **list == '\t')
+        (*list)++;
+    word = *list;
+    *len = strcspn(word, " \t\n");
+    *list += *len;
+    return *len ? word : NULL;
+}
+
+bool list_has(const char *list, const char *wanted)
+{
+    size_t len;
+    const char *word;
+    while (list && (word = next_word(&list, &len)))
+        if (len == strlen(wanted) && strncasecmp(word, wanted, len) == 0)
+            return true;
+    return false;
+}
+
+/* ==== Addresses and domains ===========================================================================
+ *
+ * What may be named in ATRN, in an envelope and in a path. A domain that passed domain_valid() has no
+ * slash, no dot at either end and no empty label, so it is safe as the name of a directory. */
+
+bool domain_valid(const char *domain, size_t len)
+{
+    size_t label = 0, labels = 1;
+    if (len > DOMAIN_MAX)
+        return false;
+    for (size_t i = 0; i <= len; i++) {
+        char c = i < len ? domain[i] : '.';
+        if (c == '.') {
+            if (label == 0 || label > LABEL_MAX || domain[i - 1] == '-')
+                return false;
+            labels += i < len;
+            label = 0;
+        } else if (isascii((unsigned char)c) && (isalnum((unsigned char)c) || (c == '-' && label > 0))) {
+            label++;
+        } else {
+            return false;
+        }
+    }
+    return labels >= 2;
+}
+
+bool ascii(const char *text)
+{
+    while (isascii((unsigned char)*text) && *text)
+        text++;
+    return *text == '\0';
+}
+
+void lower_case(char *text)
+{
+    for (; *text; text++)
+        *text = (char)tolower((unsigned char)*text);
+}
+
+/* Where the domain of a mailbox begins: behind the last @ that is not quoted. */
+const char *mailbox_domain(const char *mailbox)
+{
+    const char *at = NULL;
+    bool quoted = false;
+    for (const char *p = mailbox; *p; p++) {
+        if (*p == '\\' && quoted && p[1])
+            p++;
+        else if (*p == '"')
+            quoted = !quoted;
+        else if (*p == '@' && !quoted)
+            at = p + 1;
+    }
+    return at;
+}
+
+/* Fit to stand between < and > in a command: RFC 5321, 4.1.2, and its limits in 4.5.3.1, except that
+ * octets over 127 may be UTF-8 (RFC 6531) and that a local part's atoms are not counted. */
+bool mailbox_valid(const char *mailbox)
+{
+    bool quoted = false;
+    const char *at = mailbox_domain(mailbox);
+    if (strlen(mailbox) > MAILBOX_MAX || mailbox[0] == '\0' || at == mailbox + 1)
+        return false;
+    for (const char *p = mailbox; *p; p++) {
+        unsigned char c = (unsigned char)*p;
+        if (c < 0x20 || c == 0x7f)
+            return false;
+        if (c == '"')
+            quoted = !quoted;
+        else if (quoted && c == '\\' && (p[1] < 0x20 && p[1] >= 0))
+            return false;
+        else if (quoted && c == '\\')
+            p++;
+        else if (!quoted && strchr(" <>()\\,;:", c) && (!at || p < at))
+            return false;
+        else if (!quoted && strchr(" <>", c))
+            return false;
+    }
+    return !quoted && (!at || *at != '\0');
+}
+
+/* A date as RFC 5322, 3.3, writes it, on a line of its own. */
+static void write_date(FILE *out, const char *before, time_t when)
+{
+    char date[64];
+    struct tm tm;
+    strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S %z", localtime_r(&when, &tm));
+    fprintf(out, "%s%s\n", before, date);
+}
+
+/* ==== TLS =============================================================================================
+ *
+ * Who we are and whom we believe: certificates, keys, authorities. The handshake and the octets are the
+ * stream's affair. TLS 1.2 and up; no sessions are kept, for each connection is one of its own. */
+
+static void explain_tls(char *why, size_t size, const char *what)
+{
+    unsigned long error = ERR_peek_last_error();
+    const char *reason = error ? ERR_reason_error_string(error) : NULL;
+    snprintf(why, size, "%s: %s", what, reason ? reason : "OpenSSL cannot use it");
+    ERR_clear_error();
+}
+
+static SSL_CTX *tls_context(const SSL_METHOD *method, const char *cert, const char *key, char *why, size_t size)
+{
+    SSL_CTX *context = SSL_CTX_new(method);
+    ERR_clear_error();
+    if (!context || SSL_CTX_set_min_proto_version(context, TLS1_2_VERSION) != 1) {
+        explain_tls(why, size, "TLS");
+    } else if (cert && SSL_CTX_use_certificate_chain_file(context, cert) != 1) {
+        explain_tls(why, size, cert);
+    } else if (cert && (SSL_CTX_use_PrivateKey_file(context, key, SSL_FILETYPE_PEM) != 1 ||
+                        SSL_CTX_check_private_key(context) != 1)) {
+        explain_tls(why, size, key);
+    } else {
+        SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_OFF);
+        SSL_CTX_set_options(context, SSL_OP_NO_TICKET | SSL_OP_NO_RENEGOTIATION);
+        SSL_CTX_set_mode(context, SSL_MODE_RELEASE_BUFFERS);
+        return context;
+    }
+    SSL_CTX_free(context);
+    return NULL;
+}
+
+/* A client's certificate is asked for, and one that does not verify does no harm: its owner may still log
+ * in otherwise. Whether it verified is asked again where it counts, in certificate_verified(). */
+static int let_pass(int verified, X509_STORE_CTX *store)
+{
+    (void)verified, (void)store;
+    return 1;
+}
+
+SSL_CTX *tls_server_context(const char *cert, const char *key, const char *client_ca, char *why, size_t size)
+{
+    SSL_CTX *context = tls_context(TLS_server_method(), cert, key, why, size);
+    STACK_OF(X509_NAME) *names;
+    if (!context)
+        return NULL;
+    SSL_CTX_set_num_tickets(context, 0);
+    if (!client_ca)
+        return context;
+    names = SSL_load_client_CA_file(client_ca);
+    if (!names || SSL_CTX_load_verify_locations(context, client_ca, NULL) != 1) {
+        explain_tls(why, size, client_ca);
+        sk_X509_NAME_pop_free(names, X509_NAME_free);
+        SSL_CTX_free(context);
+        return NULL;
+    }
+    SSL_CTX_set_client_CA_list(context, names);
+    SSL_CTX_set_verify(context, SSL_VERIFY_PEER, let_pass);
+    return context;
+}
+
+SSL_CTX *tls_client_context(const char *ca, bool insecure, const char *cert, const char *key, char *why, size_t size)
+{
+    SSL_CTX *context = tls_context(TLS_client_method(), cert, key, why, size);
+    if (!context)
+        return NULL;
+    if (ca ? SSL_CTX_load_verify_locations(context, ca, NULL) != 1 : SSL_CTX_set_default_verify_paths(context) != 1) {
+        explain_tls(why, size, ca ? ca : "the system's certificates");
+        SSL_CTX_free(context);
+        return NULL;
+    }
+    SSL_CTX_set_verify(context, insecure ? SSL_VERIFY_NONE : SSL_VERIFY_PEER, NULL);
+    return context;
+}
+
+bool certificate_verified(SSL *tls)
+{
+    X509 *certificate = tls ? SSL_get1_peer_certificate(tls) : NULL;
+    bool verified = certificate && SSL_get_verify_result(tls) == X509_V_OK;
+    X509_free(certificate);
+    return verified;
+}
+
+/* The names a certificate gives its owner: each DNS name and e-mail address of subjectAltName, or, where
+ * there is none, the subject's CN. Returns the index-th, allocated by OpenSSL; NULL: no more of them. */
+static char *certificate_name(X509 *certificate, int index)
+{
+    GENERAL_NAMES *alternatives = X509_get_ext_d2i(certificate, NID_subject_alt_name, NULL, NULL);
+    X509_NAME *subject = X509_get_subject_name(certificate);
+    ASN1_STRING *text = NULL;
+    unsigned char *name = NULL;
+    int found = 0, at;
+    for (int i = 0; i < sk_GENERAL_NAME_num(alternatives); i++) {
+        const GENERAL_NAME *g = sk_GENERAL_NAME_value(alternatives, i);
+        if ((g->type == GEN_DNS || g->type == GEN_EMAIL) && found++ == index)
+            text = g->d.ia5;
+    }
+    if (found == 0 && index == 0 && (at = X509_NAME_get_index_by_NID(subject, NID_commonName, -1)) >= 0)
+        text = X509_NAME_ENTRY_get_data(X509_NAME_get_entry(subject, at));
+    if (text && ASN1_STRING_to_UTF8(&name, text) != (int)strlen((char *)(name ? name : (unsigned char *)"")) && name) {
+        OPENSSL_free(name); /* a NUL octet inside: a name that pretends to be another */
+        name = NULL;
+    }
+    GENERAL_NAMES_free(alternatives);
+    return (char *)name;
+}
+
+/* RFC 5929, 4.1: the hash of the server's certificate, by its signature's hash, SHA-256 for the old ones. */
+static size_t bind_to_certificate(SSL *tls, bool server, unsigned char *out)
+{
+    X509 *certificate = server ? SSL_get_certificate(tls) : SSL_get1_peer_certificate(tls);
+    const EVP_MD *hash = EVP_sha256();
+    unsigned int len = 0;
+    int nid;
+    if (!certificate)
+        return 0;
+    if (X509_get_signature_info(certificate, &nid, NULL, NULL, NULL) == 1 && nid != NID_md5 && nid != NID_sha1 &&
+        EVP_get_digestbynid(nid))
+        hash = EVP_get_digestbynid(nid);
+    if (X509_digest(certificate, hash, out, &len) != 1)
+        len = 0;
+    if (!server)
+        X509_free(certificate);
+    return len;
+}
+
+/* RFC 9266: 32 octets that only the two ends of this very connection can know. */
+static size_t bind_to_exporter(SSL *tls, unsigned char *out)
+{
+    static const char label[] = "EXPORTER-Channel-Binding";
+    return SSL_version(tls) >= TLS1_3_VERSION &&
+                   SSL_export_keying_material(tls, out, 32, label, sizeof label - 1, NULL, 0, 1) == 1
+               ? 32
+               : 0;
+}
+
+size_t channel_binding(SSL *tls, bool server, const char *type, unsigned char out[EVP_MAX_MD_SIZE])
+{
+    if (tls && strcmp(type, "tls-exporter") == 0)
+        return bind_to_exporter(tls, out);
+    if (tls && strcmp(type, "tls-server-end-point") == 0)
+        return bind_to_certificate(tls, server, out);
+    return 0;
+}
+
+/* ==== SASL ============================================================================================
+ *
+ * RFC 4954's AUTH: challenges and responses in base64, the mechanism's own bytes inside. OpenSSL does
+ * the base64; what it forgives (white space, padding anywhere) is refused first. */
+
+static const char *const mechanism_name[MECHANISMS] = {
+    [NO_MECHANISM] = "",
+    [CRAM_MD5] = "CRAM-MD5",
+    [SCRAM] = "SCRAM-SHA-256",
+    [SCRAM_PLUS] = "SCRAM-SHA-256-PLUS",
+    [EXTERNAL] = "EXTERNAL",
+    [PLAIN] = "PLAIN",
+};
+
+enum mechanism mechanism_named(const char *name)
+{
+    enum mechanism m = MECHANISMS - 1;
+    while (m > NO_MECHANISM && strcasecmp(name, mechanism_name[m]) != 0)
+        m--;
+    return m;
+}
+
+size_t base64_encode(char *out, const void *data, size_t len)
+{
+    return (size_t)EVP_EncodeBlock((unsigned char *)out, data, (int)len);
+}
+
+ssize_t base64_decode(char *out, size_t size, const char *text)
+{
+    size_t len = strlen(text);
+    size_t body = strspn(text, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/");
+    size_t padding = strspn(text + body, "=");
+    if (len % 4 != 0 || body + padding != len || padding > 2 || len / 4 * 3 >= size)
+        return -1;
+    if (EVP_DecodeBlock((unsigned char *)out, (const unsigned char *)text, (int)len) < 0)
+        return -1;
+    len = len / 4 * 3 - padding;
+    out[len] = '\0';
+    return (ssize_t)len;
+}
+
+/* RFC 2195: the digest is the keyed MD5 of the challenge, in 32 lower-case hexadecimal digits. */
+bool cram_md5_digest(char digest[33], const char *secret, const char *challenge)
+{
+    unsigned char mac[16];
+    unsigned int n = 0;
+    if (!HMAC(EVP_md5(), secret, (int)strlen(secret), (const unsigned char *)challenge, strlen(challenge),
+              mac, &n) ||
+        n != sizeof mac)
+        return false;
+    for (size_t i = 0; i < sizeof mac; i++)
+        snprintf(digest + 2 * i, 3, "%02x", mac[i]);
+    return true;
+}
+
+/* An unguessable name for one moment: RFC 2195 asks for a challenge that looks like a Message-ID. */
+bool cram_md5_challenge(char *out, size_t size, const char *host)
+{
+    unsigned char random[16];
+    char text[2 * sizeof random + 1];
+    if (RAND_bytes(random, sizeof random) != 1)
+        return false;
+    for (size_t i = 0; i < sizeof random; i++)
+        snprintf(text + 2 * i, 3, "%02x", random[i]);
+    return (size_t)snprintf(out, size, "<%s.%lld@%s>", text, (long long)time(NULL), host) < size;
+}
+
+/* RFC 5802 and 7677: SCRAM-SHA-256. The server keeps StoredKey and ServerKey, from which nobody can log in;
+ * the client proves ClientKey without sending it; the server proves that it knows the account too. Names
+ * and secrets are UTF-8 and taken as they are: no SASLprep, so both sides must write them alike. */
+
+bool hmac_sha256(const unsigned char *key, size_t key_len, const char *text, unsigned char out[32])
+{
+    return HMAC(EVP_sha256(), key, (int)key_len, (const unsigned char *)text, strlen(text), out, NULL) != NULL;
+}
+
+bool scram_keys(struct scram_keys *k, const char *secret, const unsigned char *salt, size_t salt_len, int iterations)
+{
+    unsigned char salted[32];
+    bool done = PKCS5_PBKDF2_HMAC(secret, (int)strlen(secret), salt, (int)salt_len, iterations, EVP_sha256(),
+                                  sizeof salted, salted) == 1 &&
+                hmac_sha256(salted, sizeof salted, "Client Key", k->client) &&
+                hmac_sha256(salted, sizeof salted, "Server Key", k->server) &&
+                EVP_Digest(k->client, sizeof k->client, k->stored, NULL, EVP_sha256(), NULL) == 1;
+    OPENSSL_cleanse(salted, sizeof salted);
+    return done;
+}
+
+/* ClientProof = ClientKey XOR ClientSignature: from the one comes the other, on both sides. */
+bool scram_mask(const struct scram_keys *k, const char *auth_message, const unsigned char in[32], unsigned char out[32])
+{
+    unsigned char signature[32];
+    if (!hmac_sha256(k->stored, sizeof k->stored, auth_message, signature))
+        return false;
+    for (size_t i = 0; i < sizeof signature; i++)
+        out[i] = in[i] ^ signature[i];
+    return true;
+}
+
+/* The value of an attribute such as r= in a SCRAM message, copied out; false: absent, or too long. */
+bool scram_attribute(const char *message, char name, char *out, size_t size)
+{
+    while (message[0] != name || message[1] != '=') {
+        message = strchr(message, ',');
+        if (!message)
+            return false;
+        message++;
+    }
+    message += 2;
+    return (size_t)snprintf(out, size, "%.*s", (int)strcspn(message, ","), message) < size;
+}
+
+/* A verifier as RFC 5803 writes it, less the scheme: iterations,salt,StoredKey,ServerKey. */
+bool verifier_parse(const char *text, struct verifier *v)
+{
+    char salt[BASE64_SIZE(SALT_MAX) + 1], stored[64], server[64], decoded[SALT_MAX + 48];
+    int end = 0;
+    ssize_t len;
+    if (sscanf(text, "%7d,%88[^,],%63[^,],%63[^,]%n", &v->iterations, salt, stored, server, &end) != 4 || text[end])
+        return false;
+    if (v->iterations < SCRAM_ITERATIONS_LEAST || v->iterations > SCRAM_ITERATIONS_MOST)
+        return false;
+    len = base64_decode(decoded, sizeof decoded, salt);
+    if (len < 1 || len > SALT_MAX)
+        return false;
+    v->salt_len = (size_t)len;
+    memcpy(v->salt, decoded, v->salt_len);
+    if (base64_decode(decoded, sizeof decoded, stored) != 32)
+        return false;
+    memcpy(v->keys.stored, decoded, 32);
+    if (base64_decode(decoded, sizeof decoded, server) != 32)
+        return false;
+    memcpy(v->keys.server, decoded, 32);
+    return true;
+}
+
+/* ==== Accounts ========================================================================================
+ *
+ * One line a customer: name:domain[,domain...]:secret. The file is read whole, at start and at SIGHUP;
+ * sessions hold on to the table they logged in with, so a new one can replace it at any time. */
+
+static void account_free(struct account *a)
+{
+    if (a->secret)
+        OPENSSL_cleanse(a->secret, strlen(a->secret));
+    free(a->name);
+    free(a->domains);
+    free(a->secret);
+}
+
+void accounts_release(struct accounts *all)
+{
+    if (!all || atomic_fetch_sub(&all->users, 1) > 1)
+        return;
+    for (size_t i = 0; i < all->count; i++)
+        account_free(&all->list[i]);
+    free(all->list);
+    free(all);
+}
+
+bool domain_list_valid(const char *list)
+{
+    for (;;) {
+        size_t len = strcspn(list, ",");
+        if (!domain_valid(list, len))
+            return false;
+        if (list[len] == '\0')
+            return true;
+        list += len + 1;
+    }
+}
+
+bool domain_in_list(const char *list, const char *domain, size_t len)
+{
+    for (;;) {
+        size_t n = strcspn(list, ",");
+        if (n == len && strncasecmp(list, domain, n) == 0)
+            return true;
+        if (list[n] == '\0')
+            return false;
+        list += n + 1;
+    }
+}
+
+static int by_name(const void *left, const void *right)
+{
+    const struct account *a = left, *b = right;
+    return strcmp(a->name, b->name);
+}
+
+const struct account *account_find(const struct accounts *all, const char *name)
+{
+    struct account wanted = {.name = (char *)name};
+    return all->count ? bsearch(&wanted, all->list, all->count, sizeof wanted, by_name) : NULL;
+}
+
+/* The account's verifier, if it has no secret but that. */
+bool account_verifier(const struct account *a, struct verifier *v)
+{
+    size_t n = strlen(SCRAM_SCHEME);
+    return a && strncmp(a->secret, SCRAM_SCHEME, n) == 0 && verifier_parse(a->secret + n, v);
+}
+
+/* Takes one line apart; returns what is wrong with it, or NULL. */
+static const char *account_parse(struct accounts *all, char *line, size_t number)
+{
+    char *domains = strchr(line, ':');
+    char *secret = domains ? strchr(domains + 1, ':') : NULL;
+    struct verifier verifier;
+    struct account *a;
+    if (!secret)
+        return "not of the form name:domain[,domain...]:secret";
+    *domains++ = *secret++ = '\0';
+    if (*line == '\0')
+        return "the name is missing";
+    if (!domain_list_valid(domains))
+        return "not a list of domains, each of two labels or more, with commas and without blanks";
+    if (*secret == '\0')
+        return "the secret is missing";
+    if (strncmp(secret, SCRAM_SCHEME, strlen(SCRAM_SCHEME)) == 0 &&
+        !verifier_parse(secret + strlen(SCRAM_SCHEME), &verifier))
+        return "not a verifier: " SCRAM_SCHEME "iterations,salt,StoredKey,ServerKey (RFC 5803)";
+    if (all->count % ACCOUNTS_STEP == 0) {
+        a = realloc(all->list, (all->count + ACCOUNTS_STEP) * sizeof *a);
+        if (!a)
+            return "out of memory";
+        all->list = a;
+    }
+    lower_case(domains);
+    a = &all->list[all->count];
+    *a = (struct account){.name = strdup(line), .domains = strdup(domains), .secret = strdup(secret),
+                          .line = number};
+    all->count++;
+    return a->name && a->domains && a->secret ? NULL : "out of memory";
+}
+
+static struct accounts *accounts_read(FILE *file, const char *path, char *why, size_t why_size)
+{
+    struct accounts *all = calloc(1, sizeof *all);
+    const char *wrong = all ? NULL : "out of memory";
+    char *line = NULL;
+    size_t size = 0, number = 0;
+    ssize_t len;
+    if (all)
+        atomic_init(&all->users, 1);
+    while (!wrong && (len = getline(&line, &size, file)) >= 0) {
+        number++;
+        if ((size_t)len != strlen(line))
+            wrong = "a NUL octet in it";
+        line[strcspn(line, "\r\n")] = '\0';
+        if (!wrong && line[0] != '\0' && line[0] != '#')
+            wrong = account_parse(all, line, number);
+    }
+    if (!wrong && ferror(file))
+        wrong = "cannot be read";
+    if (!wrong && all->count > 1) {
+        qsort(all->list, all->count, sizeof *all->list, by_name);
+        for (size_t i = 1; i < all->count && !wrong; i++)
+            if (by_name(&all->list[i - 1], &all->list[i]) == 0) {
+                wrong = "this name has another line already";
+                number = all->list[i].line > all->list[i - 1].line ? all->list[i].line : all->list[i - 1].line;
+            }
+    }
+    if (line)
+        OPENSSL_cleanse(line, size);
+    free(line);
+    if (!wrong)
+        return all;
+    snprintf(why, why_size, "%s:%zu: %s", path, number, wrong);
+    accounts_release(all);
+    return NULL;
+}
+
+struct accounts *accounts_load(const char *path, char *why, size_t why_size)
+{
+    struct accounts *all = NULL;
+    struct stat st;
+    int fd = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    FILE *file = NULL;
+    if (fd < 0 || fstat(fd, &st) < 0)
+        snprintf(why, why_size, "%s: %s", path, strerror(errno));
+    else if (!S_ISREG(st.st_mode))
+        snprintf(why, why_size, "%s: not a regular file", path);
+    else if (st.st_mode & (S_IRWXG | S_IRWXO))
+        snprintf(why, why_size, "%s: others than its owner may use it; do: chmod 600 %s", path, path);
+    else if (!(file = fdopen(fd, "r")))
+        snprintf(why, why_size, "%s: %s", path, strerror(errno));
+    else
+        all = accounts_read(file, path, why, why_size);
+    if (file)
+        fclose(file);
+    else if (fd >= 0)
+        close(fd);
+    return all;
+}
+
+/* ==== The envelope ====================================================================================
+ *
+ * A queued message is an RFC 5322 message below a block of header fields that the last delivery agent
+ * wrote: Return-Path, Delivered-To, X-Original-To, Envelope-To, Delivery-Date, in any order, and nothing
+ * else. That block is its envelope. It may be as long as it likes, 100,000 recipients say, so it is never
+ * held in memory: a reader walks over it, address by address, as often as somebody wants to know. */
+
+static const struct {
+    const char *name;
+    enum field field;
+} envelope_fields[] = {
+    {"Return-Path:", RETURN_PATH},     {"Delivered-To:", DELIVERED_TO},   {"Envelope-To:", ENVELOPE_TO},
+    {"X-Original-To:", X_ORIGINAL_TO}, {"Delivery-Date:", DELIVERY_DATE},
+};
+
+enum field envelope_field(const char *line, size_t *value)
+{
+    for (size_t i = 0; i < sizeof envelope_fields / sizeof *envelope_fields; i++) {
+        *value = strlen(envelope_fields[i].name);
+        if (strncasecmp(line, envelope_fields[i].name, *value) == 0)
+            return envelope_fields[i].field;
+    }
+    return NO_FIELD;
+}
+
+void envelope_open(struct envelope_reader *r, int fd)
+{
+    r->fd = fd;
+    r->next_read = r->end = 0;
+    r->at = r->filled = 0;
+    r->field = NO_FIELD;
+    r->line[0] = '\0';
+    r->rest = r->line;
+    r->wrong = NULL;
+}
+
+/* The next line without its end; false at the end of the file, or when it cannot be read. */
+static bool envelope_line(struct envelope_reader *r)
+{
+    size_t n = 0;
+    for (;;) {
+        char c;
+        if (r->at == r->filled) {
+            ssize_t got = pread(r->fd, r->data, sizeof r->data, r->next_read);
+            if (got < 0)
+                r->wrong = "the file cannot be read";
+            if (got <= 0)
+                break;
+            r->next_read += got;
+            r->at = 0;
+            r->filled = (size_t)got;
+        }
+        c = r->data[r->at++];
+        if (n < sizeof r->line - 1)
+            r->line[n] = c;
+        n++;
+        if (c == '\n')
+            break;
+    }
+    if (n == 0 || r->wrong)
+        return false;
+    r->line_size = (off_t)n;
+    r->line_cut = n > sizeof r->line - 1;
+    n = r->line_cut ? sizeof r->line - 1 : n;
+    r->line_nul = memchr(r->line, '\0', n) != NULL;
+    r->line[n] = '\0';
+    r->line[strcspn(r->line, "\r\n")] = '\0';
+    return true;
+}
+
+/* Cuts the next address out of a field's value: up to a comma that is not quoted, without the angle
+ * brackets and the blanks around it. False when nothing is left. */
+static bool cut_address(char **rest, char *address, size_t size)
+{
+    char *p = *rest + strspn(*rest, " \t,"), *end;
+    bool quoted = false;
+    size_t n;
+    *rest = p;
+    if (*p == '\0')
+        return false;
+    for (; *p && (quoted || *p != ','); p++) {
+        if (*p == '\\' && quoted && p[1])
+            p++;
+        else if (*p == '"')
+            quoted = !quoted;
+    }
+    end = p;
+    while (end > *rest && (end[-1] == ' ' || end[-1] == '\t'))
+        end--;
+    if (**rest == '<' && end[-1] == '>' && end - *rest >= 2) {
+        (*rest)++;
+        end--;
+    }
+    n = (size_t)(end - *rest) < size - 1 ? (size_t)(end - *rest) : size - 1;
+    memcpy(address, *rest, n);
+    address[n] = '\0';
+    *rest = p;
+    return true;
+}
+
+enum field envelope_next(struct envelope_reader *r, char *address, size_t size)
+{
+    for (;;) {
+        size_t value = 0;
+        enum field field;
+        if (r->field != NO_FIELD && r->field != DELIVERY_DATE && cut_address(&r->rest, address, size))
+            return r->field;
+        if (!envelope_line(r))
+            return NO_FIELD;
+        if ((r->line[0] == ' ' || r->line[0] == '\t') && r->field != NO_FIELD)
+            field = r->field; /* a folded line belongs to the field above it */
+        else
+            field = envelope_field(r->line, &value);
+        if (field == NO_FIELD)
+            return NO_FIELD; /* the message starts here */
+        if (r->line_cut || r->line_nul) {
+            r->wrong = r->line_cut ? "a line of its envelope is too long" : "a NUL octet in its envelope";
+            return NO_FIELD;
+        }
+        r->field = field;
+        r->rest = r->line + value;
+        r->end += r->line_size;
+    }
+}
+
+/* ==== The Maildir queue ===============================================================================
+ *
+ * DIR/<domain>/{new,cur,tmp}. Whoever delivers writes into tmp and renames into new; a message that is
+ * there is complete and never changes. That is all the locking that reading needs. What must not happen
+ * is that two sessions send the same message: so it is claimed with flock(2) on its own file. A claim
+ * needs no clean-up, for it dies with its holder, be that a session, a process or a machine. */
+
+/* A Maildir's directories, those that are missing. maildir is a domain, or a folder of one. */
+static bool maildir_make(int queue, const char *maildir)
+{
+    static const char *const box[] = {"", "/tmp", "/new", "/cur"};
+    char path[MAILDIR_PATH];
+    for (size_t i = 0; i < sizeof box / sizeof *box; i++) {
+        snprintf(path, sizeof path, "%s%s", maildir, box[i]);
+        if (mkdirat(queue, path, 0700) < 0 && errno != EEXIST)
+            return false;
+    }
+    return true;
+}
+
+static bool sync_directory(int queue, const char *path)
+{
+    int fd = openat(queue, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    bool done = fd >= 0 && fsync(fd) == 0;
+    if (fd >= 0)
+        close(fd);
+    return done;
+}
+
+/* A Maildir name starts with the second of delivery; most writers add its microseconds behind an M (or,
+ * Exim, an H). Other names get the time of the file itself. */
+static void arrival_of(struct queued *q, int dir, const char *name)
+{
+    char *end;
+    const char *micro;
+    struct stat st;
+    unsigned long long second = strtoull(name, &end, 10);
+    q->second = q->micro = 0;
+    if (isdigit((unsigned char)name[0]) && *end == '.') {
+        q->second = (int64_t)second;
+        micro = end + strcspn(end, "MH");
+        while (*micro && !isdigit((unsigned char)micro[1]))
+            micro += 1 + strcspn(micro + 1, "MH");
+        if (*micro)
+            q->micro = (int64_t)strtoull(micro + 1, NULL, 10);
+    } else if (fstatat(dir, name, &st, AT_SYMLINK_NOFOLLOW) == 0) {
+        q->second = st.st_mtim.tv_sec;
+        q->micro = st.st_mtim.tv_nsec / 1000;
+    }
+}
+
+static int by_arrival(const void *left, const void *right)
+{
+    const struct queued *a = left, *b = right;
+    if (a->second != b->second)
+        return a->second < b->second ? -1 : 1;
+    if (a->micro != b->micro)
+        return a->micro < b->micro ? -1 : 1;
+    return strverscmp(strrchr(a->path, '/'), strrchr(b->path, '/'));
+}
+
+static bool backlog_add(struct backlog *b, int dir, const char *domain, const char *box, const char *name)
+{
+    struct queued *q;
+    size_t size = strlen(domain) + strlen(box) + strlen(name) + 3;
+    if (b->count == b->room) {
+        size_t room = b->room ? b->room * 2 : 64;
+        q = realloc(b->list, room * sizeof *q);
+        if (!q)
+            return false;
+        b->list = q;
+        b->room = room;
+    }
+    q = &b->list[b->count];
+    q->path = malloc(size);
+    if (!q->path)
+        return false;
+    snprintf(q->path, size, "%s/%s/%s", domain, box, name);
+    arrival_of(q, dir, name);
+    b->count++;
+    return true;
+}
+
+/* One of a Maildir's two boxes, new or cur. A directory that is not there holds no mail; one that cannot
+ * be read is a reason to try later, never to say that there is none. */
+static enum result list_box(struct backlog *b, int queue, const char *domain, const char *box)
+{
+    char path[MAILDIR_PATH];
+    struct dirent *entry;
+    enum result result = DONE;
+    DIR *dir;
+    int fd;
+    snprintf(path, sizeof path, "%s/%s", domain, box);
+    fd = openat(queue, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (fd < 0)
+        return errno == ENOENT ? DONE : LATER;
+    dir = fdopendir(fd);
+    if (!dir) {
+        close(fd);
+        return LATER;
+    }
+    while (result == DONE) {
+        errno = 0;
+        entry = readdir(dir);
+        if (!entry) {
+            result = errno ? LATER : DONE;
+            break;
+        }
+        if (entry->d_name[0] != '.' && !backlog_add(b, fd, domain, box, entry->d_name))
+            result = LATER;
+    }
+    closedir(dir);
+    return result;
+}
+
+enum result backlog_read(struct backlog *b, int queue, const char *domains)
+{
+    *b = (struct backlog){.queue = queue};
+    for (const char *d = domains;; d++) {
+        char domain[MAILDIR_PATH];
+        size_t len = strcspn(d, ",");
+        snprintf(domain, sizeof domain, "%.*s", (int)len, d);
+        if (list_box(b, queue, domain, "new") != DONE || list_box(b, queue, domain, "cur") != DONE)
+            return LATER;
+        d += len;
+        if (*d == '\0')
+            break;
+    }
+    if (b->count > 1)
+        qsort(b->list, b->count, sizeof *b->list, by_arrival);
+    return DONE;
+}
+
+void backlog_free(struct backlog *b)
+{
+    for (size_t i = 0; i < b->count; i++)
+        free(b->list[i].path);
+    free(b->list);
+    *b = (struct backlog){.queue = -1};
+}
+
+/* ---- All domains; and what was never finished ---- */
+
+bool for_each_domain(int queue, bool (*visit)(void *context, int queue, const char *domain), void *context)
+{
+    int fd = openat(queue, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    DIR *dir = fd < 0 ? NULL : fdopendir(fd);
+    struct dirent *entry;
+    bool go_on = true;
+    if (!dir) {
+        if (fd >= 0)
+            close(fd);
+        return false;
+    }
+    while (go_on && (entry = readdir(dir)))
+        if (domain_valid(entry->d_name, strlen(entry->d_name)))
+            go_on = visit(context, queue, entry->d_name);
+    closedir(dir);
+    return go_on;
+}
+
+/* Maildir: a file in tmp that was not touched for 36 hours belongs to a writer that died. */
+static void clean_tmp(int queue, const char *maildir)
+{
+    char path[MAILDIR_PATH];
+    struct dirent *entry;
+    struct stat st;
+    DIR *dir;
+    int fd;
+    snprintf(path, sizeof path, "%s/tmp", maildir);
+    fd = openat(queue, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    dir = fd < 0 ? NULL : fdopendir(fd);
+    if (!dir && fd >= 0)
+        close(fd);
+    while (dir && (entry = readdir(dir)))
+        if (entry->d_name[0] != '.' && fstatat(fd, entry->d_name, &st, AT_SYMLINK_NOFOLLOW) == 0 &&
+            S_ISREG(st.st_mode) && time(NULL) - st.st_mtime > TMP_AGE && time(NULL) - st.st_atime > TMP_AGE &&
+            unlinkat(fd, entry->d_name, 0) == 0)
+            log_event(NULL, "removed %s/%s: never finished, and 36 hours old", path, entry->d_name);
+    if (dir)
+        closedir(dir);
+}
+
+bool clean_domain(void *context, int queue, const char *domain)
+{
+    char folder[MAILDIR_PATH];
+    (void)context;
+    snprintf(folder, sizeof folder, "%s/%s", domain, UNDELIVERABLE);
+    clean_tmp(queue, domain);
+    clean_tmp(queue, folder);
+    return true;
+}
+
+/* ---- One message: claim, look through, send, take out ---- */
+
+static bool message_hold(struct message *m, const char *why)
+{
+    if (!m->held)
+        m->held = why;
+    return false;
+}
+
+/* First walk over the envelope: which field names the recipients, who is the sender, where the message
+ * starts; whatever cannot be used holds the message. */
+static bool message_read_envelope(struct message *m)
+{
+    char address[MAILBOX_MAX + 2];
+    size_t count[FIELDS] = {0};
+    struct envelope_reader r;
+    enum field field;
+    envelope_open(&r, m->fd);
+    while ((field = envelope_next(&r, address, sizeof address)) != NO_FIELD) {
+        if (field != RETURN_PATH) {
+            count[field]++;
+        } else if (address[0] != '\0' && !mailbox_valid(address)) {
+            return message_hold(m, "its Return-Path is not a mailbox");
+        } else {
+            memcpy(m->sender, address, strlen(address) + 1);
+            m->utf8 = !ascii(address);
+        }
+    }
+    if (r.wrong)
+        return message_hold(m, r.wrong);
+    m->start = r.end;
+    m->field = count[DELIVERED_TO] ? DELIVERED_TO : count[ENVELOPE_TO] ? ENVELOPE_TO : X_ORIGINAL_TO;
+    m->recipients = count[m->field];
+    if (m->recipients == 0)
+        return message_hold(m, "no recipient in its envelope");
+    return true;
+}
+
+bool message_next_recipient(const struct message *m, struct envelope_reader *r, char *address, size_t size)
+{
+    enum field field;
+    do
+        field = envelope_next(r, address, size);
+    while (field != NO_FIELD && field != m->field);
+    return field != NO_FIELD;
+}
+
+/* Second walk: is every recipient a mailbox, and which of them belong to this domain? */
+static bool message_read_recipients(struct message *m)
+{
+    char address[MAILBOX_MAX + 2];
+    size_t domain_len = strcspn(m->path, "/"), ours = 0;
+    struct envelope_reader r;
+    m->fate = calloc(m->recipients, 1);
+    if (!m->fate)
+        return message_hold(m, "out of memory for its recipients");
+    envelope_open(&r, m->fd);
+    for (size_t i = 0; i < m->recipients && message_next_recipient(m, &r, address, sizeof address); i++) {
+        const char *domain = mailbox_domain(address);
+        if (!mailbox_valid(address) || !domain)
+            return message_hold(m, "a recipient in its envelope is not a mailbox");
+        m->fate[i] = FOREIGN;
+        m->utf8_recipients |= !ascii(address);
+        if (strlen(domain) == domain_len && strncasecmp(domain, m->path, domain_len) == 0) {
+            m->fate[i] = OWED;
+            ours++;
+        }
+    }
+    return ours > 0 || message_hold(m, "its recipients belong to another domain");
+}
+
+enum result message_open(struct message *m, int queue, const char *path)
+{
+    struct stat st;
+    *m = (struct message){.queue = queue, .path = path, .fd = -1};
+    m->fd = openat(queue, path, O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    if (m->fd < 0 && (errno == ELOOP || errno == EISDIR || errno == ENXIO))
+        message_hold(m, "not a regular file");
+    if (m->fd < 0)
+        return m->held || errno == ENOENT ? REFUSED : LATER;
+    if (fstat(m->fd, &st) < 0)
+        return LATER;
+    if (!S_ISREG(st.st_mode)) {
+        message_hold(m, "not a regular file");
+        return REFUSED;
+    }
+    m->size = st.st_size;
+    m->device = st.st_dev;
+    m->inode = st.st_ino;
+    m->arrived = st.st_mtim;
+    return DONE;
+}
+
+enum result message_read(struct message *m)
+{
+    return message_read_envelope(m) && message_read_recipients(m) ? DONE : REFUSED;
+}
+
+/* Is there an octet over 127 in the header, so that it takes SMTPUTF8 to send it (RFC 6531, 3.6)? */
+static bool header_is_ascii(const struct message *m)
+{
+    char data[1024];
+    bool line_start = true;
+    off_t at = m->start;
+    ssize_t n;
+    while ((n = pread(m->fd, data, sizeof data, at)) > 0) {
+        for (ssize_t i = 0; i < n; i++) {
+            if (data[i] == '\n' && line_start)
+                return true;
+            if (!isascii((unsigned char)data[i]))
+                return false;
+            line_start = data[i] == '\n' || (line_start && data[i] == '\r');
+        }
+        at += n;
+    }
+    return true;
+}
+
+/* Reads the content once before it is sent: BDAT, SIZE and 8BITMIME must be told beforehand. A line ends
+ * with LF, CRLF or a stray CR and leaves with CRLF, so: octets that are neither, plus two a line. */
+bool message_scan(struct message *m)
+{
+    char data[COPY_SIZE];
+    uint64_t cr = 0, lf = 0, crlf = 0;
+    off_t at = m->start;
+    char last = '\n';
+    unsigned char high = 0;
+    ssize_t n;
+    while ((n = pread(m->fd, data, sizeof data, at)) > 0) {
+        crlf += last == '\r' && data[0] == '\n';
+        for (ssize_t i = 0; i < n; i++) {
+            cr += data[i] == '\r';
+            lf += data[i] == '\n';
+            high |= (unsigned char)data[i];
+        }
+        for (ssize_t i = 1; cr > 0 && i < n; i++)
+            crlf += data[i - 1] == '\r' && data[i] == '\n';
+        last = data[n - 1];
+        at += n;
+    }
+    m->wire_size = (uint64_t)(at - m->start) - cr - lf + 2 * (cr + lf - crlf);
+    m->wire_size += last != '\n' && last != '\r' ? 2 : 0;
+    m->eight_bit = high > 127;
+    m->utf8 |= m->eight_bit && !header_is_ascii(m);
+    return n == 0;
+}
+
+enum result message_claim(struct message *m, int queue, const char *path)
+{
+    struct stat st;
+    enum result result = message_open(m, queue, path);
+    if (result != DONE)
+        return result;
+    if (flock(m->fd, LOCK_EX | LOCK_NB) < 0)
+        return LATER; /* another session is at work on it */
+    /* Claimed; but is this file still what the name stands for? Another session may have finished with
+     * it between our open and our lock. */
+    if (fstatat(queue, path, &st, AT_SYMLINK_NOFOLLOW) < 0 || st.st_ino != m->inode ||
+        st.st_dev != m->device)
+        return REFUSED;
+    result = message_read(m);
+    if (result == DONE && !message_scan(m))
+        result = LATER;
+    return result;
+}
+
+void message_close(struct message *m)
+{
+    if (m->fd >= 0)
+        close(m->fd); /* and with it goes the claim */
+    if (m->refusals)
+        fclose(m->refusals);
+    free(m->fate);
+    m->fd = -1;
+    m->refusals = NULL;
+    m->fate = NULL;
+}
+
+/* Sends the content, lines ended by CRLF. With dots, as DATA wants it: a dot that starts a line is
+ * doubled (RFC 5321, 4.5.2), and the lone dot is left to the caller. False when the file cannot be read
+ * to the end that message_scan() saw: then the caller must break the connection, not end the message. */
+bool message_send(const struct message *m, struct stream *to, bool dots)
+{
+    char data[COPY_SIZE];
+    enum { LINE_START, IN_LINE, AFTER_CR } state = LINE_START;
+    uint64_t sent = 0;
+    off_t at = m->start;
+    ssize_t n = 0;
+    while (!to->broken && (n = pread(m->fd, data, sizeof data, at)) > 0) {
+        const char *p = data, *end = data + n;
+        at += n;
+        while (p < end) {
+            size_t len;
+            if (state == AFTER_CR && *p == '\n') { /* the CRLF for this line has left already */
+                state = LINE_START;
+                p++;
+                continue;
+            }
+            if (state != IN_LINE && dots && *p == '.')
+                stream_write(to, ".", 1);
+            for (len = 0; p + len < end && p[len] != '\n' && p[len] != '\r'; len++)
+                ;
+            stream_write(to, p, len);
+            sent += len;
+            p += len;
+            state = IN_LINE;
+            if (p < end) {
+                stream_write(to, "\r\n", 2);
+                sent += 2;
+                state = *p++ == '\r' ? AFTER_CR : LINE_START;
+            }
+        }
+    }
+    if (state == IN_LINE) {
+        stream_write(to, "\r\n", 2);
+        sent += 2;
+    }
+    return n == 0 && sent == m->wire_size;
+}
+
+/* Those recipients who are in this part of the message's fate, above the unchanged content. */
+static bool write_part(const struct message *m, bool refused, FILE *out)
+{
+    char address[MAILBOX_MAX + 2], data[COPY_SIZE];
+    struct envelope_reader r;
+    off_t at = m->start;
+    ssize_t n;
+    fprintf(out, "Return-Path: <%s>\n", m->sender);
+    envelope_open(&r, m->fd);
+    for (size_t i = 0; i < m->recipients && message_next_recipient(m, &r, address, sizeof address); i++)
+        if (refused ? m->fate[i] == REJECTED : m->fate[i] != DELIVERED && m->fate[i] != RETURNED)
+            fprintf(out, "Delivered-To: %s\n", address);
+    while ((n = pread(m->fd, data, sizeof data, at)) > 0) {
+        fwrite(data, 1, (size_t)n, out);
+        at += n;
+    }
+    return n == 0 && !r.wrong && fflush(out) == 0 && !ferror(out) && fsync(fileno(out)) == 0;
+}
+
+/* Written to tmp, on disk before the name leads to it, so that a crash leaves either the old or the new. */
+static bool message_copy(const struct message *m, bool refused, const char *tmp, const char *to)
+{
+    struct timespec times[2] = {m->arrived, m->arrived};
+    int fd = openat(m->queue, tmp, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0600);
+    FILE *out = fd < 0 ? NULL : fdopen(fd, "w");
+    bool done;
+    if (!out) {
+        if (fd >= 0)
+            close(fd);
+        return false;
+    }
+    done = write_part(m, refused, out);
+    done = futimens(fd, times) == 0 && done;
+    done = fclose(out) == 0 && done;
+    done = done && renameat(m->queue, tmp, m->queue, to) == 0;
+    if (!done)
+        unlinkat(m->queue, tmp, 0);
+    return done;
+}
+
+bool message_rewrite(const struct message *m)
+{
+    char domain[MAILDIR_PATH], tmp[PATH_MAX];
+    snprintf(domain, sizeof domain, "%.*s", (int)strcspn(m->path, "/"), m->path);
+    snprintf(tmp, sizeof tmp, "%s/tmp%s", domain, strrchr(m->path, '/'));
+    return maildir_make(m->queue, domain) && message_copy(m, false, tmp, m->path);
+}
+
+bool message_set_aside(const struct message *m)
+{
+    char folder[MAILDIR_PATH], tmp[PATH_MAX], box[MAILDIR_PATH + 4], to[PATH_MAX];
+    const char *name = strrchr(m->path, '/');
+    int fd;
+    snprintf(folder, sizeof folder, "%.*s/%s", (int)strcspn(m->path, "/"), m->path, UNDELIVERABLE);
+    snprintf(tmp, sizeof tmp, "%s/tmp%s", folder, name);
+    snprintf(box, sizeof box, "%s/new", folder);
+    snprintf(to, sizeof to, "%s%s", box, name);
+    if (!maildir_make(m->queue, folder) || !message_copy(m, true, tmp, to) || !sync_directory(m->queue, box))
+        return false;
+    snprintf(tmp, sizeof tmp, "%s/maildirfolder", folder); /* Maildir++: what makes it a folder */
+    fd = openat(m->queue, tmp, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
+    if (fd >= 0)
+        close(fd);
+    return true;
+}
+
+bool message_remove(const struct message *m)
+{
+    return unlinkat(m->queue, m->path, 0) == 0;
+}
+
+/* ==== The provider, 5.1 and 5.2: the server ===========================================================
+ *
+ * One function for each state of the RFC, in its order. A state's function reads commands until one of
+ * them leads out of it; what every state answers alike stands in common_command(). EHLO, AUTH, ATRN and
+ * QUIT are all the server that ODMR asks for (4-c); no mail is taken in here. */
+
+/* A reply that refuses a command. Ten of them and the session is over: nobody needs that many, and a
+ * peer that does not speak our protocol (a web browser, say) is told to go. */
+__attribute__((format(printf, 2, 3))) static void refuse(struct session *s, const char *fmt, ...)
+{
+    char text[SEND_LINE];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(text, sizeof text, fmt, args);
+    va_end(args);
+    send_line(s, "%s", text);
+    s->bad_commands++;
+}
+
+static enum result hang_up(struct session *s, const char *why)
+{
+    if (s->io.broken && !s->io.woken && !s->io.timed_out)
+        return LATER;
+    s->io.broken = NULL; /* our patience is over, not the connection: the last word still goes out */
+    s->io.deadline = 0;
+    s->io.timeout = LAST_WORD;
+    s->io.wake_fd = -1;
+    send_line(s, "421 %s closing connection: %s", s->name, why);
+    stream_flush(&s->io);
+    stream_break(&s->io, why);
+    return LATER;
+}
+
+/* A command is printable ASCII, and PLAIN's response is a secret: the trace shows that it came. */
+static void trace_command(struct session *s)
+{
+    if (strncasecmp(s->line, "AUTH ", 5) == 0 && strcasestr(s->line, "PLAIN "))
+        trace_line(s, CUSTOMER, "AUTH PLAIN (response not shown)");
+    else
+        trace_line(s, CUSTOMER, "%s", s->line);
+}
+
+/* RFC 4954, 4: 12288 octets are enough for any AUTH; RFC 5321, 4.5.3.1.4: 512 for the others, but an
+ * ATRN may name many domains. The limits count the CRLF. */
+static bool command_too_long(const struct session *s)
+{
+    size_t limit = COMMAND_LINE;
+    if (strncasecmp(s->line, "AUTH ", 5) == 0)
+        limit = AUTH_LINE;
+    else if (strncasecmp(s->line, "ATRN ", 5) == 0)
+        limit = ATRN_LINE;
+    return s->line_len + 2 > limit;
+}
+
+static bool printable(const char *text, size_t len)
+{
+    for (size_t i = 0; i < len; i++)
+        if ((unsigned char)text[i] < 0x20 || (unsigned char)text[i] > 0x7e)
+            return false;
+    return true;
+}
+
+/* Reads the next command and splits it: s->verb, s->argument (NULL when there is none). Lines that are
+ * no commands are answered here. Anything but DONE: the session is over, and the peer has been told. */
+static enum result read_command(struct session *s)
+{
+    for (;;) {
+        enum result got;
+        if (s->bad_commands >= BAD_COMMANDS)
+            return hang_up(s, "too many bad commands");
+        got = read_line(s);
+        if (got == LATER && s->io.timed_out)
+            return hang_up(s, s->state == INITIAL ? "not authenticated in time" : "silent for too long");
+        if (got == LATER && s->io.woken)
+            return hang_up(s, "this server is shutting down");
+        if (got == LATER)
+            return LATER;
+        if (got == REFUSED || command_too_long(s)) {
+            trace_line(s, CUSTOMER, "(a line that is too long)");
+            refuse(s, "500 Line too long");
+        } else if (!printable(s->line, s->line_len)) {
+            trace_command(s);
+            refuse(s, "500 A command consists of printable US-ASCII");
+        } else {
+            trace_command(s);
+            split_command(s);
+            return DONE;
+        }
+    }
+}
+
+static bool verb_is(const struct session *s, const char *verb)
+{
+    return strcasecmp(s->line, verb) == 0;
+}
+
+/* What every state answers alike. The code 502 for all the rest is 5.4-a. */
+static void common_command(struct session *s)
+{
+    if (verb_is(s, "NOOP") || (verb_is(s, "RSET") && !s->argument))
+        send_line(s, "250 OK");
+    else if (verb_is(s, "HELP"))
+        send_line(s, "214 On-Demand Mail Relay, RFC 2645: EHLO, AUTH, ATRN, QUIT");
+    else if (verb_is(s, "RSET"))
+        refuse(s, "501 RSET takes no argument");
+    else
+        refuse(s, "502 Command not implemented");
+}
+
+/* QUIT ends each state (5-a, 5.1.3-a). */
+static bool quit_command(struct session *s)
+{
+    if (!verb_is(s, "QUIT"))
+        return false;
+    if (s->argument) {
+        refuse(s, "501 QUIT takes no argument");
+        return false;
+    }
+    send_line(s, "221 %s closing connection", s->name);
+    s->io.said_quit = true;
+    stream_flush(&s->io);
+    return true;
+}
+
+/* ---- 5.1.2 AUTH: the exchange ---- */
+
+/* Takes a response in base64 apart: into s->response. REFUSED, and its 501: it is none. */
+static enum result decode_response(struct session *s, const char *text)
+{
+    s->response_len = base64_decode(s->response, sizeof s->response, text);
+    if (s->response_len >= 0)
+        return DONE;
+    refuse(s, "501 That is not base64");
+    return REFUSED;
+}
+
+/* One turn of a SASL exchange: our challenge out, the response in s->response. REFUSED: the customer
+ * cancelled, or sent no base64, and has its 501. */
+static enum result challenge(struct session *s, const char *text)
+{
+    char encoded[BASE64_SIZE(CHALLENGE_MAX) + 1];
+    base64_encode(encoded, text, strlen(text));
+    send_line(s, "334 %s", encoded);
+    switch (read_line(s)) {
+    case LATER:
+        return LATER;
+    case REFUSED:
+        refuse(s, "500 Line too long");
+        return REFUSED;
+    case DONE:
+        break;
+    }
+    trace_line(s, CUSTOMER, "%s", s->hide_response ? "(response not shown)" : s->line);
+    if (s->line_len + 2 > AUTH_LINE) {
+        refuse(s, "500 Line too long");
+        return REFUSED;
+    }
+    if (strcmp(s->line, "*") == 0) {
+        refuse(s, "501 Authentication cancelled");
+        return REFUSED;
+    }
+    return decode_response(s, s->line_len == strlen(s->line) ? s->line : "NUL");
+}
+
+/* The client's first message, where the client speaks first: the initial response, "=" standing for an
+ * empty one (RFC 4954, 4), or, without one, the answer to an empty challenge. */
+static enum result first_response(struct session *s, const char *initial)
+{
+    if (!initial)
+        return challenge(s, "");
+    return decode_response(s, strcmp(initial, "=") == 0 ? "" : initial);
+}
+
+/* Any failure costs a second and says no more than that it failed; the third ends the session. */
+static enum result auth_failed(struct session *s, const char *name)
+{
+    struct pollfd wake = {.fd = s->io.wake_fd, .events = POLLIN};
+    log_event(s, "authentication failed for \"%s\" from %s", name, s->peer);
+    poll(&wake, 1, AUTH_FAILURE_MS);
+    send_line(s, "535 Authentication failed");
+    if (++s->auth_failures >= AUTH_FAILURES)
+        return hang_up(s, "too many failed authentications");
+    return REFUSED;
+}
+
+static enum result auth_succeeded(struct session *s, const struct account *account, const char *mechanism)
+{
+    s->account = account;
+    send_line(s, "235 now authenticated as %s", account->name);
+    log_event(s, "authenticated as %s (%s)", account->name, mechanism);
+    return DONE; /* from here on, not before, the session counts as authenticated (5.1.2-b) */
+}
+
+static enum result auth_unavailable(struct session *s)
+{
+    send_line(s, "454 Temporary authentication failure");
+    return REFUSED;
+}
+
+/* ---- The mechanisms, each from its first line to its last ----
+ *
+ * What a wrong secret costs, an unknown name costs too, and an account of the wrong kind: all three take
+ * the same steps and differ in the last comparison only. */
+
+/* RFC 2195 (5.1.2-c). The response is the name, a blank and the digest. Who has only a verifier has no
+ * secret to compute a digest from, and fails. */
+static enum result auth_cram_md5(struct session *s, const char *initial)
+{
+    char text[CHALLENGE_MAX], digest[33], *theirs;
+    const struct account *account;
+    struct verifier verifier;
+    enum result got;
+    bool known;
+    if (initial) {
+        refuse(s, "501 In CRAM-MD5 the server speaks first");
+        return REFUSED;
+    }
+    if (!cram_md5_challenge(text, sizeof text, s->name))
+        return auth_unavailable(s);
+    got = challenge(s, text);
+    if (got != DONE)
+        return got;
+    theirs = strrchr(s->response, ' ');
+    if (!theirs || strlen(s->response) != (size_t)s->response_len || strlen(theirs + 1) != 32)
+        return auth_failed(s, "");
+    *theirs++ = '\0';
+    account = account_find(s->accounts, s->response);
+    known = account && !account_verifier(account, &verifier);
+    if (cram_md5_digest(digest, known ? account->secret : NOBODYS_SECRET, text) &&
+        CRYPTO_memcmp(digest, theirs, 32) == 0 && known) {
+        s->io.line_records = true; /* it may be fetchmail, which knows no other mechanism */
+        return auth_succeeded(s, account, "CRAM-MD5");
+    }
+    return auth_failed(s, s->response);
+}
+
+/* The keys that a name's proof is checked against. An unknown name gets a salt too, the same one as long as
+ * this program runs, and a secret that nobody has; so the client cannot tell. Every call costs one PBKDF2.
+ * (Who comes back after a restart can tell a verifier's salt, which stays, from the others.) */
+static bool keys_for(struct session *s, const char *name, struct verifier *v)
+{
+    const struct account *account = account_find(s->accounts, name);
+    struct scram_keys wasted;
+    bool stored = account_verifier(account, v);
+    if (!stored) {
+        v->iterations = SCRAM_ITERATIONS;
+        v->salt_len = 16;
+        if (!HMAC(EVP_sha256(), s->provider->salt_key, sizeof s->provider->salt_key, (const unsigned char *)name,
+                  strlen(name), v->salt, NULL))
+            return false;
+    }
+    return scram_keys(stored ? &wasted : &v->keys, account ? account->secret : NOBODYS_SECRET, v->salt, v->salt_len,
+                      v->iterations);
+}
+
+/* RFC 4616: authorization identity, NUL, name, NUL, secret. Only inside TLS. */
+static enum result auth_plain(struct session *s, const char *initial)
+{
+    const char *identity = s->response, *name, *secret, *end;
+    const struct account *account;
+    struct verifier v;
+    struct scram_keys keys;
+    enum result got;
+    s->hide_response = true;
+    got = first_response(s, initial);
+    s->hide_response = false;
+    if (got != DONE)
+        return got;
+    end = s->response + s->response_len;
+    name = identity + strlen(identity) + 1;
+    secret = name < end ? name + strlen(name) + 1 : end + 1;
+    if (secret > end || secret + strlen(secret) != end)
+        return auth_failed(s, "");
+    account = account_find(s->accounts, name);
+    if (!keys_for(s, name, &v) || !scram_keys(&keys, secret, v.salt, v.salt_len, v.iterations))
+        return auth_unavailable(s);
+    OPENSSL_cleanse((char *)secret, strlen(secret));
+    if (CRYPTO_memcmp(keys.stored, v.keys.stored, sizeof keys.stored) == 0 && account &&
+        (*identity == '\0' || strcmp(identity, name) == 0))
+        return auth_succeeded(s, account, "PLAIN");
+    return auth_failed(s, name);
+}
+
+/* RFC 4422, appendix A: who one is, TLS has shown; the account is the one that the certificate names. */
+static enum result auth_external(struct session *s, const char *initial)
+{
+    const struct account *account = NULL;
+    X509 *certificate;
+    char *name = NULL;
+    enum result got = first_response(s, initial);
+    if (got != DONE)
+        return got;
+    certificate = SSL_get1_peer_certificate(s->io.tls);
+    for (int i = 0; !account && certificate && (name = certificate_name(certificate, i)); i++) {
+        account = account_find(s->accounts, name);
+        if (account && s->response_len > 0 && strcmp(s->response, name) != 0)
+            account = NULL; /* an authorization identity that is not this account */
+        OPENSSL_free(name);
+    }
+    X509_free(certificate);
+    if (account)
+        return auth_succeeded(s, account, "EXTERNAL");
+    return auth_failed(s, s->response_len > 0 ? s->response : "the certificate's name");
+}
+
+/* What the client's first SCRAM message says, and what is made of it. */
+struct scram_exchange {
+    bool plus;                        /* the mechanism's name ends in -PLUS */
+    char header[MAILBOX_MAX + 64];    /* the GS2 header: it comes again, in base64, behind c= */
+    char bare[CHALLENGE_MAX];         /* the rest of the client's first message */
+    char name[MAILBOX_MAX];           /* the account's */
+    char nonce[CHALLENGE_MAX];        /* both halves */
+    char server_first[CHALLENGE_MAX]; /* our challenge */
+    char auth_message[4 * CHALLENGE_MAX];
+    unsigned char binding[EVP_MAX_MD_SIZE];
+    size_t binding_len;
+};
+
+/* RFC 5802, 6: what the client says of channel binding. p: it uses it; n: it cannot; y: it can, but thinks
+ * that we cannot. Inside TLS we offered it, so a y there means that somebody on the way took it out of
+ * our offer: a downgrade. */
+static bool scram_flag_right(struct session *s, struct scram_exchange *x, const char *flag)
+{
+    if (strncmp(flag, "p=", 2) == 0 && x->plus) {
+        x->binding_len = channel_binding(s->io.tls, true, flag + 2, x->binding);
+        return x->binding_len > 0;
+    }
+    return !x->plus && (strcmp(flag, "n") == 0 || (strcmp(flag, "y") == 0 && !s->io.tls));
+}
+
+/* "=2C" and "=3D" in a name stand for a comma and an equals sign; no other "=" may stand there. */
+static bool scram_name(char *name)
+{
+    char *to = name;
+    for (; *name; name++) {
+        if (*name != '=') {
+            *to++ = *name;
+        } else if (strncmp(name, "=2C", 3) == 0 || strncmp(name, "=3D", 3) == 0) {
+            *to++ = name[1] == '2' ? ',' : '=';
+            name += 2;
+        } else {
+            return false;
+        }
+    }
+    *to = '\0';
+    return true;
+}
+
+/* flag "," [ "a=" authorization identity ] "," "n=" name "," "r=" nonce */
+static bool scram_client_first(struct session *s, struct scram_exchange *x)
+{
+    char *flag = s->response, *identity, *bare;
+    if (strlen(flag) != (size_t)s->response_len || !(identity = strchr(flag, ',')) ||
+        !(bare = strchr(identity + 1, ',')) || (size_t)(bare + 1 - flag) >= sizeof x->header)
+        return false;
+    memcpy(x->header, flag, (size_t)(bare + 1 - flag));
+    x->header[bare + 1 - flag] = '\0';
+    *identity++ = *bare++ = '\0';
+    if ((size_t)snprintf(x->bare, sizeof x->bare, "%s", bare) >= sizeof x->bare || strncmp(bare, "n=", 2) != 0 ||
+        !scram_attribute(bare, 'n', x->name, sizeof x->name) || !scram_name(x->name) ||
+        !scram_attribute(bare, 'r', x->nonce, NONCE_MAX) || x->nonce[0] == '\0')
+        return false;
+    if (*identity && (strncmp(identity, "a=", 2) != 0 || !scram_name(identity + 2) ||
+                      strcmp(identity + 2, x->name) != 0))
+        return false; /* to act for somebody else is not offered */
+    return scram_flag_right(s, x, flag);
+}
+
+/* "c=" header and channel "," "r=" nonce "," "p=" proof: the first two must be what they were, and the
+ * proof must be made of the right secret. */
+static bool scram_proof_right(struct session *s, struct scram_exchange *x, const struct verifier *v)
+{
+    char bound[sizeof x->header + EVP_MAX_MD_SIZE], wanted[BASE64_SIZE(sizeof bound) + 1];
+    char value[BASE64_SIZE(sizeof bound) + 1], *proof = strstr(s->response, ",p="), decoded[64];
+    unsigned char client[32], stored[32];
+    size_t n = strlen(x->header);
+    if (!proof || strlen(s->response) != (size_t)s->response_len)
+        return false;
+    *proof = '\0';
+    memcpy(bound, x->header, n);
+    memcpy(bound + n, x->binding, x->binding_len);
+    base64_encode(wanted, bound, n + x->binding_len);
+    if (!scram_attribute(s->response, 'c', value, sizeof value) || strcmp(value, wanted) != 0 ||
+        !scram_attribute(s->response, 'r', value, sizeof value) || strcmp(value, x->nonce) != 0 ||
+        (size_t)snprintf(x->auth_message, sizeof x->auth_message, "%s,%s,%s", x->bare, x->server_first,
+                         s->response) >= sizeof x->auth_message)
+        return false;
+    return base64_decode(decoded, sizeof decoded, proof + 3) == 32 &&
+           scram_mask(&v->keys, x->auth_message, (unsigned char *)decoded, client) &&
+           EVP_Digest(client, sizeof client, stored, NULL, EVP_sha256(), NULL) == 1 &&
+           CRYPTO_memcmp(stored, v->keys.stored, sizeof stored) == 0;
+}
+
+/* Our half of the nonce, the salt and the count: the challenge. */
+static bool scram_server_first(struct scram_exchange *x, const struct verifier *v)
+{
+    unsigned char random[18];
+    char salt[BASE64_SIZE(SALT_MAX) + 1];
+    size_t n = strlen(x->nonce);
+    if (RAND_bytes(random, sizeof random) != 1)
+        return false;
+    base64_encode(x->nonce + n, random, sizeof random);
+    base64_encode(salt, v->salt, v->salt_len);
+    return (size_t)snprintf(x->server_first, sizeof x->server_first, "r=%s,s=%s,i=%d", x->nonce, salt,
+                            v->iterations) < sizeof x->server_first;
+}
+
+/* RFC 5802, RFC 7677: client-first, server-first, client-final, server-final. SMTP has no success reply with
+ * data, so server-final is a challenge too, answered by an empty response (RFC 4954, 4). */
+static enum result auth_scram(struct session *s, const char *initial, bool plus)
+{
+    struct scram_exchange x = {.plus = plus};
+    struct verifier v;
+    unsigned char signature[32];
+    char final[64] = "v=";
+    enum result got = first_response(s, initial);
+    if (got != DONE)
+        return got;
+    if (!scram_client_first(s, &x))
+        return auth_failed(s, x.name);
+    if (!keys_for(s, x.name, &v) || !scram_server_first(&x, &v))
+        return auth_unavailable(s);
+    got = challenge(s, x.server_first);
+    if (got != DONE)
+        return got;
+    if (!scram_proof_right(s, &x, &v) || !account_find(s->accounts, x.name))
+        return auth_failed(s, x.name);
+    if (!hmac_sha256(v.keys.server, sizeof v.keys.server, x.auth_message, signature))
+        return auth_unavailable(s);
+    base64_encode(final + 2, signature, sizeof signature);
+    got = challenge(s, final);
+    if (got != DONE)
+        return got;
+    return s->response_len > 0 ? auth_failed(s, x.name)
+                               : auth_succeeded(s, account_find(s->accounts, x.name),
+                                                plus ? "SCRAM-SHA-256-PLUS" : "SCRAM-SHA-256");
+}
+
+/* ---- Which of them, and when ----
+ *
+ * CRAM-MD5 is what every pair has in common (5.1.2-c); others may stand beside it (5.1.2-d), and a stronger
+ * one takes a line here and a function above (8-b). */
+
+/* In the clear only what does not reveal the secret; what is bound to TLS only inside it; EXTERNAL only
+ * for a certificate that verified (5.1.2-f); CRAM-MD5 unless the site has given it up (5.1.2-e). */
+static bool mechanism_offered(const struct session *s, enum mechanism m)
+{
+    switch (m) {
+    case CRAM_MD5:
+        return !s->provider->no_cram_md5;
+    case SCRAM:
+        return true;
+    case SCRAM_PLUS:
+    case PLAIN:
+        return s->io.tls != NULL;
+    case EXTERNAL:
+        return s->provider->client_ca && certificate_verified(s->io.tls);
+    default:
+        return false;
+    }
+}
+
+/* 5.1.1: EHLO is ESMTP's (5.1.1-a), and lists AUTH and ATRN in every state (5.1.1-b). */
+static void ehlo_command(struct session *s)
+{
+    char list[128] = "";
+    if (!s->argument || strchr(s->argument, ' ')) {
+        refuse(s, "501 EHLO takes the name of the host");
+        return;
+    }
+    snprintf(s->peer_name, sizeof s->peer_name, "%s", s->argument);
+    s->greeted = true;
+    for (enum mechanism m = NO_MECHANISM + 1; m < MECHANISMS; m++)
+        if (mechanism_offered(s, m)) {
+            strcat(list, " ");
+            strcat(list, mechanism_name[m]);
+        }
+    send_line(s, "250-%s", s->name);
+    send_line(s, "250-AUTH%s", list);
+    if (s->tls_context && !s->io.tls && s->state == INITIAL)
+        send_line(s, "250-STARTTLS");
+    send_line(s, "250 ATRN");
+}
+
+/* AUTH is RFC 4954's (5.1.2-a). DONE: authenticated. REFUSED: not, try again. LATER: the session is over. */
+static enum result auth_command(struct session *s)
+{
+    char *initial = s->argument ? strchr(s->argument, ' ') : NULL;
+    enum mechanism m;
+    if (!s->greeted) {
+        refuse(s, "503 EHLO first");
+        return REFUSED;
+    }
+    if (!s->argument) {
+        refuse(s, "501 AUTH takes the name of a mechanism");
+        return REFUSED;
+    }
+    if (initial)
+        *initial++ = '\0';
+    m = mechanism_named(s->argument);
+    if (s->provider->require_tls && !s->io.tls) {
+        refuse(s, "538 Encryption required: STARTTLS first");
+        return REFUSED;
+    }
+    if (m == PLAIN && !s->io.tls && s->tls_context) {
+        refuse(s, "538 Encryption required for this mechanism");
+        return REFUSED;
+    }
+    if (!mechanism_offered(s, m)) {
+        refuse(s, "504 Mechanism not offered");
+        return REFUSED;
+    }
+    switch (m) {
+    case CRAM_MD5:
+        return auth_cram_md5(s, initial);
+    case PLAIN:
+        return auth_plain(s, initial);
+    case EXTERNAL:
+        return auth_external(s, initial);
+    default:
+        return auth_scram(s, initial, m == SCRAM_PLUS);
+    }
+}
+
+/* RFC 3207. Afterwards nothing of what came before is known (4.2): no EHLO, no name, no half-read command.
+ * False: the session is over. */
+static bool starttls_command(struct session *s)
+{
+    SSL *tls;
+    if (!s->tls_context) {
+        refuse(s, "502 Command not implemented");
+    } else if (s->argument) {
+        refuse(s, "501 STARTTLS takes no argument");
+    } else if (s->io.tls || !s->greeted) {
+        refuse(s, s->io.tls ? "503 TLS is on already" : "503 EHLO first");
+    } else if (!(tls = stream_offer_tls(&s->io, s->tls_context, NULL))) {
+        refuse(s, "454 TLS not available just now");
+    } else {
+        if (stream_discard_input(&s->io))
+            log_event(s, "%s sent something behind STARTTLS in the clear; it is thrown away", s->peer);
+        send_line(s, "220 Ready to start TLS");
+        s->greeted = false;
+        snprintf(s->peer_name, sizeof s->peer_name, "unknown");
+        return stream_start_tls(&s->io, tls, NULL);
+    }
+    return true;
+}
+
+/* 5.1: connected, not authenticated. EHLO, AUTH and QUIT are valid (5.1-a); only AUTH leads on (5-a). */
+static enum result initial_state(struct session *s)
+{
+    enter_state(s, INITIAL);
+    send_line(s, "220 %s on-demand mail relay server ready", s->name);
+    for (;;) {
+        if (read_command(s) != DONE)
+            return LATER;
+        if (verb_is(s, "EHLO")) {
+            ehlo_command(s);
+        } else if (verb_is(s, "AUTH")) {
+            enum result got = auth_command(s);
+            if (got != REFUSED)
+                return got;
+        } else if (verb_is(s, "STARTTLS")) {
+            if (!starttls_command(s))
+                return LATER;
+        } else if (verb_is(s, "ATRN")) {
+            refuse(s, "530 Authentication required"); /* (5.2.1-b), whatever else is wrong with it */
+        } else if (quit_command(s)) {
+            return REFUSED;
+        } else if (!verb_is(s, "QUIT")) {
+            common_command(s);
+        }
+    }
+}
+
+/* ---- 5.2.1 ATRN ---- */
+
+/* The domains of this request (5.2.1-a), in lower case, each once, into s->domains; none named: all that
+ * the account has (5.2.1-d). False when the customer has no access to one of them. */
+static bool atrn_domains(struct session *s)
+{
+    const char *list = s->argument ? s->argument : s->account->domains;
+    size_t used = 0;
+    s->domains[0] = '\0';
+    for (const char *d = list;; d++) {
+        size_t len = strcspn(d, ",");
+        if (!domain_in_list(s->account->domains, d, len))
+            return false;
+        if (!domain_in_list(s->domains, d, len) && used + len + 2 < sizeof s->domains)
+            used += (size_t)snprintf(s->domains + used, sizeof s->domains - used, "%s%.*s",
+                                     used ? "," : "", (int)len, d);
+        d += len;
+        if (*d == '\0')
+            break;
+    }
+    lower_case(s->domains);
+    return true;
+}
+
+/* Claims the oldest message that can be sent. DONE: there it is, in *first. REFUSED: no mail. LATER: mail
+ * waits, but others are at work on all of it, or the queue cannot be read. */
+static enum result claim_next(struct session *s, struct backlog *b, struct message **claimed)
+{
+    enum result result = REFUSED;
+    struct message *m = malloc(sizeof *m);
+    *claimed = NULL;
+    if (!m)
+        return LATER;
+    while (b->next < b->count) {
+        enum result got = message_claim(m, b->queue, b->list[b->next].path);
+        b->next++;
+        if (got == DONE) {
+            *claimed = m;
+            return DONE;
+        }
+        if (got == LATER)
+            result = LATER;
+        if (m->held)
+            log_event(s, "held %s: %s", m->path, m->held);
+        message_close(m);
+    }
+    free(m);
+    return result;
+}
+
+/* (5.2.1-i) An account that asks again too soon: told to wait. The clock is set by an answer, not by a
+ * refusal, and outlives the session. */
+static bool asked_too_soon(struct session *s)
+{
+    struct provider *p = s->provider;
+    struct last_atrn *last;
+    bool soon = false;
+    if (p->interval == 0)
+        return false;
+    pthread_mutex_lock(&p->lock);
+    for (last = p->last_atrn; last && strcmp(last->name, s->account->name) != 0; last = last->next)
+        ;
+    if (last) {
+        soon = now_ms() - last->when < (int64_t)p->interval * 1000;
+    } else if ((last = malloc(sizeof *last))) {
+        last->name = strdup(s->account->name);
+        last->next = p->last_atrn;
+        if (last->name)
+            p->last_atrn = last;
+    }
+    if (last && !soon)
+        last->when = now_ms();
+    pthread_mutex_unlock(&p->lock);
+    return soon;
+}
+
+/* 5.2.1: DONE when the roles are to be reversed; then s->backlog and s->first hold what is to be sent. This
+ * is the only place that looks into the queue: no timer and no new mail ever starts a delivery (4-d). The
+ * codes are those of section 7 (7-a). */
+static enum result atrn_command(struct session *s)
+{
+    enum result got;
+    if (s->argument && !domain_list_valid(s->argument)) { /* (5.2.1-l) */
+        refuse(s, "501 ATRN takes domains, with commas and without blanks between them");
+        return REFUSED;
+    }
+    if (!atrn_domains(s)) { /* (5.2.1-e): not even for those it has access to; (5.2.1-f): 450 */
+        log_event(s, "ATRN refused: %s has no access to all of %s", s->account->name, s->argument);
+        send_line(s, "450 ATRN request refused");
+        return REFUSED;
+    }
+    if (asked_too_soon(s)) {
+        send_line(s, "450 ATRN request refused");
+        return REFUSED;
+    }
+    got = backlog_read(&s->backlog, s->provider->queue, s->domains);
+    if (got == DONE)
+        got = claim_next(s, &s->backlog, &s->first);
+    if (got == DONE) { /* (5.2.1-j) */
+        send_line(s, "250 OK now reversing the connection");
+        return DONE;
+    }
+    log_event(s, "ATRN %s: %s", s->domains, got == LATER ? "not now" : "no mail");
+    backlog_free(&s->backlog);
+    if (got == LATER)
+        send_line(s, "451 Unable to process ATRN request now"); /* (5.2.1-k) */
+    else
+        send_line(s, "453 You have no mail"); /* (5.2.1-g) */
+    return REFUSED;
+}
+
+/* 5.2: ATRN and QUIT are valid (5.2-a). Only ATRN leads on (5-a). */
+static enum result authenticated_state(struct session *s)
+{
+    enter_state(s, AUTHENTICATED);
+    s->io.deadline = 0;
+    for (;;) {
+        if (read_command(s) != DONE)
+            return LATER;
+        if (verb_is(s, "ATRN")) {
+            if (atrn_command(s) == DONE)
+                return DONE;
+        } else if (verb_is(s, "EHLO")) {
+            ehlo_command(s);
+        } else if (verb_is(s, "AUTH")) {
+            refuse(s, "503 Already authenticated as %s", s->account->name);
+        } else if (verb_is(s, "STARTTLS") && s->tls_context) {
+            refuse(s, "503 Too late for TLS, or on already");
+        } else if (quit_command(s)) {
+            return REFUSED;
+        } else if (!verb_is(s, "QUIT")) {
+            common_command(s);
+        }
+    }
+}
+
+/* ==== Failure notices ==================================================================================
+ *
+ * 4-e: who has accepted mail owns it until it is delivered or its sender has been told. What the customer
+ * refuses for good is returned: one notice (RFC 3461 to 3464) for all recipients of a message that were
+ * refused in this session. It is handed to the site's own MTA; only when that has taken it, the recipients
+ * leave the queue. Mail from the null sender is a notice itself, and nobody is told about that: it is set
+ * aside in the folder .Undeliverable of its domain, for a person to see.
+ *
+ * The replies are kept in a scratch file, one slot a recipient: 100,000 of them cost no memory. */
+
+/* A file without a name. */
+static FILE *scratch_file(void)
+{
+    FILE *file = tmpfile();
+    if (file)
+        fcntl(fileno(file), F_SETFD, FD_CLOEXEC);
+    return file;
+}
+
+/* Keeps the reason for the notice. Code 0: the reason is ours, not the customer's. */
+static bool keep_refusal(struct message *m, size_t i, const struct reply *r)
+{
+    char slot[REFUSAL_SIZE] = "", text[REFUSAL_SIZE - 5];
+    if (!m->refusals && !(m->refusals = scratch_file()))
+        return false;
+    escape(text, sizeof text, r->text);
+    snprintf(slot, sizeof slot, "%03d %s", r->code, text);
+    return fseeko(m->refusals, (off_t)(i * sizeof slot), SEEK_SET) == 0 &&
+           fwrite(slot, sizeof slot, 1, m->refusals) == 1 && fflush(m->refusals) == 0;
+}
+
+static bool recall_refusal(const struct message *m, size_t i, char slot[REFUSAL_SIZE])
+{
+    bool read = fseeko(m->refusals, (off_t)(i * REFUSAL_SIZE), SEEK_SET) == 0 &&
+                fread(slot, REFUSAL_SIZE, 1, m->refusals) == 1;
+    slot[REFUSAL_SIZE - 1] = '\0';
+    return read;
+}
+
+/* RFC 3463: the enhanced code that the reply starts with, or the little that its first digit tells. */
+static void write_status(FILE *out, const char *refusal)
+{
+    unsigned class, subject, detail;
+    char dot;
+    if (sscanf(refusal + 4, "%1u.%3u.%3u%c", &class, &subject, &detail, &dot) == 4 && dot == ' ' &&
+        (class == 4 || class == 5))
+        fprintf(out, "Status: %u.%u.%u\n", class, subject, detail);
+    else
+        fprintf(out, "Status: %c.0.0\n", refusal[0]);
+}
+
+/* RFC 3464, 2.3; with an address in UTF-8, RFC 6533. */
+static void write_recipient_fields(FILE *out, const struct session *s, const char *address, const char *refusal)
+{
+    fprintf(out, "\nFinal-Recipient: %s; %s\nAction: failed\n", ascii(address) ? "rfc822" : "utf-8", address);
+    write_status(out, refusal);
+    if (strncmp(refusal, "000", 3) == 0) {
+        fprintf(out, "Diagnostic-Code: x-odmr; %s\n", refusal + 4);
+        return;
+    }
+    if (s)
+        fprintf(out, "Remote-MTA: dns; %s\n", s->peer_name);
+    fprintf(out, "Diagnostic-Code: smtp; %s\n", refusal);
+    write_date(out, "Last-Attempt-Date: ", time(NULL));
+}
+
+/* Calls the writer for each refused recipient: the human part and the machine's part list the same. */
+static bool for_each_refused(FILE *out, const struct session *s, const struct message *m,
+                             void (*write_one)(FILE *, const struct session *, const char *, const char *))
+{
+    char address[MAILBOX_MAX + 2], refusal[REFUSAL_SIZE];
+    struct envelope_reader r;
+    envelope_open(&r, m->fd);
+    for (size_t i = 0; i < m->recipients && message_next_recipient(m, &r, address, sizeof address); i++) {
+        if (m->fate[i] != REJECTED)
+            continue;
+        if (!recall_refusal(m, i, refusal))
+            return false;
+        write_one(out, s, address, refusal);
+    }
+    return !r.wrong;
+}
+
+static void write_plain_words(FILE *out, const struct session *s, const char *address, const char *refusal)
+{
+    (void)s;
+    fprintf(out, "  <%s>\n      %s\n\n", address, strncmp(refusal, "000", 3) == 0 ? refusal + 10 : refusal);
+}
+
+/* The header of what is returned, not its body (RFC 3461, 6.3 lets us choose). */
+static void write_original_header(FILE *out, const struct message *m)
+{
+    char data[1024];
+    bool line_start = true;
+    off_t at = m->start;
+    ssize_t n;
+    while (at - m->start < NOTICE_HEADER_MAX && (n = pread(m->fd, data, sizeof data, at)) > 0) {
+        for (ssize_t i = 0; i < n; i++) {
+            if (data[i] == '\n' && line_start)
+                return;
+            if (data[i] != '\r')
+                fputc(data[i], out);
+            line_start = data[i] == '\n' || (line_start && data[i] == '\r');
+        }
+        at += n;
+    }
+    fputc('\n', out);
+}
+
+static void write_notice_top(FILE *out, const char *host, const struct message *m, const char *boundary, bool utf8)
+{
+    fprintf(out, "From: Mail Delivery System <MAILER-DAEMON@%s>\nTo: <%s>\n", host, m->sender);
+    fprintf(out, "Subject: Undelivered mail returned to its sender\n");
+    write_date(out, "Date: ", time(NULL));
+    fprintf(out, "Message-ID: <%s@%s>\nAuto-Submitted: auto-replied\nMIME-Version: 1.0\n", boundary, host);
+    fprintf(out, "Content-Type: multipart/report; report-type=%sdelivery-status;\n\tboundary=\"%s\"\n%s\n",
+            utf8 ? "global-" : "", boundary, utf8 ? "Content-Transfer-Encoding: 8bit\n" : "");
+}
+
+/* multipart/report (RFC 6522): for a person, for a program, and what it was about. */
+static bool write_notice(FILE *out, const char *host, const struct session *s, const struct message *m)
+{
+    bool utf8 = m->utf8 || m->utf8_recipients; /* then RFC 6533's types */
+    const char *eight_bit = utf8 ? "Content-Transfer-Encoding: 8bit\n" : "";
+    char boundary[48];
+    unsigned char random[12];
+    bool done;
+    if (RAND_bytes(random, sizeof random) != 1)
+        return false;
+    for (size_t i = 0; i < sizeof random; i++)
+        snprintf(boundary + 2 * i, 3, "%02x", random[i]);
+    write_notice_top(out, host, m, boundary, utf8);
+    fprintf(out, "--%s\nContent-Type: text/plain; charset=%s\n%s\n", boundary, utf8 ? "utf-8" : "us-ascii", eight_bit);
+    fprintf(out, "This is the mail relay at %s.\n\nYour message could not be delivered to the recipients below, and "
+                 "will not\nbe tried again. The reason stands below each of them. The header of your\nmessage is "
+                 "attached.\n\n", host);
+    done = for_each_refused(out, s, m, write_plain_words);
+    fprintf(out, "--%s\nContent-Type: message/%sdelivery-status\n%s\nReporting-MTA: dns; %s\n", boundary,
+            utf8 ? "global-" : "", eight_bit, host);
+    write_date(out, "Arrival-Date: ", m->arrived.tv_sec);
+    done = for_each_refused(out, s, m, write_recipient_fields) && done;
+    fprintf(out, "\n--%s\nContent-Type: %s\n%s\n", boundary, utf8 ? "message/global-headers" : "text/rfc822-headers",
+            eight_bit);
+    write_original_header(out, m);
+    fprintf(out, "\n--%s--\n", boundary);
+    return done && fflush(out) == 0 && !ferror(out);
+}
+
+/* Runs sendmail, without a shell; true: it has taken the notice. */
+static bool hand_over_notice(const struct provider *p, FILE *notice, const struct message *m, const struct session *s)
+{
+    char *const argv[] = {(char *)p->sendmail, "-i", "-f", "<>", "--", (char *)m->sender, NULL};
+    pid_t pid;
+    int problem, status;
+    rewind(notice);
+    problem = start_program(argv, fileno(notice), -1, &pid);
+    if (problem) {
+        log_event(s, "%s: %s; the notice about %s cannot be sent, and the message stays", p->sendmail, strerror(problem),
+                  m->path);
+        return false;
+    }
+    status = finish_program(pid, NOTICE_TIMEOUT);
+    if (status != 0)
+        log_event(s, "%s did not take the notice about %s (exit %d); the message stays", p->sendmail, m->path, status);
+    return status == 0;
+}
+
+/* The sender is told, or, where there is none, the message set aside. */
+static bool return_refused(const struct provider *p, const struct session *s, const struct message *m)
+{
+    FILE *notice;
+    bool done;
+    if (m->sender[0] == '\0') {
+        done = message_set_aside(m);
+        log_event(s, done ? "%s, from the null sender, is set aside in " UNDELIVERABLE
+                          : "%s, from the null sender, cannot be set aside, and stays", m->path);
+        return done;
+    }
+    notice = scratch_file();
+    done = notice && write_notice(notice, p->name, s, m);
+    if (!done)
+        log_event(s, "the notice about %s cannot be written (%s); the message stays", m->path, strerror(errno));
+    done = done && hand_over_notice(p, notice, m, s);
+    if (notice)
+        fclose(notice);
+    if (done)
+        log_event(s, "returned %s to <%s>", m->path, m->sender);
+    return done;
+}
+
+/* Nothing has left the queue until here. Now what was delivered goes, what was refused goes once its sender
+ * has been told, and what is still owed stays, alone. A crash in between costs a second copy, never a first. */
+static void message_settle(const struct provider *p, const struct session *s, struct message *m)
+{
+    size_t count[FATES] = {0};
+    for (size_t i = 0; i < m->recipients; i++)
+        count[m->fate[i]]++;
+    if (count[REJECTED] > 0 && return_refused(p, s, m)) {
+        for (size_t i = 0; i < m->recipients; i++)
+            if (m->fate[i] == REJECTED)
+                m->fate[i] = RETURNED;
+        count[RETURNED] = count[REJECTED];
+    }
+    if (count[DELIVERED] + count[RETURNED] == m->recipients) {
+        if (!message_remove(m))
+            log_event(s, "cannot remove %s (%s): it will be sent again", m->path, strerror(errno));
+        else if (count[DELIVERED] > 0)
+            log_event(s, "delivered %s, %llu octets", m->path, (unsigned long long)m->wire_size);
+    } else if (count[DELIVERED] + count[RETURNED] > 0 && !message_rewrite(m)) {
+        log_event(s, "cannot rewrite the envelope of %s (%s): all its recipients get it again", m->path, strerror(errno));
+    }
+}
+
+/* ==== The provider, 5.3: the client ===================================================================
+ *
+ * The connection has turned: the customer greets, the provider sends the mail. One sender does it, in
+ * whatever way the customer can take:
+ *
+ *   nothing offered   each command waits for its reply;
+ *   PIPELINING        MAIL, RCPT and DATA leave together, the end of one message with the start of the
+ *                     next: one wait a message (RFC 2920);
+ *   CHUNKING too      BDAT needs no go-ahead, so many messages are on their way at once (RFC 3030).
+ *
+ * What makes these one path: every command is noted in a FIFO of the replies it will bring, and replies
+ * are read from it in order, each settling what it was expected for. must_wait() is the rule, the only
+ * one, that says when. The FIFO is short: REPLIES_IN_FLIGHT replies of 512 octets fit into the receive
+ * buffer that the listener asked for, so the customer can always write its replies while we write mail,
+ * and two peers that block cannot deadlock. */
+
+struct transaction {
+    struct message *message;
+    size_t first, last;   /* the recipients of this transaction: first <= i < last */
+    size_t accepted;      /* how many of them the customer has taken */
+    unsigned outstanding; /* replies it still waits for */
+    bool open;            /* commands of it are still being written */
+    bool mail_refused;    /* MAIL failed, so nothing after it counts */
+    bool go_ahead;        /* DATA was answered with 354 */
+    struct reply verdict; /* of MAIL, when it failed */
+};
+
+enum expectation { FOR_RSET, FOR_MAIL, FOR_RCPT, FOR_DATA, FOR_CONTENT, FOR_QUIT };
+
+struct expected {
+    enum expectation what;
+    struct transaction *of;
+    size_t recipient;
+};
+
+struct sender {
+    struct session *s;
+    bool pipelining, chunking, eight_bit, utf8, size;
+    uint64_t size_limit; /* 0: none told */
+    bool unclean;        /* a transaction was left open on the other side: RSET before the next */
+    struct expected fifo[REPLIES_IN_FLIGHT];
+    size_t oldest, count;
+    size_t delivered, deferred, refused; /* recipients, for the log */
+    size_t messages;
+    uint64_t octets;
+};
+
+/* ---- What becomes of a message when its replies are in ---- */
+
+static void note_verdict(struct sender *x, struct message *m, size_t i, const struct reply *r)
+{
+    enum result result = reply_result(r);
+    if (result == REFUSED && !keep_refusal(m, i, r))
+        result = LATER; /* without the reason there could be no notice */
+    m->fate[i] = result == DONE ? DELIVERED : result == LATER ? DEFERRED : REJECTED;
+    if (result == DONE)
+        x->delivered++;
+    else if (result == LATER)
+        x->deferred++;
+    else
+        x->refused++;
+    if (result != DONE)
+        log_event(x->s, "%s: recipient %zu %s: %d %s", m->path, i + 1,
+                  result == LATER ? "deferred" : "refused", r->code, r->text);
+}
+
+/* All transactions of this message are settled, or the line is gone. */
+static void message_conclude(struct sender *x, struct message *m)
+{
+    bool taken = memchr(m->fate, DELIVERED, m->recipients) != NULL;
+    x->messages += taken;
+    x->octets += taken ? m->wire_size : 0;
+    message_settle(x->s->provider, x->s, m);
+    message_close(m);
+    free(m);
+}
+
+static void message_release(struct sender *x, struct message *m)
+{
+    if (--m->holders == 0)
+        message_conclude(x, m);
+}
+
+static void transaction_release(struct sender *x, struct transaction *t)
+{
+    if (!t || t->open || t->outstanding > 0)
+        return;
+    message_release(x, t->message);
+    free(t);
+}
+
+/* ---- Replies: each settles what the oldest command expects ---- */
+
+static void settle_mail(struct sender *x, struct transaction *t, const struct reply *r)
+{
+    t->mail_refused = reply_result(r) != DONE;
+    t->verdict = *r;
+    x->unclean = !t->mail_refused;
+}
+
+static void settle_recipient(struct sender *x, struct transaction *t, size_t i, const struct reply *r)
+{
+    if (t->mail_refused) {
+        note_verdict(x, t->message, i, &t->verdict);
+    } else if (reply_result(r) == DONE) {
+        t->message->fate[i] = ACCEPTED;
+        t->accepted++;
+    } else {
+        note_verdict(x, t->message, i, r);
+    }
+}
+
+/* The reply to DATA if it is not 354, to the last octet otherwise. A 2xx to the last octet is the moment
+ * when the responsibility passes to the customer (RFC 5321, 4.2.5); if the line drops right before it
+ * arrives, the customer has the message and we send it again: twice, but never not at all. */
+static void settle_content(struct sender *x, struct transaction *t, const struct reply *r)
+{
+    for (size_t i = t->first; i < t->last; i++)
+        if (t->message->fate[i] == ACCEPTED)
+            note_verdict(x, t->message, i, r);
+    x->unclean = reply_result(r) != DONE;
+}
+
+/* Two replies in 5xx that are no verdict on this mail. 503 complains about the order of commands (RFC 5321,
+ * 4.2.1), and comes when commands were on their way while an earlier one failed; 552 to RCPT is how servers
+ * of old say "too many recipients" (4.5.3.1.10). The mail stays, and is tried again. */
+static void forgive(struct reply *r, enum expectation what)
+{
+    if (r->code == 503 || (r->code == 552 && what == FOR_RCPT))
+        r->code = 450;
+}
+
+/* Reads one reply and settles the oldest command. LATER: the connection is of no more use. */
+static enum result settle_one(struct sender *x)
+{
+    struct expected e = x->fifo[x->oldest];
+    struct reply r;
+    if (read_reply(x->s, &r) != DONE)
+        return LATER;
+    if (r.code == 421) {
+        stream_break(&x->s->io, "the customer closes the service (421)");
+        return LATER;
+    }
+    x->oldest = (x->oldest + 1) % REPLIES_IN_FLIGHT;
+    x->count--;
+    forgive(&r, e.what);
+    switch (e.what) {
+    case FOR_MAIL:
+        settle_mail(x, e.of, &r);
+        break;
+    case FOR_RCPT:
+        settle_recipient(x, e.of, e.recipient, &r);
+        break;
+    case FOR_DATA:
+        e.of->go_ahead = r.code == 354;
+        if (r.code < 400 && r.code != 354)
+            r.code = 450; /* a 2xx here is nonsense; surely nothing was delivered */
+        if (!e.of->go_ahead)
+            settle_content(x, e.of, &r);
+        break;
+    case FOR_CONTENT:
+        settle_content(x, e.of, &r);
+        break;
+    case FOR_RSET:
+        x->unclean = false;
+        break;
+    case FOR_QUIT:
+        break;
+    }
+    if (e.of) {
+        e.of->outstanding--;
+        transaction_release(x, e.of);
+    }
+    return DONE;
+}
+
+/* The line is gone: whatever was expected will not come. Nothing is settled, so nothing leaves. */
+static void abandon(struct sender *x)
+{
+    while (x->count > 0) {
+        struct expected e = x->fifo[x->oldest];
+        x->oldest = (x->oldest + 1) % REPLIES_IN_FLIGHT;
+        x->count--;
+        if (e.of) {
+            e.of->outstanding--;
+            transaction_release(x, e.of);
+        }
+    }
+}
+
+static enum result settle_down_to(struct sender *x, size_t left)
+{
+    while (x->count > left)
+        if (settle_one(x) != DONE)
+            return LATER;
+    return DONE;
+}
+
+/* The one rule: how many replies may be left outstanding after this command. Without PIPELINING none.
+ * With it, DATA must be the last of its group (RFC 2920, 3.1), so there all are awaited. Otherwise we
+ * write on until the FIFO is full, and then make room for half of it. */
+static size_t may_stay_outstanding(const struct sender *x, enum expectation what)
+{
+    if (!x->pipelining || what == FOR_DATA || what == FOR_QUIT)
+        return 0;
+    return x->count < REPLIES_IN_FLIGHT ? x->count : REPLIES_IN_FLIGHT / 2;
+}
+
+/* Notes that the command just written will be answered, and waits if the rule says so. */
+static enum result expect(struct sender *x, enum expectation what, struct transaction *t, size_t recipient)
+{
+    x->fifo[(x->oldest + x->count++) % REPLIES_IN_FLIGHT] = (struct expected){what, t, recipient};
+    if (t)
+        t->outstanding++;
+    return settle_down_to(x, may_stay_outstanding(x, what));
+}
+
+/* ---- Commands ---- */
+
+static enum result send_data(struct sender *x, struct transaction *t)
+{
+    struct stream *io = &x->s->io;
+    send_line(x->s, "DATA");
+    if (expect(x, FOR_DATA, t, 0) != DONE)
+        return LATER;
+    if (!t->go_ahead)
+        return DONE;
+    /* RFC 2920, 3.1: a 354 although every RCPT failed must be honoured, with no content. */
+    if (t->accepted > 0 && !message_send(t->message, io, true)) {
+        stream_break(io, "a message in the queue could not be read to its end");
+        return LATER;
+    }
+    trace_line(x->s, PROVIDER, "... %llu octets of message ...",
+               t->accepted ? (unsigned long long)t->message->wire_size : 0ULL);
+    send_line(x->s, ".");
+    return expect(x, FOR_CONTENT, t, 0);
+}
+
+static enum result send_bdat(struct sender *x, struct transaction *t)
+{
+    send_line(x->s, "BDAT %llu LAST", (unsigned long long)t->message->wire_size);
+    if (!message_send(t->message, &x->s->io, false)) {
+        stream_break(&x->s->io, "a message in the queue could not be read to its end");
+        return LATER;
+    }
+    trace_line(x->s, PROVIDER, "... %llu octets of message ...", (unsigned long long)t->message->wire_size);
+    return expect(x, FOR_CONTENT, t, 0);
+}
+
+/* With what the customer wants to know beforehand (RFC 1870, RFC 6152, RFC 6531), when it is so. */
+static void send_mail_command(struct sender *x, const struct message *m)
+{
+    char size[32] = "";
+    if (x->size)
+        snprintf(size, sizeof size, " SIZE=%llu", (unsigned long long)m->wire_size);
+    send_line(x->s, "MAIL FROM:<%s>%s%s%s", m->sender, size, m->eight_bit && x->eight_bit ? " BODY=8BITMIME" : "",
+              (m->utf8 || m->utf8_recipients) && x->utf8 ? " SMTPUTF8" : "");
+}
+
+/* What this customer cannot take is not sent in breach of the standard, but returned. True, and why. */
+static bool customer_cannot_take(const struct sender *x, const struct message *m, const char *recipient, struct reply *why)
+{
+    why->code = 0;
+    if (x->size_limit > 0 && m->wire_size > x->size_limit)
+        snprintf(why->text, sizeof why->text, "5.3.4 The message has %llu octets; the recipient's server takes %llu",
+                 (unsigned long long)m->wire_size, (unsigned long long)x->size_limit);
+    else if (!x->utf8 && (m->utf8 || !ascii(recipient)))
+        snprintf(why->text, sizeof why->text, "5.6.7 An address or the header is in UTF-8, and the recipient's server "
+                                              "does not take that (SMTPUTF8)");
+    else if (!x->eight_bit && m->eight_bit)
+        snprintf(why->text, sizeof why->text, "5.6.3 The content has 8-bit octets, and the recipient's server does not "
+                                              "take them (8BITMIME)");
+    else
+        return false;
+    return true;
+}
+
+static void refuse_beforehand(struct sender *x, struct message *m)
+{
+    char address[MAILBOX_MAX + 2];
+    struct envelope_reader r;
+    struct reply why;
+    envelope_open(&r, m->fd);
+    for (size_t i = 0; i < m->recipients && message_next_recipient(m, &r, address, sizeof address); i++)
+        if (m->fate[i] == OWED && customer_cannot_take(x, m, address, &why))
+            note_verdict(x, m, i, &why);
+}
+
+/* The next recipient that is owed the message; *next is then the number behind it. */
+static bool next_owed(const struct message *m, struct envelope_reader *r, size_t *next, char *address, size_t size)
+{
+    while (*next < m->recipients && message_next_recipient(m, r, address, size))
+        if (m->fate[(*next)++] == OWED)
+            return true;
+    return false;
+}
+
+/* MAIL, RCPT ..., and the content: one transaction, for the recipient in address and at most 99 more from
+ * where the reader stands. RFC 5321 (4.5.3.1.8) obliges no server to take more than 100 at once. */
+static enum result send_transaction(struct sender *x, struct transaction *t, struct envelope_reader *r,
+                                    char address[MAILBOX_MAX + 2])
+{
+    struct message *m = t->message;
+    if (x->unclean && x->count == 0) {
+        send_line(x->s, "RSET");
+        if (expect(x, FOR_RSET, NULL, 0) != DONE)
+            return LATER;
+    }
+    send_mail_command(x, m);
+    if (expect(x, FOR_MAIL, t, 0) != DONE)
+        return LATER;
+    for (size_t n = 1;; n++) {
+        size_t i = t->last - 1;
+        if (t->mail_refused) {
+            note_verdict(x, m, i, &t->verdict);
+        } else {
+            send_line(x->s, "RCPT TO:<%s>", address);
+            if (expect(x, FOR_RCPT, t, i) != DONE)
+                return LATER;
+        }
+        if (n == RECIPIENTS_A_TRANSACTION || !next_owed(m, r, &t->last, address, MAILBOX_MAX + 2))
+            break;
+    }
+    if (x->count == 0 && (t->mail_refused || t->accepted == 0))
+        return DONE; /* all is answered and nobody wants it: no content */
+    return x->chunking ? send_bdat(x, t) : send_data(x, t);
+}
+
+/* The whole message, in as many transactions as its recipients need. */
+static enum result send_message(struct sender *x, struct message *m)
+{
+    char address[MAILBOX_MAX + 2];
+    struct envelope_reader r;
+    size_t next = 0;
+    enum result result = DONE;
+    m->holders = 1;
+    refuse_beforehand(x, m);
+    envelope_open(&r, m->fd);
+    while (result == DONE && next_owed(m, &r, &next, address, sizeof address)) {
+        struct transaction *t = calloc(1, sizeof *t);
+        if (!t) {
+            stream_break(&x->s->io, "out of memory");
+            result = LATER;
+            break;
+        }
+        *t = (struct transaction){.message = m, .first = next - 1, .last = next, .open = true};
+        m->holders++;
+        result = send_transaction(x, t, &r, address);
+        next = t->last;
+        t->open = false;
+        transaction_release(x, t);
+    }
+    message_release(x, m);
+    return result;
+}
+
+/* ---- The session in this state ---- */
+
+static void read_capabilities(struct sender *x, const struct reply *r)
+{
+    const char *size = reply_keyword(r, "SIZE");
+    x->pipelining = reply_keyword(r, "PIPELINING") != NULL;
+    x->chunking = x->pipelining && reply_keyword(r, "CHUNKING") != NULL;
+    x->eight_bit = reply_keyword(r, "8BITMIME") != NULL;
+    x->utf8 = reply_keyword(r, "SMTPUTF8") != NULL;
+    x->size = size != NULL;
+    x->size_limit = size && isdigit((unsigned char)*size) ? strtoull(size, NULL, 10) : 0;
+}
+
+/* 5.3-b: the customer greets; 5.3-c: then EHLO, or HELO where EHLO is not known. */
+static enum result greet_customer(struct sender *x)
+{
+    struct session *s = x->s;
+    struct reply r;
+    if (read_reply(s, &r) != DONE || r.code != 220)
+        return LATER;
+    send_line(s, "EHLO %s", s->name);
+    if (read_reply(s, &r) != DONE)
+        return LATER;
+    if (reply_result(&r) == DONE) {
+        read_capabilities(x, &r);
+        return DONE;
+    }
+    if (reply_result(&r) == LATER)
+        return LATER;
+    send_line(s, "HELO %s", s->name);
+    return read_reply(s, &r) == DONE && reply_result(&r) == DONE ? DONE : LATER;
+}
+
+/* 5.3: from here on the provider is the client (5.3-a). It works through what ATRN found, oldest first, says
+ * QUIT (5-b) and leaves. Nothing that is in the queue by then has been touched without a reply. */
+static void reversed_state(struct session *s)
+{
+    struct sender x = {.s = s};
+    enum result result;
+    enter_state(s, REVERSED);
+    s->io.wake_fd = -1; /* a shutdown lets the message under way finish */
+    s->io.waits = 0;
+    result = greet_customer(&x);
+    while (result == DONE && s->first && !atomic_load(&s->provider->stopping)) {
+        struct message *m = s->first;
+        s->first = NULL;
+        result = send_message(&x, m);
+        if (result == DONE && !atomic_load(&s->provider->stopping))
+            claim_next(s, &s->backlog, &s->first);
+    }
+    if (settle_down_to(&x, 0) == DONE && !s->io.broken) { /* when the customer hears QUIT, the queue shows what it took */
+        send_line(s, "QUIT");
+        result = expect(&x, FOR_QUIT, NULL, 0);
+    }
+    abandon(&x);
+    if (s->first) {
+        message_close(s->first);
+        free(s->first);
+        s->first = NULL;
+    }
+    backlog_free(&s->backlog);
+    log_event(s, "%s: %zu messages, %llu octets, recipients: %zu delivered, %zu deferred, %zu refused; %lu waits",
+              s->account->name, x.messages, (unsigned long long)x.octets, x.delivered, x.deferred, x.refused,
+              s->io.waits);
+    if (result != DONE)
+        log_event(s, "the reversed session ended early: %s; what is not delivered stays queued",
+                  s->io.broken ? s->io.broken : "the customer does not take mail");
+}
+
+/* --tls-listen: TLS from the first octet. */
+static bool tls_at_once(struct session *s)
+{
+    SSL *tls = stream_offer_tls(&s->io, s->tls_context, NULL);
+    return tls && stream_start_tls(&s->io, tls, NULL);
+}
+
+/* (4-b): authenticate, ask, turn, and SMTP on the same connection. */
+void provider_session(struct session *s)
+{
+    log_event(s, "%s connected", s->peer);
+    s->io.wake_fd = s->provider->wake_fd;
+    s->io.deadline = now_ms() + (int64_t)s->provider->login_timeout * 1000;
+    if ((!s->tls_at_once || tls_at_once(s)) && initial_state(s) == DONE &&
+        authenticated_state(s) == DONE)
+        reversed_state(s);
+    log_event(s, "%s disconnected%s%s", s->peer, s->io.broken ? ": " : "", s->io.broken ? s->io.broken : "");
+    stream_close(&s->io);
+}
+
+/* ==== The caretaker ====================================================================================
+ *
+ * A thread that looks through the queue now and then: debris goes, and so does what nobody has collected
+ * for --max-age days, back to its sender. It never delivers anything: 4-d, that is done on request only. */
+
+/* Returns one message, if it is too old and nobody is at work on it. */
+static void expire_message(const struct provider *p, const char *path)
+{
+    struct reply why = {.code = 0};
+    struct message m;
+    snprintf(why.text, sizeof why.text, "4.4.7 The recipient's server has not collected the message for %d days", p->max_age);
+    if (message_claim(&m, p->queue, path) == DONE) {
+        for (size_t i = 0; i < m.recipients; i++)
+            if (m.fate[i] == OWED && keep_refusal(&m, i, &why))
+                m.fate[i] = REJECTED;
+        log_event(NULL, "%s: not collected for %d days", path, p->max_age);
+        message_settle(p, NULL, &m);
+    }
+    message_close(&m);
+}
+
+static bool care_for_domain(void *context, int queue, const char *domain)
+{
+    const struct provider *p = context;
+    int64_t oldest = time(NULL) - (int64_t)p->max_age * 86400;
+    struct backlog b;
+    clean_domain(NULL, queue, domain);
+    if (p->max_age > 0 && backlog_read(&b, queue, domain) == DONE) {
+        for (size_t i = 0; i < b.count && b.list[i].second <= oldest && !atomic_load(&p->stopping); i++)
+            expire_message(p, b.list[i].path);
+        backlog_free(&b);
+    }
+    return !atomic_load(&p->stopping);
+}
+
+static void *caretaker(void *argument)
+{
+    struct provider *p = argument;
+    struct pollfd wake = {.fd = p->wake_fd, .events = POLLIN};
+    do
+        for_each_domain(p->queue, care_for_domain, p);
+    while (poll(&wake, 1, CARE_INTERVAL * 1000) == 0);
+    return NULL;
+}
+
+/* ==== Delivery into a Maildir =========================================================================
+ *
+ * Used by the customer and by enqueue, which write what the provider reads: the envelope on top, then
+ * the message. A delivery is one file in tmp; it becomes mail when it is on disk and renamed into new,
+ * and the directory that says so is on disk too (RFC 5321, 6.1: what was accepted must not be lost). */
+
+static atomic_uint deliveries; /* of this process: the part of a file's name that no clock makes unique */
+
+bool delivery_open(struct delivery *d, int queue, const char *domain)
+{
+    struct timespec t;
+    char host[64] = "localhost", path[DELIVERY_PATH];
+    int fd;
+    *d = (struct delivery){.queue = queue};
+    gethostname(host, sizeof host - 1);
+    for (char *p = host; *p; p++)
+        if (*p == '/' || *p == ':')
+            *p = '_';
+    clock_gettime(CLOCK_REALTIME, &t);
+    snprintf(d->domain, sizeof d->domain, "%s", domain);
+    lower_case(d->domain);
+    snprintf(d->name, sizeof d->name, "%lld.M%06ldP%ldQ%u.%s", (long long)t.tv_sec, t.tv_nsec / 1000,
+             (long)getpid(), atomic_fetch_add(&deliveries, 1), host);
+    if (!maildir_make(queue, d->domain))
+        return false;
+    snprintf(path, sizeof path, "%s/tmp/%s", d->domain, d->name);
+    fd = openat(queue, path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    d->file = fd < 0 ? NULL : fdopen(fd, "w");
+    if (!d->file && fd >= 0) {
+        close(fd);
+        unlinkat(queue, path, 0);
+    }
+    return d->file != NULL;
+}
+
+void delivery_discard(struct delivery *d)
+{
+    char path[DELIVERY_PATH];
+    if (d->file)
+        fclose(d->file);
+    d->file = NULL;
+    snprintf(path, sizeof path, "%s/tmp/%s", d->domain, d->name);
+    unlinkat(d->queue, path, 0);
+}
+
+bool delivery_finish(struct delivery *d)
+{
+    char from[DELIVERY_PATH], to[DELIVERY_PATH], box[DELIVERY_PATH];
+    bool done = fflush(d->file) == 0 && !ferror(d->file) && fsync(fileno(d->file)) == 0;
+    done = fclose(d->file) == 0 && done;
+    d->file = NULL;
+    snprintf(from, sizeof from, "%s/tmp/%s", d->domain, d->name);
+    snprintf(to, sizeof to, "%s/new/%s", d->domain, d->name);
+    snprintf(box, sizeof box, "%s/new", d->domain);
+    if (done && renameat(d->queue, from, d->queue, to) == 0) {
+        if (sync_directory(d->queue, box))
+            return true;
+        unlinkat(d->queue, to, 0); /* not known to be safe: the sender keeps it */
+        return false;
+    }
+    unlinkat(d->queue, from, 0);
+    return false;
+}
+
+/* ==== The customer, after the reversal: the server ====================================================
+ *
+ * A small SMTP server that believes nobody. What it has answered 250 for is on disk. */
+
+struct receiver {
+    struct session *s;
+    const char *domains; /* those we asked for; "" for all that the account has */
+    const char *stranger; /* the demo's: a mailbox that is not here; NULL: whoever it is, we take the mail */
+    int queue;
+    bool greeted, esmtp, in_mail, unopened;
+    char sender[MAILBOX_MAX + 2];
+    char **recipients;
+    size_t count;
+    struct delivery deliveries[DOMAINS_A_MESSAGE];
+    size_t files;
+    size_t messages, unwritten;
+    uint64_t octets;
+    bool done;
+};
+
+/* The content on its way to disk: line ends become LF, DATA's dots are undone, and whatever is not a
+ * line end as SMTP knows it is noticed. Only CRLF ends a line: a bare CR or LF is how one peer's end of
+ * message is smuggled into the middle of another's (RFC 5321, 2.3.8 and 4.1.1.4). */
+struct content {
+    struct receiver *to;
+    enum { AT_LINE_START, AFTER_DOT, AFTER_DOT_CR, IN_TEXT, AFTER_TEXT_CR } state;
+    bool dots;  /* DATA: a lone dot ends it. BDAT: dots mean nothing */
+    bool ended; /* the lone dot came */
+    bool bare;  /* a CR or LF by itself */
+    bool in_body;
+    size_t column, trace_fields;
+    char name[10]; /* the start of this header line, to count Received fields */
+};
+
+static void content_write(struct content *c, const char *data, size_t len)
+{
+    for (size_t i = 0; i < c->to->files; i++)
+        if (c->to->deliveries[i].file)
+            fwrite(data, 1, len, c->to->deliveries[i].file);
+}
+
+/* Text of one line, without its end. */
+static void content_text(struct content *c, const char *data, size_t len)
+{
+    if (!c->in_body && c->column < sizeof c->name - 1) {
+        size_t part = sizeof c->name - 1 - c->column;
+        memcpy(c->name + c->column, data, len < part ? len : part);
+    }
+    c->column += len;
+    content_write(c, data, len);
+}
+
+static void content_line_end(struct content *c)
+{
+    if (!c->in_body && c->column >= 9 && strncasecmp(c->name, "Received:", 9) == 0)
+        c->trace_fields++;
+    if (c->column == 0)
+        c->in_body = true;
+    c->column = 0;
+    content_write(c, "\n", 1);
+}
+
+/* Takes what it can from the peer's octets; returns how many it took. Stops behind the lone dot. */
+static size_t content_take(struct content *c, const char *data, size_t len)
+{
+    size_t i = 0;
+    while (i < len && !c->ended) {
+        size_t run = 0;
+        switch (c->state) {
+        case AT_LINE_START:
+            c->state = IN_TEXT;
+            if (c->dots && data[i] == '.') {
+                c->state = AFTER_DOT;
+                i++;
+            }
+            break;
+        case AFTER_DOT: /* a dot that did not end the message is gone; the rest of the line is text */
+            c->state = data[i] == '\r' ? AFTER_DOT_CR : IN_TEXT;
+            i += data[i] == '\r';
+            break;
+        case AFTER_DOT_CR:
+            c->ended = data[i] == '\n';
+            c->bare |= !c->ended;
+            i += c->ended;
+            c->state = IN_TEXT;
+            break;
+        case IN_TEXT:
+            while (i + run < len && data[i + run] != '\r' && data[i + run] != '\n')
+                run++;
+            content_text(c, data + i, run);
+            i += run;
+            if (i < len) {
+                c->bare |= data[i] == '\n';
+                c->state = data[i] == '\r' ? AFTER_TEXT_CR : IN_TEXT;
+                i++;
+            }
+            break;
+        case AFTER_TEXT_CR:
+            if (data[i] == '\n') {
+                content_line_end(c);
+                c->state = AT_LINE_START;
+                i++;
+            } else {
+                c->bare = true;
+                c->state = IN_TEXT;
+            }
+            break;
+        }
+    }
+    return i;
+}
+
+static void forget_transaction(struct receiver *rx)
+{
+    for (size_t i = 0; i < rx->count; i++)
+        free(rx->recipients[i]);
+    rx->count = 0;
+    rx->in_mail = false;
+}
+
+/* Fields on top: whose mail it was and for whom (RFC 5321, 4.4), then who received it, how and when. */
+static void write_trace_fields(const struct receiver *rx, struct delivery *d)
+{
+    const struct session *s = rx->s;
+    fprintf(d->file, "Return-Path: <%s>\n", rx->sender);
+    for (size_t i = 0; i < rx->count; i++)
+        if (strcasecmp(mailbox_domain(rx->recipients[i]), d->domain) == 0)
+            fprintf(d->file, "Delivered-To: %s\n", rx->recipients[i]);
+    fprintf(d->file, "Received: from %s (%s)\n\tby %s with %s%s (odmr, RFC 2645);\n", s->peer_name, s->peer, s->name,
+            rx->esmtp ? "ESMTP" : "SMTP", s->io.tls ? "S" : "");
+    write_date(d->file, "\t", time(NULL));
+}
+
+/* One file for each domain that has a recipient. */
+static bool open_deliveries(struct receiver *rx)
+{
+    rx->files = 0;
+    for (size_t i = 0; i < rx->count; i++) {
+        const char *domain = mailbox_domain(rx->recipients[i]);
+        size_t f = 0;
+        while (f < rx->files && strcasecmp(rx->deliveries[f].domain, domain) != 0)
+            f++;
+        if (f < rx->files)
+            continue;
+        if (f == DOMAINS_A_MESSAGE || !delivery_open(&rx->deliveries[f], rx->queue, domain))
+            return false;
+        rx->files++;
+        write_trace_fields(rx, &rx->deliveries[f]);
+    }
+    return true;
+}
+
+static void discard_deliveries(struct receiver *rx)
+{
+    for (size_t i = 0; i < rx->files; i++)
+        delivery_discard(&rx->deliveries[i]);
+    rx->files = 0;
+}
+
+static bool finish_deliveries(struct receiver *rx)
+{
+    bool done = true;
+    for (size_t i = 0; i < rx->files; i++) {
+        if (done)
+            done = delivery_finish(&rx->deliveries[i]);
+        else
+            delivery_discard(&rx->deliveries[i]);
+    }
+    rx->files = 0;
+    return done;
+}
+
+/* On a terminal, a line that tells how far the session is. */
+static void show_progress(struct session *s, size_t messages, uint64_t octets)
+{
+    int64_t now = s->progress ? now_ms() : 0;
+    if (!s->progress || now - s->last_progress < PROGRESS_MS)
+        return;
+    s->last_progress = now;
+    fprintf(stderr, "\rodmr: %zu messages, %llu octets ", messages, (unsigned long long)octets);
+}
+
+/* The end of it, and the line that stays. */
+static void show_summary(const struct session *s, const char *what, size_t messages, uint64_t octets)
+{
+    if (s->progress && s->last_progress > 0)
+        fprintf(stderr, "\r%*s\r", PROGRESS_WIDTH, "");
+    if (!s->quiet)
+        log_event(s, "%zu messages, %llu octets %s", messages, (unsigned long long)octets, what);
+}
+
+/* The end of the content: the only place that takes responsibility for a message. */
+static void answer_content(struct receiver *rx, struct content *c, bool opened)
+{
+    struct session *s = rx->s;
+    if (!c->dots && c->state != AT_LINE_START) { /* BDAT need not end with a line end; a file does */
+        c->bare |= c->state == AFTER_TEXT_CR;
+        content_line_end(c);
+    }
+    if (c->bare) {
+        send_line(s, "550 5.6.0 A CR or LF by itself is no line end; message refused");
+        discard_deliveries(rx);
+    } else if (c->trace_fields > TRACE_FIELDS_MAX) {
+        send_line(s, "554 5.4.6 Too many hops");
+        discard_deliveries(rx);
+    } else if (!opened || !finish_deliveries(rx)) {
+        log_event(s, "cannot write the message (%s); it stays with the provider", strerror(errno));
+        send_line(s, "452 4.3.1 Cannot write the message now");
+        discard_deliveries(rx);
+        rx->unwritten++;
+    } else {
+        send_line(s, "250 2.0.0 OK, message stored");
+        rx->messages++;
+    }
+    forget_transaction(rx);
+}
+
+static bool data_command(struct receiver *rx)
+{
+    struct session *s = rx->s;
+    struct content c = {.to = rx, .dots = true};
+    const char *data;
+    uint64_t before = rx->octets;
+    size_t len;
+    bool opened;
+    if (rx->count == 0) {
+        send_line(s, "503 5.5.1 RCPT first");
+        return true;
+    }
+    opened = open_deliveries(rx);
+    send_line(s, "354 The message, then a dot on a line by itself");
+    while (!c.ended) {
+        if (!stream_peek(&s->io, &data, &len)) {
+            discard_deliveries(rx);
+            return false;
+        }
+        len = content_take(&c, data, len);
+        stream_skip(&s->io, len);
+        rx->octets += len;
+        show_progress(s, rx->messages, rx->octets);
+    }
+    trace_line(s, PROVIDER, "... %llu octets of message ...", (unsigned long long)(rx->octets - before - 3));
+    trace_line(s, PROVIDER, ".");
+    answer_content(rx, &c, opened);
+    return true;
+}
+
+/* RFC 3030: the octets follow whatever we think of them, so they are read before anything is answered. */
+static bool bdat_command(struct receiver *rx, struct content *c)
+{
+    struct session *s = rx->s;
+    char *end = NULL;
+    uint64_t left = s->argument && isdigit((unsigned char)*s->argument) ? strtoull(s->argument, &end, 10) : 0;
+    bool last = end && strcasecmp(end, " LAST") == 0, fresh = c->to == NULL, wanted = rx->count > 0;
+    if (!end || (!last && *end != '\0')) {
+        send_line(s, "501 5.5.4 BDAT takes a number of octets, and LAST");
+        return false; /* what follows would be taken for commands */
+    }
+    if (fresh) {
+        *c = (struct content){.to = rx};
+        rx->files = 0;
+        rx->unopened = wanted && !open_deliveries(rx);
+    }
+    trace_line(s, PROVIDER, "... %llu octets of message ...", (unsigned long long)left);
+    while (left > 0) {
+        const char *data;
+        size_t len;
+        if (!stream_peek(&s->io, &data, &len)) {
+            discard_deliveries(rx);
+            return false;
+        }
+        len = len < left ? len : (size_t)left;
+        if (wanted)
+            content_take(c, data, len);
+        stream_skip(&s->io, len);
+        rx->octets += len;
+        show_progress(s, rx->messages, rx->octets);
+        left -= len;
+    }
+    if (!wanted)
+        send_line(s, "503 5.5.1 RCPT first");
+    else if (!last)
+        send_line(s, "250 2.0.0 OK, go on");
+    else
+        answer_content(rx, c, !rx->unopened);
+    if (last || !wanted)
+        c->to = NULL;
+    return true;
+}
+
+/* Reads `FROM:<path> params` behind the verb. A blank before the bracket is against RFC 5321 but in the
+ * memo's own example (6-a). The path's source route, if any, is dropped as RFC 5321 (4.1.1.3) allows.
+ * Returns what follows the path, or NULL. */
+static const char *parse_path(const char *argument, const char *keyword, char *mailbox, size_t size)
+{
+    size_t n = strlen(keyword);
+    const char *p = argument ? argument : "", *end;
+    bool quoted = false;
+    if (strncasecmp(p, keyword, n) != 0)
+        return NULL;
+    p += n;
+    p += strspn(p, " ");
+    if (*p++ != '<')
+        return NULL;
+    if (*p == '@' && strchr(p, ':'))
+        p = strchr(p, ':') + 1;
+    for (end = p; *end && (quoted || *end != '>'); end++) {
+        if (quoted && *end == '\\' && end[1])
+            end++;
+        else if (*end == '"')
+            quoted = !quoted;
+    }
+    if (*end != '>' || (end[1] != ' ' && end[1] != '\0') || (size_t)(end - p) >= size)
+        return NULL;
+    memcpy(mailbox, p, (size_t)(end - p));
+    mailbox[end - p] = '\0';
+    return end + 1;
+}
+
+/* The parameters of MAIL that our EHLO response offers; any other is refused (RFC 5321, 4.1.1.11). */
+static bool mail_parameters_known(const char *parameters)
+{
+    size_t len;
+    const char *word;
+    while ((word = next_word(&parameters, &len))) {
+        bool known = (len > 5 && strncasecmp(word, "SIZE=", 5) == 0 && strspn(word + 5, "0123456789") == len - 5) ||
+                     (len == 9 && strncasecmp(word, "BODY=7BIT", 9) == 0) ||
+                     (len == 13 && strncasecmp(word, "BODY=8BITMIME", 13) == 0) ||
+                     (len == 8 && strncasecmp(word, "SMTPUTF8", 8) == 0);
+        if (!known)
+            return false;
+    }
+    return true;
+}
+
+static void mail_command(struct receiver *rx)
+{
+    char mailbox[MAILBOX_MAX + 2];
+    const char *parameters = parse_path(rx->s->argument, "FROM:", mailbox, sizeof mailbox);
+    if (!rx->greeted)
+        send_line(rx->s, "503 5.5.1 EHLO or HELO first");
+    else if (rx->in_mail)
+        send_line(rx->s, "503 5.5.1 One message at a time");
+    else if (!parameters || (mailbox[0] != '\0' && !mailbox_valid(mailbox)))
+        send_line(rx->s, "501 5.1.7 Not a reverse-path");
+    else if (!mail_parameters_known(parameters))
+        send_line(rx->s, "555 5.5.4 Parameter not known");
+    else {
+        memcpy(rx->sender, mailbox, strlen(mailbox) + 1);
+        rx->in_mail = true;
+        send_line(rx->s, "250 2.1.0 OK");
+    }
+}
+
+static void rcpt_command(struct receiver *rx)
+{
+    char mailbox[MAILBOX_MAX + 2];
+    const char *parameters = parse_path(rx->s->argument, "TO:", mailbox, sizeof mailbox);
+    const char *domain = parameters ? mailbox_domain(mailbox) : NULL;
+    if (!rx->in_mail)
+        send_line(rx->s, "503 5.5.1 MAIL first");
+    else if (!parameters || !mailbox_valid(mailbox) || !domain || !domain_valid(domain, strlen(domain)))
+        send_line(rx->s, "501 5.1.3 Not a mailbox");
+    else if (*parameters != '\0')
+        send_line(rx->s, "555 5.5.4 Parameter not known");
+    else if (rx->domains[0] != '\0' && !domain_in_list(rx->domains, domain, strlen(domain)))
+        send_line(rx->s, "550 5.7.1 Not a domain that was asked for");
+    else if (rx->stranger && strcasecmp(mailbox, rx->stranger) == 0)
+        send_line(rx->s, "550 5.1.1 Nobody of that name here");
+    else if (rx->count == RECIPIENTS_MAX || !(rx->recipients[rx->count] = strdup(mailbox)))
+        send_line(rx->s, "452 4.5.3 Too many recipients");
+    else {
+        rx->count++;
+        send_line(rx->s, "250 2.1.5 OK, recipient accepted");
+    }
+}
+
+static void hello_command(struct receiver *rx)
+{
+    struct session *s = rx->s;
+    static const char *const offer[] = {"PIPELINING", "SIZE", "8BITMIME", "SMTPUTF8", "CHUNKING"};
+    if (!s->argument) {
+        send_line(s, "501 5.5.4 The name of the host is missing");
+        return;
+    }
+    forget_transaction(rx);
+    snprintf(s->peer_name, sizeof s->peer_name, "%s", s->argument);
+    rx->greeted = true;
+    rx->esmtp = verb_is(s, "EHLO");
+    if (!rx->esmtp) {
+        send_line(s, "250 %s", s->name);
+        return;
+    }
+    send_line(s, "250-%s", s->name);
+    for (size_t i = 0; i < sizeof offer / sizeof *offer; i++)
+        send_line(s, "250-%s", offer[i]);
+    send_line(s, "250 ENHANCEDSTATUSCODES");
+}
+
+/* One command of the provider, answered. False: the session is over. */
+static bool receive_command(struct receiver *rx, struct content *chunks)
+{
+    struct session *s = rx->s;
+    if (verb_is(s, "BDAT"))
+        return bdat_command(rx, chunks);
+    if (chunks->to && !verb_is(s, "RSET") && !verb_is(s, "QUIT")) {
+        send_line(s, "503 5.5.1 BDAT with LAST first");
+        return true;
+    }
+    if (verb_is(s, "MAIL")) {
+        mail_command(rx);
+    } else if (verb_is(s, "RCPT")) {
+        rcpt_command(rx);
+    } else if (verb_is(s, "DATA")) {
+        return data_command(rx);
+    } else if (verb_is(s, "EHLO") || verb_is(s, "HELO")) {
+        hello_command(rx);
+    } else if (verb_is(s, "RSET")) {
+        discard_deliveries(rx);
+        chunks->to = NULL;
+        forget_transaction(rx);
+        send_line(s, "250 2.0.0 OK");
+    } else if (verb_is(s, "NOOP")) {
+        send_line(s, "250 2.0.0 OK");
+    } else if (verb_is(s, "VRFY")) {
+        send_line(s, "252 2.5.0 Send it and see");
+    } else if (verb_is(s, "QUIT")) {
+        send_line(s, "221 2.0.0 %s closing connection", s->name);
+        s->io.said_quit = rx->done = true;
+        return false;
+    } else {
+        send_line(s, "502 5.5.1 Command not implemented");
+    }
+    return true;
+}
+
+/* 5.3 on the customer's side, now the server (5.3-a): a greeting line (5.3-b), then commands until QUIT. */
+static void receive_mail(struct receiver *rx)
+{
+    struct session *s = rx->s;
+    struct content chunks = {.to = NULL};
+    enum result got;
+    enter_state(s, REVERSED);
+    send_line(s, "220 %s ready to receive email", s->name);
+    for (int bad = 0; bad < BAD_COMMANDS_RECEIVER; ) {
+        got = read_line(s);
+        if (got == LATER)
+            break;
+        if (got == REFUSED || s->line_len != strlen(s->line)) {
+            trace_line(s, PROVIDER, "(a line that is too long, or has a NUL octet)");
+            send_line(s, "500 5.5.2 Not a command");
+            bad++;
+            continue;
+        }
+        trace_line(s, PROVIDER, "%s", s->line);
+        split_command(s);
+        if (!receive_command(rx, &chunks))
+            break;
+    }
+    discard_deliveries(rx);
+    forget_transaction(rx);
+    stream_flush(&s->io);
+}
+
+/* ---- Or hand the session on: --smtp and --exec ----
+ *
+ * The customer's own mail server speaks SMTP, so the two connections are joined and every octet passes.
+ * We only look on: to know what is a command, what a reply and what content, for the trace, for the count
+ * of messages, and to know a proper end when we see it. */
+
+enum passing { PASS_OTHER, PASS_DATA, PASS_CONTENT, PASS_QUIT };
+
+struct onlooker {
+    struct session *s;
+    char line[2][COMMAND_LINE + 1]; /* the line under way, of the provider and of the receiver */
+    size_t len[2];
+    enum passing fifo[PASSING_MAX];
+    size_t oldest, count;
+    bool in_data;
+    uint64_t chunk, octets; /* octets of a BDAT still to come; of this content so far */
+    unsigned tail;          /* how much of CRLF.CRLF was just seen */
+    size_t messages;
+    uint64_t passed; /* octets from the provider to the receiver */
+    bool quit;
+};
+
+static void looker_expect(struct onlooker *o, enum passing what)
+{
+    if (o->count < PASSING_MAX)
+        o->fifo[(o->oldest + o->count++) % PASSING_MAX] = what;
+}
+
+static void looker_command(struct onlooker *o, const char *line)
+{
+    trace_line(o->s, PROVIDER, "%s", line);
+    if (strncasecmp(line, "BDAT ", 5) == 0) {
+        o->chunk = strtoull(line + 5, NULL, 10);
+        trace_line(o->s, PROVIDER, "... %llu octets of message ...", (unsigned long long)o->chunk);
+        looker_expect(o, strcasestr(line, " LAST") ? PASS_CONTENT : PASS_OTHER);
+    } else if (strcasecmp(line, "DATA") == 0) {
+        looker_expect(o, PASS_DATA);
+    } else {
+        looker_expect(o, strcasecmp(line, "QUIT") == 0 ? PASS_QUIT : PASS_OTHER);
+    }
+}
+
+static void looker_reply(struct onlooker *o, const char *line)
+{
+    enum passing what;
+    trace_line(o->s, CUSTOMER, "%s", line);
+    if (o->count == 0 || strlen(line) < 3 || line[3] == '-')
+        return;
+    what = o->fifo[o->oldest];
+    o->oldest = (o->oldest + 1) % PASSING_MAX;
+    o->count--;
+    if (what == PASS_DATA && line[0] == '3') {
+        o->in_data = true;
+        o->tail = 2;
+        o->octets = 0;
+    }
+    o->messages += what == PASS_CONTENT && line[0] == '2';
+    o->quit |= what == PASS_QUIT;
+}
+
+/* Octets of a DATA content: how many of them belong to it, up to and with the lone dot's line end. */
+static size_t looker_data(struct onlooker *o, const char *data, size_t len)
+{
+    static const char mark[] = "\r\n.\r\n";
+    size_t i = 0;
+    while (i < len && o->in_data) {
+        o->tail = data[i] == mark[o->tail] ? o->tail + 1 : data[i] == '\r' ? 1 : 0;
+        i++;
+        o->octets++;
+        if (o->tail == sizeof mark - 1) {
+            o->in_data = false;
+            trace_line(o->s, PROVIDER, "... %llu octets of message ...", (unsigned long long)o->octets - 3);
+            trace_line(o->s, PROVIDER, ".");
+            looker_expect(o, PASS_CONTENT);
+        }
+    }
+    return i;
+}
+
+static void looker_sees(struct onlooker *o, enum side who, const char *data, size_t len)
+{
+    char *line = o->line[who];
+    while (len > 0) {
+        size_t n = 1;
+        if (who == PROVIDER && o->chunk > 0) {
+            n = len < o->chunk ? len : (size_t)o->chunk;
+            o->chunk -= n;
+        } else if (who == PROVIDER && o->in_data) {
+            n = looker_data(o, data, len);
+        } else if (*data != '\n') {
+            if (o->len[who] < COMMAND_LINE)
+                line[o->len[who]++] = *data;
+        } else {
+            line[o->len[who]] = '\0';
+            line[strcspn(line, "\r")] = '\0';
+            o->len[who] = 0;
+            if (who == PROVIDER)
+                looker_command(o, line);
+            else
+                looker_reply(o, line);
+        }
+        data += n;
+        len -= n;
+    }
+}
+
+/* Moves what one side has said to the other. */
+static bool pass_on(struct onlooker *o, enum side who, struct stream *from, struct stream *to)
+{
+    const char *data;
+    size_t len;
+    do {
+        if (!stream_peek(from, &data, &len))
+            return false;
+        looker_sees(o, who, data, len);
+        o->passed += who == PROVIDER ? len : 0;
+        show_progress(o->s, o->messages, o->passed);
+        stream_write(to, data, len);
+        stream_skip(from, len);
+    } while (stream_ready(from));
+    return stream_flush(to);
+}
+
+/* Joins the provider's connection and the receiver's until one of them ends. */
+static void join_streams(struct onlooker *o, struct stream *receiver)
+{
+    struct stream *provider = &o->s->io;
+    enter_state(o->s, REVERSED);
+    for (;;) {
+        struct pollfd p[2] = {{.fd = provider->fd, .events = POLLIN}, {.fd = receiver->fd, .events = POLLIN}};
+        bool said[2] = {stream_ready(provider), stream_ready(receiver)}; /* TLS, or we, may hold some already */
+        int ready = said[0] || said[1] ? 1 : poll(p, 2, provider->timeout * 1000);
+        if (ready < 0 && errno == EINTR)
+            continue;
+        if (ready <= 0) {
+            stream_break(provider, "both sides were silent too long");
+            return;
+        }
+        if ((said[1] || p[1].revents) && !pass_on(o, CUSTOMER, receiver, provider))
+            return;
+        if ((said[0] || p[0].revents) && !pass_on(o, PROVIDER, provider, receiver))
+            return;
+    }
+}
+
+/* ==== The customer, before the reversal: the client ===================================================
+ *
+ * Greeting, EHLO, AUTH, ATRN, each reply checked; then the roles turn. The result is an exit code of
+ * sysexits(3), because whoever polls from a script wants to know: mail, none, later, or never. */
+
+/* "HOST", "HOST:PORT", "[ADDRESS]:PORT" taken apart. */
+bool split_host_port(const char *text, const char *default_port, char *host, size_t host_size, char *port,
+                     size_t port_size)
+{
+    const char *colon = strrchr(text, ':');
+    const char *start = text;
+    size_t len;
+    if (*text == '[') {
+        start = text + 1;
+        len = strcspn(start, "]");
+        if (start[len] != ']' || (start[len + 1] != ':' && start[len + 1] != '\0'))
+            return false;
+        colon = start[len + 1] == ':' ? start + len + 1 : NULL;
+    } else {
+        if (colon && strchr(text, ':') != colon)
+            colon = NULL; /* a bare IPv6 address */
+        len = colon ? (size_t)(colon - text) : strlen(text);
+    }
+    if (len >= host_size || (colon && (colon[1] == '\0' || strlen(colon + 1) >= port_size)))
+        return false;
+    if (!colon && !default_port)
+        return false;
+    if (colon && isdigit((unsigned char)colon[1]) && strtoul(colon + 1, NULL, 10) > UINT16_MAX)
+        return false; /* getaddrinfo() would take it modulo 65536 */
+    memcpy(host, start, len);
+    host[len] = '\0';
+    snprintf(port, port_size, "%s", colon ? colon + 1 : default_port);
+    return true;
+}
+
+/* Connects to the first address that answers. Returns the socket, or -1 and an exit code in *code. */
+static int connect_to(const char *where, const char *default_port, int timeout, int *code)
+{
+    char host[256], port[32];
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *list = NULL;
+    struct timeval patience = {.tv_sec = timeout};
+    int fd = -1, problem;
+    if (!split_host_port(where, default_port, host, sizeof host, port, sizeof port)) {
+        log_event(NULL, "%s: not HOST:PORT", where);
+        *code = EX_USAGE;
+        return -1;
+    }
+    problem = getaddrinfo(host, port, &hints, &list);
+    if (problem) {
+        log_event(NULL, "%s: %s", where, gai_strerror(problem));
+        *code = problem == EAI_AGAIN ? EX_TEMPFAIL : EX_NOHOST;
+        return -1;
+    }
+    for (struct addrinfo *a = list; a && fd < 0; a = a->ai_next) {
+        fd = socket(a->ai_family, a->ai_socktype | SOCK_CLOEXEC, a->ai_protocol);
+        if (fd >= 0)
+            setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience); /* bounds connect() */
+        if (fd >= 0 && connect(fd, a->ai_addr, a->ai_addrlen) < 0) {
+            problem = errno;
+            close(fd);
+            fd = -1;
+        }
+    }
+    freeaddrinfo(list);
+    if (fd < 0) {
+        log_event(NULL, "%s: %s", where, strerror(problem == EINPROGRESS ? ETIMEDOUT : problem));
+        *code = problem == ECONNREFUSED ? EX_UNAVAILABLE : EX_TEMPFAIL;
+        return -1;
+    }
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
+    return fd;
+}
+
+/* Starts COMMAND with one end of a socket pair as its standard input and output; the other end is returned.
+ * Its buffer must hold all the replies that a provider leaves unread while it writes; see the sender. */
+static int start_receiver(const char *command, pid_t *pid)
+{
+    char *const argv[] = {"/bin/sh", "-c", (char *)command, NULL};
+    int pair[2], problem;
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) < 0)
+        return -1;
+    setsockopt(pair[1], SOL_SOCKET, SO_SNDBUF, &(int){RECEIVE_BUFFER}, sizeof(int));
+    problem = start_program(argv, pair[1], pair[1], pid);
+    close(pair[1]);
+    if (problem) {
+        errno = problem;
+        close(pair[0]);
+        return -1;
+    }
+    return pair[0];
+}
+
+/* The lost connection, in the words of the exit code. */
+static int lost(const struct session *s)
+{
+    log_event(s, "%s: %s", s->peer, s->io.broken ? s->io.broken : "the connection was lost");
+    return s->protocol_broken ? EX_PROTOCOL : EX_TEMPFAIL;
+}
+
+static int unwelcome(const struct session *s, const char *command, const struct reply *r, int permanent)
+{
+    log_event(s, "%s: the reply to %s was %d %s", s->peer, command, r->code, r->text);
+    return r->code >= 500 ? permanent : r->code >= 400 ? EX_TEMPFAIL : EX_PROTOCOL;
+}
+
+static int client_ehlo(struct session *s, struct reply *r)
+{
+    send_line(s, "EHLO %s", s->name);
+    if (read_reply(s, r) != DONE)
+        return lost(s);
+    return r->code == 250 ? EX_OK : unwelcome(s, "EHLO", r, EX_UNAVAILABLE);
+}
+
+/* The handshake; the certificate must be valid, and for the host that was asked for. */
+static int client_tls(struct session *s, const struct customer *c)
+{
+    char host[256], port[32];
+    SSL *tls;
+    if (!split_host_port(c->provider, ODMR_PORT, host, sizeof host, port, sizeof port) ||
+        !(tls = stream_offer_tls(&s->io, c->tls_context, host))) {
+        log_event(s, "%s: TLS cannot be set up", s->peer);
+        return EX_SOFTWARE;
+    }
+    if (stream_start_tls(&s->io, tls, host))
+        return EX_OK;
+    log_event(s, "%s: %s; nothing was told to it", s->peer, s->io.broken);
+    if (SSL_get_verify_result(tls) != X509_V_OK && !c->insecure)
+        return EX_NOPERM;
+    return s->io.tls_failed ? EX_PROTOCOL : EX_TEMPFAIL;
+}
+
+/* RFC 3207: used whenever it is offered. What the provider said before is forgotten: EHLO again. Without the
+ * offer the session goes on in the clear, unless --require-tls; somebody on the way may have taken it out. */
+static int client_starttls(struct session *s, const struct customer *c, struct reply *r)
+{
+    int code;
+    if (s->io.tls)
+        return EX_OK;
+    if (!reply_keyword(r, "STARTTLS")) {
+        if (!c->require_tls)
+            return EX_OK;
+        log_event(s, "%s does not offer STARTTLS, which --require-tls asks for", s->peer);
+        return EX_UNAVAILABLE;
+    }
+    send_line(s, "STARTTLS");
+    if (read_reply(s, r) != DONE)
+        return lost(s);
+    if (r->code != 220)
+        return unwelcome(s, "STARTTLS", r, EX_UNAVAILABLE);
+    if (stream_discard_input(&s->io))
+        log_event(s, "%s sent something behind its reply to STARTTLS; it is thrown away", s->peer);
+    code = client_tls(s, c);
+    return code == EX_OK ? client_ehlo(s, r) : code;
+}
+
+/* ---- AUTH, the client's half of each mechanism ---- */
+
+/* A challenge in base64, decoded, into s->response; EX_OK, or the exit code. */
+static int client_challenge(struct session *s, struct reply *r)
+{
+    if (read_reply(s, r) != DONE)
+        return lost(s);
+    if (r->code != 334)
+        return unwelcome(s, "AUTH", r, EX_NOPERM);
+    s->response_len = base64_decode(s->response, sizeof s->response, r->text);
+    if (s->response_len < 0 || strlen(s->response) != (size_t)s->response_len) {
+        log_event(s, "%s: its challenge is not base64", s->peer);
+        return EX_PROTOCOL;
+    }
+    return EX_OK;
+}
+
+/* The last reply: 235 or failure. */
+static int client_verdict(struct session *s, struct reply *r)
+{
+    if (read_reply(s, r) != DONE)
+        return lost(s);
+    return r->code == 235 ? EX_OK : unwelcome(s, "AUTH", r, EX_NOPERM);
+}
+
+static int client_cram_md5(struct session *s, const struct customer *c, struct reply *r)
+{
+    char digest[33], response[MAILBOX_MAX + 40], encoded[BASE64_SIZE(sizeof response) + 1];
+    int code;
+    send_line(s, "AUTH CRAM-MD5");
+    code = client_challenge(s, r);
+    if (code != EX_OK)
+        return code;
+    if (!cram_md5_digest(digest, c->secret, s->response))
+        return EX_SOFTWARE;
+    snprintf(response, sizeof response, "%s %s", c->user, digest);
+    base64_encode(encoded, response, strlen(response));
+    send_line(s, "%s", encoded);
+    return client_verdict(s, r);
+}
+
+/* The one mechanism whose response is the secret itself: inside verified TLS only, and not in the trace. */
+static int client_plain(struct session *s, const struct customer *c, struct reply *r)
+{
+    char response[MAILBOX_MAX + SECRET_MAX + 4], encoded[BASE64_SIZE(sizeof response) + 1];
+    int len = snprintf(response, sizeof response, "%c%s%c%s", '\0', c->user, '\0', c->secret);
+    base64_encode(encoded, response, (size_t)len);
+    trace_line(s, CUSTOMER, "AUTH PLAIN (response not shown)");
+    stream_write(&s->io, "AUTH PLAIN ", 11);
+    stream_write(&s->io, encoded, strlen(encoded));
+    stream_write(&s->io, "\r\n", 2);
+    OPENSSL_cleanse(response, sizeof response);
+    OPENSSL_cleanse(encoded, sizeof encoded);
+    return client_verdict(s, r);
+}
+
+/* The certificate says who we are; the name, where one is given, says which of its accounts. */
+static int client_external(struct session *s, const struct customer *c, struct reply *r)
+{
+    char encoded[BASE64_SIZE(MAILBOX_MAX) + 1] = "=";
+    if (c->user)
+        base64_encode(encoded, c->user, strlen(c->user));
+    send_line(s, "AUTH EXTERNAL %s", encoded);
+    return client_verdict(s, r);
+}
+
+/* A name as SCRAM writes it: "=" and "," would end it. */
+static void scram_escape(char *out, const char *name)
+{
+    for (; *name; name++)
+        out += sprintf(out, *name == '=' ? "=3D" : *name == ',' ? "=2C" : "%c", *name);
+    *out = '\0';
+}
+
+/* The GS2 header says what we think of channel binding (RFC 5802, 6): p, we bind; y, we would, but were not
+ * offered it, and if it was then somebody took it away; n, we cannot, or were told not to. */
+static bool client_scram_first(struct session *s, const struct customer *c, struct scram_exchange *x, bool plus_offered)
+{
+    unsigned char random[18];
+    const char *type = s->io.tls && SSL_version(s->io.tls) >= TLS1_3_VERSION ? "tls-exporter" : "tls-server-end-point";
+    char name[3 * MAILBOX_MAX + 1];
+    if (RAND_bytes(random, sizeof random) != 1)
+        return false;
+    base64_encode(x->nonce, random, sizeof random);
+    if (x->plus)
+        x->binding_len = channel_binding(s->io.tls, false, type, x->binding);
+    if (x->plus && x->binding_len == 0)
+        return false;
+    snprintf(x->header, sizeof x->header, "%s%s,,", x->plus ? "p=" : s->io.tls && !plus_offered ? "y" : "n",
+             x->plus ? type : "");
+    scram_escape(name, c->user);
+    return (size_t)snprintf(x->bare, sizeof x->bare, "n=%s,r=%s", name, x->nonce) < sizeof x->bare;
+}
+
+/* What the server asks must be fit to answer: our nonce with something of its own behind it, or a challenge
+ * could be an old one; a salt; a count that is neither a gift to eavesdroppers nor a trap for us. */
+static bool client_scram_challenge(struct scram_exchange *x, const char *challenge, struct verifier *v)
+{
+    char nonce[CHALLENGE_MAX], salt[BASE64_SIZE(SALT_MAX) + 1], count[12], decoded[SALT_MAX + 4];
+    size_t own = strlen(x->nonce);
+    ssize_t len;
+    char *end;
+    if (strncmp(challenge, "r=", 2) != 0 || !scram_attribute(challenge, 'r', nonce, sizeof nonce) ||
+        strncmp(nonce, x->nonce, own) != 0 || nonce[own] == '\0' || !scram_attribute(challenge, 's', salt, sizeof salt) ||
+        !scram_attribute(challenge, 'i', count, sizeof count))
+        return false;
+    len = base64_decode(decoded, sizeof decoded, salt);
+    v->iterations = (int)strtol(count, &end, 10);
+    if (len < 1 || len > SALT_MAX || *end || end - count > 7 || v->iterations < SCRAM_ITERATIONS_LEAST ||
+        v->iterations > SCRAM_ITERATIONS_MOST)
+        return false;
+    v->salt_len = (size_t)len;
+    memcpy(v->salt, decoded, v->salt_len);
+    snprintf(x->nonce, sizeof x->nonce, "%s", nonce);
+    return (size_t)snprintf(x->server_first, sizeof x->server_first, "%s", challenge) < sizeof x->server_first;
+}
+
+/* The client's final message: the channel, the nonce, and the proof over all that was said. */
+static bool client_scram_final(const struct customer *c, struct scram_exchange *x, struct verifier *v, char *out, size_t size)
+{
+    char bound[sizeof x->header + EVP_MAX_MD_SIZE], encoded[BASE64_SIZE(sizeof bound) + 1];
+    unsigned char proof[32];
+    size_t n = strlen(x->header);
+    memcpy(bound, x->header, n);
+    memcpy(bound + n, x->binding, x->binding_len);
+    base64_encode(encoded, bound, n + x->binding_len);
+    snprintf(out, size, "c=%s,r=%s", encoded, x->nonce);
+    snprintf(x->auth_message, sizeof x->auth_message, "%s,%s,%s", x->bare, x->server_first, out);
+    if (!scram_keys(&v->keys, c->secret, v->salt, v->salt_len, v->iterations) ||
+        !scram_mask(&v->keys, x->auth_message, v->keys.client, proof))
+        return false;
+    base64_encode(encoded, proof, sizeof proof);
+    n = strlen(out);
+    return (size_t)snprintf(out + n, size - n, ",p=%s", encoded) < size - n;
+}
+
+/* Does the server know the account too? Only then is it the one we meant. */
+static bool server_signature_right(const struct scram_exchange *x, const struct verifier *v, const char *final)
+{
+    unsigned char signature[32];
+    char wanted[64] = "v=";
+    if (!hmac_sha256(v->keys.server, sizeof v->keys.server, x->auth_message, signature))
+        return false;
+    base64_encode(wanted + 2, signature, sizeof signature);
+    return strlen(final) == strlen(wanted) && CRYPTO_memcmp(final, wanted, strlen(wanted)) == 0;
+}
+
+static int client_scram(struct session *s, const struct customer *c, struct reply *r, bool plus, bool plus_offered)
+{
+    struct scram_exchange x = {.plus = plus};
+    struct verifier v;
+    char message[2 * CHALLENGE_MAX], encoded[BASE64_SIZE(sizeof message) + 1];
+    int code;
+    if (!client_scram_first(s, c, &x, plus_offered))
+        return EX_SOFTWARE;
+    base64_encode(encoded, message, (size_t)snprintf(message, sizeof message, "%s%s", x.header, x.bare));
+    send_line(s, "AUTH %s %s", plus ? "SCRAM-SHA-256-PLUS" : "SCRAM-SHA-256", encoded);
+    code = client_challenge(s, r);
+    if (code != EX_OK)
+        return code;
+    if (!client_scram_challenge(&x, s->response, &v)) {
+        log_event(s, "%s: its SCRAM challenge is not acceptable: %s; AUTH is given up", s->peer, s->response);
+        send_line(s, "*");
+        return read_reply(s, r) == DONE ? EX_NOPERM : lost(s);
+    }
+    if (!client_scram_final(c, &x, &v, message, sizeof message))
+        return EX_SOFTWARE;
+    base64_encode(encoded, message, strlen(message));
+    send_line(s, "%s", encoded);
+    code = client_challenge(s, r);
+    if (code != EX_OK && r->code != 235)
+        return code;
+    if (r->code == 235 || !server_signature_right(&x, &v, s->response)) {
+        log_event(s, "%s has not proved that it knows the account; it is not the provider it claims to be", s->peer);
+        stream_break(&s->io, "the provider did not authenticate itself");
+        return EX_NOPERM;
+    }
+    send_line(s, "%s", "");
+    return client_verdict(s, r);
+}
+
+/* Can we do it, here and now? */
+static bool mechanism_usable(const struct session *s, const struct customer *c, enum mechanism m)
+{
+    unsigned char binding[EVP_MAX_MD_SIZE];
+    switch (m) {
+    case SCRAM_PLUS:
+        return c->secret && channel_binding(s->io.tls, false, "tls-server-end-point", binding) > 0;
+    case EXTERNAL:
+        return c->cert && s->io.tls && (!c->secret || c->mechanism == EXTERNAL);
+    case PLAIN:
+        return c->secret && certificate_verified(s->io.tls);
+    default:
+        return c->secret != NULL;
+    }
+}
+
+/* The strongest that the provider offers and we can do, or the one that --mechanism names. */
+static enum mechanism choose_mechanism(const struct session *s, const struct customer *c, const char *offered)
+{
+    static const enum mechanism by_strength[] = {SCRAM_PLUS, SCRAM, EXTERNAL, CRAM_MD5, PLAIN};
+    for (size_t i = 0; i < sizeof by_strength / sizeof *by_strength; i++) {
+        enum mechanism m = by_strength[i];
+        if ((c->mechanism == NO_MECHANISM || c->mechanism == m) && list_has(offered, mechanism_name[m]) &&
+            mechanism_usable(s, c, m))
+            return m;
+    }
+    return NO_MECHANISM;
+}
+
+static int client_authenticate(struct session *s, const struct customer *c, struct reply *r)
+{
+    const char *offered = reply_keyword(r, "AUTH");
+    enum mechanism m = choose_mechanism(s, c, offered);
+    bool plus_offered = list_has(offered, mechanism_name[SCRAM_PLUS]);
+    switch (m) {
+    case CRAM_MD5:
+        return client_cram_md5(s, c, r);
+    case PLAIN:
+        return client_plain(s, c, r);
+    case EXTERNAL:
+        return client_external(s, c, r);
+    case SCRAM:
+    case SCRAM_PLUS:
+        return client_scram(s, c, r, m == SCRAM_PLUS, plus_offered);
+    default:
+        log_event(s, "%s offers no mechanism that we can use here%s%s", s->peer,
+                  c->mechanism ? "; wanted: " : "", c->mechanism ? mechanism_name[c->mechanism] : "");
+        return EX_NOPERM;
+    }
+}
+
+static int client_atrn(struct session *s, const struct customer *c, struct reply *r)
+{
+    int patience = s->io.timeout;
+    if (s->io.timeout < ATRN_TIMEOUT) /* (5.2.1-c) */
+        s->io.timeout = ATRN_TIMEOUT;
+    send_line(s, "ATRN%s%s", *c->domains ? " " : "", c->domains);
+    if (read_reply(s, r) != DONE)
+        return lost(s);
+    s->io.timeout = patience;
+    switch (r->code) {
+    case 250:
+        return EX_OK;
+    case 453:
+        if (!s->quiet)
+            log_event(s, "%s: %d %s", s->peer, r->code, r->text);
+        return EXIT_NO_MAIL;
+    case 530:
+        return unwelcome(s, "ATRN", r, EX_NOPERM);
+    default:
+        return unwelcome(s, "ATRN", r, EX_UNAVAILABLE);
+    }
+}
+
+/* What the reversed session came to. A provider may say 250 to ATRN and QUIT right after EHLO, when it has no
+ * mail (5.2.1-h): that is no error. */
+static int session_outcome(struct session *s, bool ended, size_t messages, size_t unwritten)
+{
+    if (!ended)
+        return lost(s);
+    if (unwritten > 0)
+        return EX_CANTCREAT;
+    return messages > 0 ? EX_OK : EXIT_NO_MAIL;
+}
+
+static int take_mail_ourselves(struct session *s, const struct customer *c)
+{
+    struct receiver *rx = must_alloc(calloc(1, sizeof *rx));
+    int code;
+    rx->s = s;
+    rx->domains = c->domains;
+    rx->stranger = c->stranger;
+    rx->queue = c->queue;
+    rx->recipients = must_alloc(calloc(RECIPIENTS_MAX, sizeof *rx->recipients));
+    for_each_domain(rx->queue, clean_domain, NULL);
+    receive_mail(rx);
+    code = session_outcome(s, rx->done, rx->messages, rx->unwritten);
+    show_summary(s, "received", rx->messages, rx->octets);
+    free(rx->recipients);
+    free(rx);
+    return code;
+}
+
+/* A reply of the receiver that was read for itself, passed on as it was. */
+static void pass_reply(struct session *s, const struct reply *r)
+{
+    for (const char *line = r->text; line; line = strchr(line, '\n')) {
+        line += *line == '\n';
+        send_line(s, "%d%c%.*s", r->code, strchr(line, '\n') ? '-' : ' ', (int)strcspn(line, "\n"), line);
+    }
+}
+
+static int let_receiver_take_mail(struct session *s, struct session *receiver, const struct reply *greeting)
+{
+    struct onlooker *o = must_alloc(calloc(1, sizeof *o));
+    int code;
+    o->s = s;
+    /* the greeting came before ATRN was sent; now it is the customer's first line (5.3-b) */
+    pass_reply(s, greeting);
+    stream_flush(&s->io);
+    join_streams(o, &receiver->io);
+    code = session_outcome(s, o->quit, o->messages, 0);
+    show_summary(s, "handed on", o->messages, o->passed);
+    free(o);
+    return code;
+}
+
+/* From the connection to the reversal (4-b): the transcript of section 6, from the customer's side. */
+static int client_dialogue(struct session *s, const struct customer *c)
+{
+    struct reply r;
+    int code;
+    enter_state(s, INITIAL);
+    if (c->tls && (code = client_tls(s, c)) != EX_OK)
+        return code;
+    if (read_reply(s, &r) != DONE)
+        return lost(s);
+    if (r.code != 220)
+        return unwelcome(s, "connecting", &r, EX_UNAVAILABLE);
+    code = client_ehlo(s, &r);
+    if (code == EX_OK)
+        code = client_starttls(s, c, &r);
+    if (code == EX_OK && !reply_keyword(&r, "ATRN")) {
+        log_event(s, "%s does not offer ATRN", s->peer);
+        code = EX_UNAVAILABLE;
+    }
+    if (code == EX_OK)
+        code = client_authenticate(s, c, &r);
+    if (code == EX_OK) {
+        enter_state(s, AUTHENTICATED);
+        code = client_atrn(s, c, &r);
+    }
+    if (code != EX_OK && !s->io.broken) {
+        send_line(s, "QUIT");
+        read_reply(s, &r);
+    }
+    return code;
+}
+
+/* A session with its numbers and names set; the caller frees it. */
+struct session *session_new(int fd, enum side self, int timeout, const char *name, enum trace trace)
+{
+    static atomic_ulong numbers[2]; /* of each side's sessions */
+    struct sockaddr_storage address;
+    socklen_t len = sizeof address;
+    char port[16] = "";
+    struct session *s = malloc(sizeof *s);
+    if (!s)
+        return NULL;
+    memset(s, 0, offsetof(struct session, io)); /* the buffers behind are left alone: untouched, they cost nothing */
+    stream_init(&s->io, fd, timeout);
+    s->number = atomic_fetch_add(&numbers[self], 1) + 1;
+    s->self = self;
+    s->name = name;
+    s->trace = trace;
+    snprintf(s->peer_name, sizeof s->peer_name, "unknown");
+    snprintf(s->peer, sizeof s->peer, "local program");
+    if (getpeername(fd, (struct sockaddr *)&address, &len) == 0 && address.ss_family != AF_UNIX &&
+        getnameinfo((struct sockaddr *)&address, len, s->peer, sizeof s->peer, port, sizeof port,
+                    NI_NUMERICHOST | NI_NUMERICSERV) == 0)
+        snprintf(s->peer + strlen(s->peer), sizeof s->peer - strlen(s->peer), ":%s", port);
+    return s;
+}
+
+/* The receiver of --smtp or --exec: reached, and its greeting read. */
+static int reach_receiver(const struct customer *c, struct session **receiver, struct reply *greeting, pid_t *child)
+{
+    int code = EX_TEMPFAIL;
+    int fd = c->smtp ? connect_to(c->smtp, "25", c->timeout, &code) : start_receiver(c->exec, child);
+    if (fd < 0) {
+        log_event(NULL, "%s cannot be reached; no ATRN is sent", c->smtp ? c->smtp : c->exec);
+        return code == EX_NOHOST || code == EX_USAGE ? code : EX_TEMPFAIL;
+    }
+    *receiver = must_alloc(session_new(fd, PROVIDER, c->timeout, c->name, TRACE_OFF));
+    if (read_reply(*receiver, greeting) == DONE && greeting->code == 220)
+        return EX_OK;
+    log_event(NULL, "%s does not take mail (%s); no ATRN is sent", c->smtp ? c->smtp : c->exec,
+              (*receiver)->io.broken ? (*receiver)->io.broken : greeting->text);
+    return EX_TEMPFAIL;
+}
+
+static int session_with_provider(const struct customer *c, struct session *receiver, const struct reply *greeting)
+{
+    struct session *s;
+    int code, fd = connect_to(c->provider, ODMR_PORT, c->timeout, &code);
+    if (fd < 0)
+        return code;
+    s = must_alloc(session_new(fd, CUSTOMER, c->timeout, c->name, c->trace));
+    s->quiet = c->quiet;
+    s->ladder.stepwise = c->stepwise;
+    s->progress = !c->quiet && !c->trace && isatty(STDERR_FILENO);
+    code = client_dialogue(s, c);
+    if (code == EX_OK && receiver)
+        code = let_receiver_take_mail(s, receiver, greeting);
+    else if (code == EX_OK)
+        code = take_mail_ourselves(s, c);
+    stream_close(&s->io);
+    free(s);
+    return code;
+}
+
+int customer_session(const struct customer *c)
+{
+    struct session *receiver = NULL;
+    struct reply greeting;
+    pid_t child = 0;
+    int code = EX_OK;
+    if (c->smtp || c->exec)
+        code = reach_receiver(c, &receiver, &greeting, &child);
+    if (code == EX_OK)
+        code = session_with_provider(c, receiver, &greeting);
+    if (receiver) {
+        stream_close(&receiver->io);
+        free(receiver);
+    }
+    if (child > 0)
+        while (waitpid(child, NULL, 0) < 0 && errno == EINTR)
+            ;
+    return code;
+}
+
+/* ==== The tools =======================================================================================
+ *
+ * enqueue puts a message into the queue, queue shows what waits, demo runs a whole session here. */
+
+int open_queue(const char *dir, bool make)
+{
+    if (make)
+        mkdir(dir, 0700);
+    return open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+}
+
+/* The message on standard input, once for each delivery. A From_ line (mbox's) on top is dropped, as an
+ * MTA's pipe may write one. If the message itself starts with a field of our envelope, written by an
+ * earlier hop, or with a blank, which would continue ours, a Received field goes between: what a sender wrote
+ * must never be taken for part of the envelope. */
+static bool copy_message(FILE *in, struct delivery *d, size_t count, const char *name)
+{
+    char data[COPY_SIZE];
+    size_t value, start = 0, n = fread(data, 1, sizeof data - 1, in);
+    data[n] = '\0';
+    if (strncmp(data, "From ", 5) == 0 && strchr(data, '\n'))
+        start = (size_t)(strchr(data, '\n') + 1 - data);
+    if (envelope_field(data + start, &value) != NO_FIELD || data[start] == ' ' || data[start] == '\t')
+        for (size_t i = 0; i < count; i++)
+            fprintf(d[i].file, "Received: by %s (odmr enqueue)\n", name);
+    while (n > 0) {
+        for (size_t i = 0; i < count; i++)
+            fwrite(data + start, 1, n - start, d[i].file);
+        start = 0;
+        n = fread(data, 1, sizeof data, in);
+    }
+    return !ferror(in);
+}
+
+/* Opens one delivery a domain and writes the envelopes; returns how many, or -1. */
+static int open_envelopes(struct delivery *d, int queue, const char *sender, char **recipients, int count)
+{
+    int files = 0;
+    for (int i = 0; i < count; i++) {
+        const char *domain = mailbox_domain(recipients[i]);
+        int f = 0;
+        while (f < files && strcasecmp(d[f].domain, domain) != 0)
+            f++;
+        if (f == files) {
+            if (!delivery_open(&d[f], queue, domain))
+                return -1 - files;
+            files++;
+            fprintf(d[f].file, "Return-Path: <%s>\n", sender);
+        }
+        fprintf(d[f].file, "Delivered-To: %s\n", recipients[i]);
+    }
+    return files;
+}
+
+int enqueue(int queue, const char *sender, const char *name, char **recipients, int count)
+{
+    struct delivery *d = must_alloc(calloc((size_t)count, sizeof *d));
+    int files = open_envelopes(d, queue, sender, recipients, count), finished = 0;
+    bool done = files > 0 && copy_message(stdin, d, (size_t)files, name);
+    int problem = errno;
+    if (files < 0)
+        files = -1 - files;
+    for (; done && finished < files; finished++)
+        done = delivery_finish(&d[finished]);
+    if (!done && problem == 0)
+        problem = errno;
+    if (!done)
+        for (int i = finished; i < files; i++)
+            if (d[i].file)
+                delivery_discard(&d[i]);
+    free(d);
+    if (done)
+        return EX_OK;
+    log_event(NULL, "cannot write the message into the queue: %s; try again later", strerror(problem));
+    return EX_TEMPFAIL;
+}
+
+struct domain_summary {
+    size_t messages, held;
+    uint64_t octets;
+    int64_t oldest;
+};
+
+static void list_message(const struct message *m, int64_t second)
+{
+    char address[MAILBOX_MAX + 2], safe[2 * LOG_LINE], when[32];
+    struct envelope_reader r;
+    time_t t = (time_t)second;
+    struct tm tm;
+    strftime(when, sizeof when, "%Y-%m-%d %H:%M:%S", localtime_r(&t, &tm));
+    escape(safe, sizeof safe, m->path);
+    printf("  %s  %lld  %s\n", when, (long long)m->size, safe);
+    if (m->held) {
+        printf("      held: %s\n", m->held);
+        return;
+    }
+    escape(safe, sizeof safe, m->sender);
+    printf("      from <%s>\n", safe);
+    envelope_open(&r, m->fd);
+    while (message_next_recipient(m, &r, address, sizeof address)) {
+        escape(safe, sizeof safe, address);
+        printf("      to <%s>\n", safe);
+    }
+}
+
+static bool summarize_domain(int queue, const char *domain, bool list)
+{
+    struct domain_summary sum = {0};
+    struct backlog b;
+    char when[32] = "-";
+    struct tm tm;
+    if (backlog_read(&b, queue, domain) != DONE) {
+        log_event(NULL, "%s: its mail cannot be listed: %s", domain, strerror(errno));
+        backlog_free(&b);
+        return false;
+    }
+    if (b.count > 0) {
+        time_t t = (time_t)b.list[0].second;
+        strftime(when, sizeof when, "%Y-%m-%d %H:%M:%S", localtime_r(&t, &tm));
+    }
+    for (int pass = 0; pass < (list ? 2 : 1); pass++) {
+        for (size_t i = 0; i < b.count; i++) {
+            struct message m;
+            enum result got = message_open(&m, queue, b.list[i].path);
+            if (got == DONE)
+                got = message_read(&m);
+            if (got == LATER)
+                m.held = "this user cannot open it";
+            if (pass == 0) {
+                sum.messages += got == DONE;
+                sum.held += m.held != NULL; /* what is neither has just gone */
+                sum.octets += got == DONE ? (uint64_t)m.size : 0;
+            } else if (got == DONE || m.held) {
+                list_message(&m, b.list[i].second);
+            }
+            message_close(&m);
+        }
+        if (pass == 0)
+            printf("%-30s %9zu %11llu  %-19s %5zu\n", domain, sum.messages, (unsigned long long)sum.octets, when,
+                   sum.held);
+    }
+    backlog_free(&b);
+    return true;
+}
+
+/* The folder .Undeliverable of this domain, if there is one. */
+static bool summarize_undeliverable(int queue, const char *domain, bool list)
+{
+    char folder[MAILDIR_PATH];
+    struct stat st;
+    snprintf(folder, sizeof folder, "%s/%s", domain, UNDELIVERABLE);
+    return fstatat(queue, folder, &st, AT_SYMLINK_NOFOLLOW) < 0 || summarize_domain(queue, folder, list);
+}
+
+struct domain_list {
+    char **list;
+    size_t count;
+};
+
+static int by_text(const void *left, const void *right)
+{
+    return strcmp(*(char *const *)left, *(char *const *)right);
+}
+
+static bool add_domain(void *context, int queue, const char *domain)
+{
+    struct domain_list *all = context;
+    (void)queue;
+    all->list = must_alloc(realloc(all->list, (all->count + 1) * sizeof *all->list));
+    all->list[all->count++] = must_alloc(strdup(domain));
+    return true;
+}
+
+int show_queue(int queue, char **domains, size_t count, bool list)
+{
+    struct domain_list all = {NULL, 0};
+    bool done = true;
+    if (count == 0) {
+        if (!for_each_domain(queue, add_domain, &all))
+            return EX_OSERR;
+        if (all.count > 1)
+            qsort(all.list, all.count, sizeof *all.list, by_text);
+        domains = all.list;
+        count = all.count;
+    }
+    printf("%-30s %9s %11s  %-19s %5s\n", "domain", "messages", "octets", "oldest", "held");
+    for (size_t i = 0; i < count; i++)
+        done = summarize_domain(queue, domains[i], list) && summarize_undeliverable(queue, domains[i], list) && done;
+    for (size_t i = 0; i < all.count; i++)
+        free(all.list[i]);
+    free(all.list);
+    return done ? EX_OK : EX_TEMPFAIL;
+}
+
+/* ---- account ---- */
+
+/* One line from standard input; on a terminal it is asked for and not shown. */
+static bool ask_secret(const char *prompt, char *secret, int size)
+{
+    struct termios shown, hidden;
+    bool terminal = tcgetattr(STDIN_FILENO, &shown) == 0, done;
+    if (terminal) {
+        hidden = shown;
+        hidden.c_lflag &= ~(tcflag_t)ECHO;
+        tcsetattr(STDIN_FILENO, TCSAFLUSH, &hidden);
+        fputs(prompt, stderr);
+    }
+    done = fgets(secret, size, stdin) != NULL;
+    if (terminal) {
+        tcsetattr(STDIN_FILENO, TCSAFLUSH, &shown);
+        fputc('\n', stderr);
+    }
+    if (done && !strchr(secret, '\n') && !feof(stdin))
+        die(EX_DATAERR, "account: the secret is longer than %d octets", size - 2);
+    secret[strcspn(secret, "\r\n")] = '\0';
+    return done && secret[0] != '\0';
+}
+
+/* RFC 5803's form: what a server needs, and nobody can log in with. */
+static bool print_verifier(const char *secret)
+{
+    unsigned char salt[16];
+    struct scram_keys keys;
+    char encoded[3][BASE64_SIZE(32) + 1];
+    if (RAND_bytes(salt, sizeof salt) != 1 || !scram_keys(&keys, secret, salt, sizeof salt, SCRAM_ITERATIONS))
+        return false;
+    base64_encode(encoded[0], salt, sizeof salt);
+    base64_encode(encoded[1], keys.stored, sizeof keys.stored);
+    base64_encode(encoded[2], keys.server, sizeof keys.server);
+    printf(SCRAM_SCHEME "%d,%s,%s,%s\n", SCRAM_ITERATIONS, encoded[0], encoded[1], encoded[2]);
+    return true;
+}
+
+int print_account(const char *name, const char *domains, bool scram)
+{
+    char secret[SECRET_MAX], again[SECRET_MAX];
+    if (!ask_secret("Secret: ", secret, sizeof secret))
+        die(EX_DATAERR, "account: no secret");
+    if (isatty(STDIN_FILENO) && (!ask_secret("Again: ", again, sizeof again) || strcmp(secret, again) != 0))
+        die(EX_DATAERR, "account: that was not the same secret");
+    if (!scram && strncmp(secret, SCRAM_SCHEME, strlen(SCRAM_SCHEME)) == 0)
+        die(EX_DATAERR, "account: a secret that starts with " SCRAM_SCHEME " would be taken for a verifier");
+    printf("%s:%s:", name, domains);
+    if (!scram)
+        printf("%s\n", secret);
+    else if (!print_verifier(secret))
+        die(EX_SOFTWARE, "account: OpenSSL cannot make a verifier");
+    OPENSSL_cleanse(secret, sizeof secret);
+    return fflush(stdout) == 0 ? EX_OK : EX_IOERR;
+}
+
+/* ==== The listener ====================================================================================
+ *
+ * One thread accepts, one thread a connection serves. Threads share what struct provider names as shared,
+ * under its lock or as an atomic, and nothing else. Signals are handled by the accepting thread: the
+ * handler only writes a letter into a pipe, and the loop reads it like any other event. */
+
+static int signal_pipe[2];
+
+static void on_signal(int number)
+{
+    char letter = number == SIGHUP ? 'H' : 'T';
+    int saved = errno;
+    ssize_t n = write(signal_pipe[1], &letter, 1);
+    (void)n; /* a full pipe holds enough signals */
+    errno = saved;
+}
+
+static void catch_signals(void)
+{
+    struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
+    if (pipe(signal_pipe) < 0)
+        die(EX_OSERR, "cannot make a pipe: %s", strerror(errno));
+    for (int i = 0; i < 2; i++)
+        fcntl(signal_pipe[i], F_SETFD, FD_CLOEXEC);
+    fcntl(signal_pipe[1], F_SETFL, O_NONBLOCK);
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGTERM, &action, NULL);
+    sigaction(SIGINT, &action, NULL);
+    sigaction(SIGHUP, &action, NULL);
+}
+
+/* The address as text for the log: [::1]:366, 127.0.0.1:366. */
+static void name_of_socket(int fd, char *out, size_t size)
+{
+    struct sockaddr_storage address;
+    socklen_t len = sizeof address;
+    char host[64] = "?", port[16] = "?";
+    if (getsockname(fd, (struct sockaddr *)&address, &len) == 0)
+        getnameinfo((struct sockaddr *)&address, len, host, sizeof host, port, sizeof port,
+                    NI_NUMERICHOST | NI_NUMERICSERV);
+    snprintf(out, size, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
+}
+
+static void listen_on_address(struct provider *p, const struct addrinfo *a, const char *where, bool tls)
+{
+    int fd = socket(a->ai_family, a->ai_socktype | SOCK_CLOEXEC, a->ai_protocol);
+    if (fd < 0 && errno == EAFNOSUPPORT)
+        return;
+    if (fd < 0)
+        die(EX_OSERR, "%s: %s", where, strerror(errno));
+    setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int));
+    setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &(int){RECEIVE_BUFFER}, sizeof(int)); /* see the sender */
+    if (a->ai_family == AF_INET6)
+        setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &(int){1}, sizeof(int));
+    if (bind(fd, a->ai_addr, a->ai_addrlen) < 0 || listen(fd, LISTEN_BACKLOG) < 0)
+        die(EX_OSERR, "%s: cannot listen: %s", where, strerror(errno));
+    fcntl(fd, F_SETFL, O_NONBLOCK); /* accept() must not wait for a connection that went away meanwhile */
+    p->socket_tls[p->socket_count] = tls;
+    p->sockets[p->socket_count++] = fd;
+}
+
+static void listen_on(struct provider *p, const char *where, bool tls)
+{
+    char host[256], port[32];
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE}, *list;
+    int problem;
+    if (!split_host_port(where, NULL, host, sizeof host, port, sizeof port))
+        die(EX_USAGE, "%s: not ADDR:PORT", where);
+    problem = getaddrinfo(*host && strcmp(host, "*") != 0 ? host : NULL, port, &hints, &list);
+    if (problem)
+        die(EX_NOHOST, "%s: %s", where, gai_strerror(problem));
+    for (struct addrinfo *a = list; a; a = a->ai_next)
+        if (p->socket_count < LISTENERS_MAX)
+            listen_on_address(p, a, where, tls);
+    freeaddrinfo(list);
+}
+
+/* ADDR or ADDR/BITS; an IPv4 address is kept as its IPv6 form, so that there is one comparison. */
+bool network_parse(struct network *n, const char *text)
+{
+    char address[64];
+    struct in_addr four;
+    size_t len = strcspn(text, "/");
+    char *end = NULL;
+    long bits = text[len] ? strtol(text + len + 1, &end, 10) : -1;
+    if (len >= sizeof address || (text[len] && (end == text + len + 1 || *end != '\0' || bits < 0)))
+        return false;
+    memcpy(address, text, len);
+    address[len] = '\0';
+    if (inet_pton(AF_INET, address, &four) == 1) {
+        memcpy(n->address, "\0\0\0\0\0\0\0\0\0\0\xff\xff", 12);
+        memcpy(n->address + 12, &four, 4);
+        n->bits = bits < 0 ? 128 : (int)bits + 96;
+        return bits <= 32;
+    }
+    n->bits = bits < 0 ? 128 : (int)bits;
+    return inet_pton(AF_INET6, address, n->address) == 1 && bits <= 128;
+}
+
+static void address_bytes(unsigned char out[16], const struct sockaddr_storage *a)
+{
+    memcpy(out, "\0\0\0\0\0\0\0\0\0\0\xff\xff", 12);
+    if (a->ss_family == AF_INET)
+        memcpy(out + 12, &((const struct sockaddr_in *)a)->sin_addr, 4);
+    else
+        memcpy(out, &((const struct sockaddr_in6 *)a)->sin6_addr, 16);
+}
+
+bool network_has(const struct network *n, const unsigned char address[16])
+{
+    int whole = n->bits / 8, rest = n->bits % 8;
+    return memcmp(n->address, address, (size_t)whole) == 0 &&
+           (rest == 0 || (n->address[whole] ^ address[whole]) >> (8 - rest) == 0);
+}
+
+/* 8-a: access by address; it comes before AUTH and never instead of it. */
+static bool address_allowed(const struct provider *p, const unsigned char address[16])
+{
+    for (size_t i = 0; i < p->allow_count; i++)
+        if (network_has(&p->allow[i], address))
+            return true;
+    return p->allow_count == 0;
+}
+
+/* ---- Sessions and their count ---- */
+
+static void session_free(struct session *s)
+{
+    struct provider *p = s->provider;
+    pthread_mutex_lock(&p->lock);
+    for (struct session **at = &p->sessions; *at; at = &(*at)->next)
+        if (*at == s) {
+            *at = s->next;
+            break;
+        }
+    p->session_count--;
+    pthread_cond_signal(&p->session_ended);
+    pthread_mutex_unlock(&p->lock);
+    accounts_release(s->accounts);
+    SSL_CTX_free(s->tls_context);
+    free(s);
+}
+
+static void *session_thread(void *argument)
+{
+    struct session *s = argument;
+    provider_session(s);
+    session_free(s);
+    return NULL;
+}
+
+/* Takes the session into the list, unless there are too many already; says why not. */
+static const char *session_admit(struct provider *p, struct session *s)
+{
+    const char *why = NULL;
+    size_t from_here = 0;
+    pthread_mutex_lock(&p->lock);
+    for (const struct session *other = p->sessions; other; other = other->next)
+        from_here += memcmp(other->address, s->address, sizeof s->address) == 0;
+    if (p->session_count >= p->max_sessions)
+        why = "too many sessions";
+    else if (from_here >= p->max_per_address)
+        why = "too many sessions from your address";
+    if (!why) {
+        s->provider = p;
+        s->accounts = p->accounts;
+        atomic_fetch_add(&s->accounts->users, 1);
+        s->tls_context = p->tls_context;
+        if (s->tls_context)
+            SSL_CTX_up_ref(s->tls_context);
+        s->next = p->sessions;
+        p->sessions = s;
+        p->session_count++;
+    }
+    pthread_mutex_unlock(&p->lock);
+    return why;
+}
+
+/* A last word to somebody who gets no thread of his own; never waits, so not for a TLS handshake either. */
+static void turn_away(int fd, bool tls_at_once, const char *reply, const char *name, const char *why)
+{
+    char text[512];
+    int n = snprintf(text, sizeof text, "%s %s %s\r\n", reply, name, why);
+    if (!tls_at_once)
+        send(fd, text, (size_t)n, MSG_NOSIGNAL | MSG_DONTWAIT);
+    shutdown(fd, SHUT_WR);
+    close(fd);
+}
+
+static void start_session(struct provider *p, int fd, const struct sockaddr_storage *address, bool tls_at_once)
+{
+    struct session *s = session_new(fd, PROVIDER, p->timeout, p->name, p->trace);
+    const char *why;
+    pthread_t thread;
+    if (!s) {
+        turn_away(fd, tls_at_once, "421", p->name, "out of memory, closing connection");
+        return;
+    }
+    address_bytes(s->address, address);
+    s->tls_at_once = tls_at_once;
+    if (!address_allowed(p, s->address)) {
+        log_event(s, "%s refused: its address is not allowed", s->peer);
+        turn_away(fd, tls_at_once, "554", p->name, "does not serve your address");
+        free(s);
+        return;
+    }
+    why = session_admit(p, s);
+    if (why) {
+        log_event(s, "%s turned away: %s", s->peer, why);
+        turn_away(fd, tls_at_once, "421", p->name, why);
+        free(s);
+        return;
+    }
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
+    if (pthread_create(&thread, &p->thread_attributes, session_thread, s) != 0) {
+        log_event(s, "%s turned away: no thread for it", s->peer);
+        turn_away(fd, tls_at_once, "421", p->name, "cannot serve you now, closing connection");
+        session_free(s);
+    }
+}
+
+static void accept_session(struct provider *p, size_t i)
+{
+    struct sockaddr_storage address = {0};
+    socklen_t len = sizeof address;
+    int fd = accept4(p->sockets[i], (struct sockaddr *)&address, &len, SOCK_CLOEXEC);
+    if (fd >= 0) {
+        start_session(p, fd, &address, p->socket_tls[i]);
+    } else if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
+        log_event(NULL, "cannot accept a connection: %s; waiting a moment", strerror(errno));
+        poll(NULL, 0, ACCEPT_PAUSE_MS);
+    }
+}
+
+/* ---- Start, reload, stop ---- */
+
+/* Both or nothing: a provider with new accounts and an old certificate would puzzle its owner. */
+static bool load_configuration(struct provider *p, struct accounts **accounts, SSL_CTX **tls, char *why, size_t size)
+{
+    *tls = NULL;
+    *accounts = accounts_load(p->accounts_path, why, size);
+    if (!*accounts || !p->cert)
+        return *accounts != NULL;
+    *tls = tls_server_context(p->cert, p->key, p->client_ca, why, size);
+    if (*tls)
+        return true;
+    accounts_release(*accounts);
+    return false;
+}
+
+static void reload(struct provider *p)
+{
+    char why[PATH_MAX + 256];
+    struct accounts *accounts, *old_accounts;
+    SSL_CTX *tls, *old_tls;
+    if (!load_configuration(p, &accounts, &tls, why, sizeof why)) {
+        log_event(NULL, "%s; accounts and certificates stay as they were", why);
+        return;
+    }
+    log_event(NULL, "accounts read again: %zu%s", accounts->count, tls ? "; certificates too" : "");
+    pthread_mutex_lock(&p->lock);
+    old_accounts = p->accounts;
+    old_tls = p->tls_context;
+    p->accounts = accounts;
+    p->tls_context = tls;
+    pthread_mutex_unlock(&p->lock);
+    accounts_release(old_accounts);
+    SSL_CTX_free(old_tls);
+}
+
+static void drop_privileges(const char *user)
+{
+    struct passwd *pw = getpwnam(user);
+    if (!pw)
+        die(EX_NOUSER, "--user %s: no such user", user);
+    if (initgroups(user, pw->pw_gid) < 0 || setgid(pw->pw_gid) < 0 || setuid(pw->pw_uid) < 0)
+        die(EX_NOPERM, "--user %s: %s", user, strerror(errno));
+    if (pw->pw_uid != 0 && setuid(0) == 0)
+        die(EX_SOFTWARE, "--user %s: the privileges did not go away", user);
+}
+
+/* As many descriptors as we may have: each session holds one, each message on its way another. */
+static void raise_descriptor_limit(void)
+{
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) == 0) {
+        limit.rlim_cur = limit.rlim_max;
+        setrlimit(RLIMIT_NOFILE, &limit);
+    }
+}
+
+/* After the first SIGTERM: sessions that wait for a command wake up by the pipe, the others finish the
+ * message under way. A second signal ends the program at once; what was not acknowledged stays queued. */
+static void stop_sessions(struct provider *p, int wake_fd)
+{
+    atomic_store(&p->stopping, true);
+    close(wake_fd); /* the writing end: the reading one, which every session watches, now reports it */
+    signal(SIGTERM, SIG_DFL);
+    signal(SIGINT, SIG_DFL);
+    pthread_mutex_lock(&p->lock);
+    log_event(NULL, "stopping; %zu sessions to end", p->session_count);
+    while (p->session_count > 0)
+        pthread_cond_wait(&p->session_ended, &p->lock);
+    pthread_mutex_unlock(&p->lock);
+    log_event(NULL, "stopped");
+}
+
+static void serve(struct provider *p)
+{
+    struct pollfd ready[LISTENERS_MAX + 1];
+    for (;;) {
+        char letter;
+        for (size_t i = 0; i < p->socket_count; i++)
+            ready[i] = (struct pollfd){.fd = p->sockets[i], .events = POLLIN};
+        ready[p->socket_count] = (struct pollfd){.fd = signal_pipe[0], .events = POLLIN};
+        if (poll(ready, p->socket_count + 1, -1) < 0)
+            continue;
+        if (ready[p->socket_count].revents && read(signal_pipe[0], &letter, 1) == 1) {
+            if (letter == 'T')
+                return;
+            reload(p);
+        }
+        for (size_t i = 0; i < p->socket_count; i++)
+            if (ready[i].revents)
+                accept_session(p, i);
+    }
+}
+
+int provider_run(struct provider *p)
+{
+    char why[PATH_MAX + 256], name[96];
+    pthread_t care;
+    bool cared_for;
+    int wake[2];
+    p->queue = open_queue(p->queue_path, false);
+    if (p->queue < 0)
+        die(EX_CONFIG, "%s: %s", p->queue_path, strerror(errno));
+    if (!load_configuration(p, &p->accounts, &p->tls_context, why, sizeof why))
+        die(EX_CONFIG, "%s", why);
+    if (RAND_bytes(p->salt_key, sizeof p->salt_key) != 1)
+        die(EX_OSERR, "OpenSSL has no random octets");
+    raise_descriptor_limit();
+    for (size_t i = 0; i < p->listen_count; i++)
+        listen_on(p, p->listen[i], p->listen_tls[i]);
+    catch_signals();
+    if (p->user)
+        drop_privileges(p->user);
+    if (pipe(wake) < 0)
+        die(EX_OSERR, "cannot make a pipe: %s", strerror(errno));
+    fcntl(wake[0], F_SETFD, FD_CLOEXEC);
+    fcntl(wake[1], F_SETFD, FD_CLOEXEC);
+    p->wake_fd = wake[0];
+    pthread_mutex_init(&p->lock, NULL);
+    pthread_cond_init(&p->session_ended, NULL);
+    pthread_attr_init(&p->thread_attributes);
+    pthread_attr_setdetachstate(&p->thread_attributes, PTHREAD_CREATE_DETACHED);
+    pthread_attr_setstacksize(&p->thread_attributes, THREAD_STACK);
+    for (size_t i = 0; i < p->socket_count; i++) {
+        name_of_socket(p->sockets[i], name, sizeof name);
+        log_event(NULL, "listening on %s", name);
+    }
+    cared_for = pthread_create(&care, NULL, caretaker, p) == 0;
+    if (!cared_for)
+        log_event(NULL, "no thread to look after old mail; the rest works");
+    serve(p);
+    for (size_t i = 0; i < p->socket_count; i++)
+        close(p->sockets[i]);
+    stop_sessions(p, wake[1]);
+    if (cared_for)
+        pthread_join(care, NULL);
+    accounts_release(p->accounts);
+    SSL_CTX_free(p->tls_context);
+    return EX_OK;
+}
+
+/* ==== The demo ========================================================================================
+ *
+ * A provider and a customer, two threads of this process, over a real socket, with a queue made for the
+ * occasion. The customer's side draws the ladder. */
+
+static const struct {
+    const char *sender, *recipient, *other, *content;
+} demo_mail[] = {
+    {"alice@example.edu", "eva@example.org", NULL,
+     "From: Alice <alice@example.edu>\nTo: Eva <eva@example.org>\nSubject: Line starts\n\n"
+     "A line that starts with a dot\n.needs another one on its way, where DATA is used (RFC 5321, 4.5.2).\n"},
+    {"bob@example.edu", "office@example.com", DEMO_STRANGER,
+     "From: Bob <bob@example.edu>\nTo: office@example.com, " DEMO_STRANGER "\nSubject: Another domain\n\n"
+     "Of the same customer; and one recipient is not there.\n"},
+    {"", "eva@example.org", NULL,
+     "From: Mail System <postmaster@example.edu>\nTo: eva@example.org\nSubject: From the null sender\n\n"
+     "A notice: its reverse-path is <>, and POP3 would have lost that.\n"},
+};
+
+static void demo_fill(int queue)
+{
+    for (size_t i = 0; i < sizeof demo_mail / sizeof *demo_mail; i++) {
+        struct delivery d;
+        bool done = delivery_open(&d, queue, mailbox_domain(demo_mail[i].recipient));
+        if (done) {
+            fprintf(d.file, "Return-Path: <%s>\nDelivered-To: %s\n", demo_mail[i].sender, demo_mail[i].recipient);
+            if (demo_mail[i].other)
+                fprintf(d.file, "Delivered-To: %s\n", demo_mail[i].other);
+            fputs(demo_mail[i].content, d.file);
+            done = delivery_finish(&d);
+        }
+        if (!done)
+            die(EX_CANTCREAT, "demo: cannot write into the scratch queue: %s", strerror(errno));
+    }
+}
+
+static void *demo_provider(void *argument)
+{
+    struct provider *p = argument;
+    int fd = accept(p->sockets[0], NULL, NULL);
+    struct session *s = fd < 0 ? NULL : session_new(fd, PROVIDER, p->timeout, p->name, TRACE_OFF);
+    if (!s)
+        return NULL;
+    s->muted = true;
+    s->provider = p;
+    s->accounts = p->accounts;
+    s->tls_context = p->tls_context;
+    provider_session(s);
+    free(s);
+    return NULL;
+}
+
+static struct accounts *demo_accounts(void)
+{
+    char line[] = "# the one account\nexample.org:example.org,example.com:a secret\n", why[256];
+    FILE *file = must_alloc(fmemopen(line, sizeof line - 1, "r"));
+    struct accounts *all = accounts_read(file, "demo", why, sizeof why);
+    fclose(file);
+    return must_alloc(all);
+}
+
+/* For --tls: one certificate for both sides, good for an hour. NULL: OpenSSL could not. */
+static X509 *demo_certificate(EVP_PKEY *key)
+{
+    X509 *certificate = must_alloc(X509_new());
+    X509_NAME *name = X509_get_subject_name(certificate);
+    X509_EXTENSION *names;
+    X509V3_CTX context;
+    bool done;
+    X509V3_set_ctx(&context, certificate, certificate, NULL, NULL, 0);
+    names = X509V3_EXT_conf_nid(NULL, &context, NID_subject_alt_name, "IP:127.0.0.1,DNS:example.org");
+    done = names && X509_set_version(certificate, 2) == 1 &&
+           ASN1_INTEGER_set(X509_get_serialNumber(certificate), 1) == 1 &&
+           X509_gmtime_adj(X509_getm_notBefore(certificate), 0) && X509_gmtime_adj(X509_getm_notAfter(certificate), 3600) &&
+           X509_NAME_add_entry_by_txt(name, "CN", MBSTRING_ASC, (const unsigned char *)"odmr demo", -1, -1, 0) == 1 &&
+           X509_set_issuer_name(certificate, name) == 1 && X509_set_pubkey(certificate, key) == 1 &&
+           X509_add_ext(certificate, names, -1) == 1 && X509_sign(certificate, key, EVP_sha256()) > 0;
+    X509_EXTENSION_free(names);
+    if (done)
+        return certificate;
+    X509_free(certificate);
+    return NULL;
+}
+
+/* Both contexts show that certificate, and both believe it. */
+static void demo_tls(struct provider *p, struct customer *c)
+{
+    char why[256] = "OpenSSL";
+    SSL_CTX *contexts[2] = {tls_server_context(NULL, NULL, NULL, why, sizeof why),
+                            tls_client_context(NULL, false, NULL, NULL, why, sizeof why)};
+    EVP_PKEY *key = EVP_EC_gen("P-256");
+    X509 *certificate = key ? demo_certificate(key) : NULL;
+    for (int i = 0; i < 2; i++)
+        if (!certificate || !contexts[i] || SSL_CTX_use_certificate(contexts[i], certificate) != 1 ||
+            SSL_CTX_use_PrivateKey(contexts[i], key) != 1 ||
+            X509_STORE_add_cert(SSL_CTX_get_cert_store(contexts[i]), certificate) != 1)
+            die(EX_SOFTWARE, "demo: TLS cannot be set up: %s", why);
+    SSL_CTX_set_verify(contexts[0], SSL_VERIFY_PEER, let_pass);
+    p->tls_context = contexts[0];
+    p->client_ca = c->cert = "the demo's";
+    c->tls_context = contexts[1];
+    X509_free(certificate);
+    EVP_PKEY_free(key);
+}
+
+static void demo_remove(const char *dir)
+{
+    char *const argv[] = {"rm", "-rf", "--", (char *)dir, NULL};
+    pid_t pid;
+    if (start_program(argv, -1, -1, &pid) == 0)
+        finish_program(pid, DEMO_TIMEOUT);
+}
+
+/* What takes the notices here: a script that keeps the last one. */
+static void demo_sendmail(const char *path)
+{
+    int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0700);
+    static const char script[] = "#!/bin/sh\ncat > \"$0.notice\"\n";
+    if (fd < 0 || write(fd, script, sizeof script - 1) != (ssize_t)sizeof script - 1)
+        die(EX_CANTCREAT, "demo: cannot write %s: %s", path, strerror(errno));
+    close(fd);
+}
+
+/* The part of the notice that is for a person. */
+static void demo_show_notice(const char *sendmail)
+{
+    char path[128], line[512];
+    bool shown = false;
+    FILE *file;
+    snprintf(path, sizeof path, "%s.notice", sendmail);
+    file = fopen(path, "re");
+    while (file && fgets(line, sizeof line, file) && strncmp(line, "Content-Type: message", 21) != 0) {
+        shown |= strncmp(line, "This is the mail relay", 22) == 0;
+        if (shown && strncmp(line, "--", 2) != 0)
+            printf("  %s", line);
+    }
+    if (file)
+        fclose(file);
+}
+
+/* The session itself, between two looks at the queue. */
+static int demo_session(struct provider *p, struct customer *c)
+{
+    char where[96];
+    pthread_t thread;
+    int code;
+    pthread_mutex_init(&p->lock, NULL);
+    listen_on(p, "127.0.0.1:0", false);
+    fcntl(p->sockets[0], F_SETFL, 0);
+    name_of_socket(p->sockets[0], where, sizeof where);
+    c->provider = where;
+    printf("What the provider holds for its customer:\n\n");
+    show_queue(p->queue, NULL, 0, false);
+    fflush(stdout);
+    if (pthread_create(&thread, NULL, demo_provider, p) != 0)
+        die(EX_OSERR, "demo: cannot start a thread");
+    code = customer_session(c);
+    pthread_join(thread, NULL);
+    close(p->sockets[0]);
+    printf("\nWhat the customer has now:\n\n");
+    show_queue(c->queue, NULL, 0, true);
+    printf("\nWhat the provider holds:\n\n");
+    show_queue(p->queue, NULL, 0, false);
+    printf("\nWhat bob@example.edu is told of the recipient that was refused:\n\n");
+    demo_show_notice(p->sendmail);
+    return code;
+}
+
+int demo(bool stepwise, bool tls, enum mechanism mechanism)
+{
+    int timeout = stepwise ? TIMEOUT_MAX : DEMO_TIMEOUT;
+    char dir[] = "/tmp/odmr-demo-XXXXXX", path[64], sendmail[64];
+    struct provider p = {.name = "example.net", .login_timeout = timeout, .timeout = timeout, .wake_fd = -1,
+                         .sendmail = sendmail};
+    struct customer c = {.user = "example.org", .secret = "a secret", .name = "example.org", .timeout = timeout,
+                         .domains = "example.org,example.com", .trace = TRACE_LADDER, .mechanism = mechanism,
+                         .stepwise = stepwise, .quiet = true, .stranger = DEMO_STRANGER};
+    int code;
+    if (!mkdtemp(dir))
+        die(EX_CANTCREAT, "demo: cannot make a scratch directory: %s", strerror(errno));
+    snprintf(path, sizeof path, "%s/queue", dir);
+    p.queue = open_queue(path, true);
+    snprintf(path, sizeof path, "%s/mail", dir);
+    c.queue = open_queue(path, true);
+    snprintf(sendmail, sizeof sendmail, "%s/sendmail", dir);
+    demo_sendmail(sendmail);
+    demo_fill(p.queue);
+    p.accounts = demo_accounts();
+    if (tls)
+        demo_tls(&p, &c);
+    ladder_file = stdout;
+    code = demo_session(&p, &c);
+    accounts_release(p.accounts);
+    SSL_CTX_free(p.tls_context);
+    SSL_CTX_free(c.tls_context);
+    demo_remove(dir);
+    return code;
+}
+
+/* ==== Main ============================================================================================ */
+
+static const char usage_all[] =
+    "odmr: On-Demand Mail Relay (RFC 2645)\n"
+    "\n"
+    "  odmr provider [options]                          hold mail, hand it over when asked\n"
+    "  odmr customer [options] HOST[:PORT] [DOMAIN...]  fetch mail\n"
+    "  odmr enqueue [options] RECIPIENT...              put a message into the queue\n"
+    "  odmr queue [options] [DOMAIN...]                 show what waits\n"
+    "  odmr account [--scram] NAME DOMAIN[,DOMAIN...]   a line for the accounts file\n"
+    "  odmr demo [options]                              a whole session on this machine\n"
+    "\n"
+    "odmr COMMAND --help explains each. odmr --version tells the version.\n";
+
+static const char usage_provider[] =
+    "odmr provider [options]: serve the customers' mail from Maildirs\n"
+    "\n"
+    "  -l, --listen ADDR:PORT       default port 366 on every address; may be given again; port 0: a free one\n"
+    "  -q, --queue DIR              default /var/spool/odmr\n"
+    "  -a, --accounts FILE          default /etc/odmr/accounts\n"
+    "  -n, --name HOST              the name in greetings and EHLO; default: the host's name\n"
+    "  -t, --trace                  the whole dialogue on standard error; --trace=ladder draws it\n"
+    "  -i, --interval SECONDS       450 for an ATRN that repeats sooner for the same account; default 0: off\n"
+    "      --allow ADDR[/BITS]      serve these addresses only; may be given again\n"
+    "      --max-sessions N         default 1000; over it: 421 and close\n"
+    "      --max-per-address N      default 20; over it: 421 and close\n"
+    "      --timeout SECONDS        any one wait for the peer, default 300\n"
+    "      --login-timeout SECONDS  from connect to authenticated, all in all, default 60\n"
+    "      --no-cram-md5            do without it (RFC 2645, 5.1.2, lets a site that has something better)\n"
+    "      --cert FILE --key FILE   PEM; STARTTLS is offered\n"
+    "      --tls-listen ADDR:PORT   TLS from the first byte; may be given again\n"
+    "      --client-ca FILE         PEM; customers with a certificate it signed may AUTH EXTERNAL\n"
+    "      --require-tls            AUTH before TLS: 538\n"
+    "      --user NAME              after binding, run as this user\n"
+    "      --sendmail PATH          takes failure notices, default /usr/sbin/sendmail\n"
+    "      --max-age DAYS           mail nobody collects is returned after so long; default 0: never\n";
+
+static const char usage_customer[] =
+    "odmr customer [options] HOST[:PORT] [DOMAIN...]: fetch the mail of these domains, or of all\n"
+    "\n"
+    "  -u, --user NAME          the account's name\n"
+    "  -s, --secret-file FILE   its secret is the first line; or the variable ODMR_SECRET\n"
+    "  -q, --queue DIR          deliver into DIR/<domain>/new; default ./mail\n"
+    "      --smtp HOST:PORT     or hand the reversed session to this SMTP server\n"
+    "      --exec COMMAND       or to this program's standard input and output (\"sendmail -bs\")\n"
+    "  -n, --name HOST          the name in greetings and EHLO; default: the host's name\n"
+    "  -t, --trace              the whole dialogue on standard error; --trace=ladder draws it\n"
+    "      --timeout SECONDS    any one wait for the peer, default 300\n"
+    "      --tls                TLS from the first byte; else STARTTLS is used when it is offered\n"
+    "      --require-tls        refuse to go on without STARTTLS\n"
+    "      --ca FILE            trust these certificates instead of the system's\n"
+    "      --insecure           do not verify the provider's certificate\n"
+    "      --cert FILE --key FILE   the customer's own certificate, for AUTH EXTERNAL\n"
+    "      --mechanism NAME     this SASL mechanism and no other: SCRAM-SHA-256-PLUS, SCRAM-SHA-256, EXTERNAL,\n"
+    "                           CRAM-MD5, PLAIN; default: the first of them that both sides can do\n"
+    "      --quiet              neither progress nor a summary; only what went wrong\n"
+    "      --poll SECONDS       ask again and again\n"
+    "\n"
+    "Exit: 0 mail received, 1 no mail, 75 try later, 77 not authenticated, 76 the peer broke the protocol,\n"
+    "69 no ATRN or no such service, 68 unknown host, 73 cannot write the mail.\n";
+
+static const char usage_enqueue[] =
+    "odmr enqueue [-q DIR] [-f SENDER] [--] RECIPIENT...: the message on standard input into the queue\n"
+    "\n"
+    "  -q, --queue DIR      default /var/spool/odmr\n"
+    "  -f, --from SENDER    the reverse-path; default: the null sender\n"
+    "\n"
+    "Exit: 0 queued; 64 wrong usage; 65 a bad address; 75 try later (nothing is queued).\n";
+
+static const char usage_queue[] =
+    "odmr queue [-q DIR] [-l] [DOMAIN...]: what waits: domain, messages, octets, oldest, held\n"
+    "\n"
+    "  -q, --queue DIR      default /var/spool/odmr\n"
+    "  -l, --list           every message with its envelope, and why it is held if it is\n";
+
+static const char usage_account[] =
+    "odmr account [--scram] NAME DOMAIN[,DOMAIN...]: prints a line for the accounts file\n"
+    "\n"
+    "  --scram   not the secret itself but what is enough to check it, by SCRAM-SHA-256 and PLAIN\n"
+    "\n"
+    "Asks for the secret, or reads it from standard input. Names and secrets are UTF-8, taken as they are.\n";
+
+static const char usage_demo[] =
+    "odmr demo [options]: a whole session on this machine, explained\n"
+    "\n"
+    "  --step             wait for Return before each command\n"
+    "  --tls              with STARTTLS\n"
+    "  --mechanism NAME   log in by this one; default CRAM-MD5, the memo's own\n";
+
+static void help(const char *text)
+{
+    fputs(text, stdout);
+    exit(fflush(stdout) == 0 ? EX_OK : EX_IOERR);
+}
+
+static long number_option(const char *option, const char *text, long lowest, long highest)
+{
+    char *end;
+    long value;
+    errno = 0;
+    value = strtol(text, &end, 10);
+    if (end == text || *end != '\0' || errno || value < lowest || value > highest)
+        die(EX_USAGE, "--%s %s: not a number from %ld to %ld", option, text, lowest, highest);
+    return value;
+}
+
+/* The host's name, as good as the system knows it. */
+static const char *host_name(void)
+{
+    static char name[DOMAIN_MAX + 1];
+    if (gethostname(name, sizeof name - 1) < 0 || name[0] == '\0')
+        snprintf(name, sizeof name, "localhost");
+    return name;
+}
+
+/* A name is sent in greetings: it must not be able to break a line. */
+static const char *name_option(const char *text)
+{
+    if (*text == '\0' || strlen(text) > DOMAIN_MAX || !printable(text, strlen(text)) || strchr(text, ' '))
+        die(EX_USAGE, "--name %s: not the name of a host", text);
+    return text;
+}
+
+/* getopt_long() with our words: the next option's letter or number, -1 at the end; exits on a bad one. */
+static int next_option(int argc, char **argv, const char *letters, const struct option *options, const char *usage)
+{
+    int option = getopt_long(argc, argv, letters, options, NULL);
+    if (option == 'h')
+        help(usage);
+    if (option == '?' && optopt > ' ' && optopt < 127 && strchr(letters, optopt))
+        die(EX_USAGE, "%s: option -%c needs a value; see odmr %s --help", argv[0], optopt, argv[0]);
+    if (option == ':')
+        die(EX_USAGE, "%s: option %s needs a value; see odmr %s --help", argv[0], argv[optind - 1], argv[0]);
+    if (option == '?')
+        die(EX_USAGE, "%s: unknown option %s; see odmr %s --help", argv[0], argv[optind - 1], argv[0]);
+    return option;
+}
+
+enum long_option { OPT_ALLOW = 256, OPT_CA, OPT_CERT, OPT_CLIENT_CA, OPT_EXEC, OPT_INSECURE, OPT_KEY,
+                   OPT_LOGIN_TIMEOUT, OPT_MAX_AGE, OPT_MAX_PER_ADDRESS, OPT_MAX_SESSIONS, OPT_MECHANISM, OPT_NO_CRAM_MD5,
+                   OPT_POLL, OPT_QUIET, OPT_REQUIRE_TLS, OPT_SCRAM, OPT_SENDMAIL, OPT_SMTP, OPT_STEP, OPT_TIMEOUT, OPT_TLS, OPT_TLS_LISTEN, OPT_USER };
+
+/* --trace, --trace=ladder */
+static enum trace trace_option(const char *form)
+{
+    if (form && strcmp(form, "ladder") != 0)
+        die(EX_USAGE, "--trace=%s: there is --trace, and --trace=ladder", form);
+    return form ? TRACE_LADDER : TRACE_RFC;
+}
+
+static enum mechanism mechanism_option(const char *name)
+{
+    enum mechanism m = mechanism_named(name);
+    if (m == NO_MECHANISM)
+        die(EX_USAGE, "--mechanism %s: not one of ours; see odmr customer --help", name);
+    return m;
+}
+
+static void add_listener(struct provider *p, const char *option, const char *where, bool tls)
+{
+    char host[256], port[32];
+    if (!split_host_port(where, NULL, host, sizeof host, port, sizeof port))
+        die(EX_USAGE, "--%s %s: not ADDR:PORT", option, where);
+    if (p->listen_count == LISTENERS_MAX)
+        die(EX_USAGE, "--%s %s: more than %d of them", option, where, LISTENERS_MAX);
+    p->listen_tls[p->listen_count] = tls;
+    p->listen[p->listen_count++] = where;
+}
+
+static void add_network(struct provider *p, const char *network)
+{
+    if (p->allow_count == NETWORKS_MAX)
+        die(EX_USAGE, "--allow %s: more than %d of them", network, NETWORKS_MAX);
+    if (!network_parse(&p->allow[p->allow_count++], network))
+        die(EX_USAGE, "--allow %s: not ADDR or ADDR/BITS", network);
+}
+
+static void provider_option(struct provider *p, int option)
+{
+    switch (option) {
+    case 'l': add_listener(p, "listen", optarg, false); break;
+    case 'q': p->queue_path = optarg; break;
+    case 'a': p->accounts_path = optarg; break;
+    case 'n': p->name = name_option(optarg); break;
+    case 't': p->trace = trace_option(optarg); break;
+    case 'i': p->interval = (int)number_option("interval", optarg, 0, INT_MAX); break;
+    case OPT_ALLOW: add_network(p, optarg); break;
+    case OPT_MAX_SESSIONS: p->max_sessions = (size_t)number_option("max-sessions", optarg, 1, INT_MAX); break;
+    case OPT_MAX_PER_ADDRESS:
+        p->max_per_address = (size_t)number_option("max-per-address", optarg, 1, INT_MAX);
+        break;
+    case OPT_TIMEOUT: p->timeout = (int)number_option("timeout", optarg, 1, TIMEOUT_MAX); break;
+    case OPT_LOGIN_TIMEOUT: p->login_timeout = (int)number_option("login-timeout", optarg, 1, TIMEOUT_MAX); break;
+    case OPT_NO_CRAM_MD5: p->no_cram_md5 = true; break;
+    case OPT_CERT: p->cert = optarg; break;
+    case OPT_KEY: p->key = optarg; break;
+    case OPT_TLS_LISTEN: add_listener(p, "tls-listen", optarg, true); break;
+    case OPT_CLIENT_CA: p->client_ca = optarg; break;
+    case OPT_REQUIRE_TLS: p->require_tls = true; break;
+    case OPT_USER: p->user = optarg; break;
+    case OPT_SENDMAIL: p->sendmail = optarg; break;
+    case OPT_MAX_AGE: p->max_age = (int)number_option("max-age", optarg, 0, MAX_AGE_MOST); break;
+    }
+}
+
+/* What goes together, and what stands for what was not said. */
+static void complete_provider(struct provider *p)
+{
+    bool plain = false, tls = false;
+    for (size_t i = 0; i < p->listen_count; i++) {
+        plain |= !p->listen_tls[i];
+        tls |= p->listen_tls[i];
+    }
+    if (!p->cert && (p->key || tls || p->client_ca || p->require_tls))
+        die(EX_USAGE, "provider: %s needs --cert", p->key ? "--key" : tls ? "--tls-listen" :
+                                                   p->client_ca ? "--client-ca" : "--require-tls");
+    if (!p->key)
+        p->key = p->cert; /* one file may hold both */
+    if (!plain && !tls)
+        add_listener(p, "listen", "*:" ODMR_PORT, false); /* (4-a) */
+}
+
+static int main_provider(int argc, char **argv)
+{
+    static const struct option options[] = {
+        {"listen", required_argument, NULL, 'l'}, {"queue", required_argument, NULL, 'q'},
+        {"accounts", required_argument, NULL, 'a'}, {"name", required_argument, NULL, 'n'},
+        {"trace", optional_argument, NULL, 't'}, {"interval", required_argument, NULL, 'i'},
+        {"allow", required_argument, NULL, OPT_ALLOW}, {"max-sessions", required_argument, NULL, OPT_MAX_SESSIONS},
+        {"max-per-address", required_argument, NULL, OPT_MAX_PER_ADDRESS},
+        {"timeout", required_argument, NULL, OPT_TIMEOUT},
+        {"login-timeout", required_argument, NULL, OPT_LOGIN_TIMEOUT},
+        {"no-cram-md5", no_argument, NULL, OPT_NO_CRAM_MD5}, {"cert", required_argument, NULL, OPT_CERT},
+        {"key", required_argument, NULL, OPT_KEY}, {"tls-listen", required_argument, NULL, OPT_TLS_LISTEN},
+        {"client-ca", required_argument, NULL, OPT_CLIENT_CA}, {"require-tls", no_argument, NULL, OPT_REQUIRE_TLS},
+        {"user", required_argument, NULL, OPT_USER}, {"sendmail", required_argument, NULL, OPT_SENDMAIL},
+        {"max-age", required_argument, NULL, OPT_MAX_AGE}, {"help", no_argument, NULL, 'h'}, {0}};
+    static struct provider p = {.sendmail = "/usr/sbin/sendmail", .queue_path = "/var/spool/odmr", .accounts_path = "/etc/odmr/accounts",
+                                .max_sessions = 1000, .max_per_address = 20, .timeout = 300, .login_timeout = 60};
+    int option;
+    p.name = host_name();
+    while ((option = next_option(argc, argv, ":l:q:a:n:ti:h", options, usage_provider)) != -1)
+        provider_option(&p, option);
+    if (optind < argc)
+        die(EX_USAGE, "provider: %s: takes options only; see odmr provider --help", argv[optind]);
+    complete_provider(&p);
+    return provider_run(&p);
+}
+
+/* The secret never stands on a command line: it is a file's first line, or comes in the environment,
+ * from which it is taken out so that --exec's program does not inherit it. */
+static void read_secret(struct customer *c, const char *path)
+{
+    static char secret[SECRET_MAX];
+    const char *variable = getenv("ODMR_SECRET");
+    FILE *file;
+    if (!path && !variable && c->cert)
+        return; /* the certificate says who we are */
+    if (!path && !variable)
+        die(EX_USAGE, "customer: no secret: give --secret-file, or the variable ODMR_SECRET");
+    if (path) {
+        file = fopen(path, "re");
+        if (!file || !fgets(secret, sizeof secret, file))
+            die(EX_NOINPUT, "%s: %s", path, file && !ferror(file) ? "it is empty" : strerror(errno));
+        fclose(file);
+    } else {
+        snprintf(secret, sizeof secret, "%s", variable);
+    }
+    unsetenv("ODMR_SECRET");
+    secret[strcspn(secret, "\r\n")] = '\0';
+    if (secret[0] == '\0')
+        die(EX_NOINPUT, "customer: the secret is empty");
+    c->secret = secret;
+}
+
+static const char *join_domains(char **domains, int count)
+{
+    static char list[ATRN_LINE];
+    size_t used = 0;
+    for (int i = 0; i < count; i++) {
+        if (!domain_list_valid(domains[i]))
+            die(EX_USAGE, "customer: %s: not a domain of two labels or more", domains[i]);
+        if (used + strlen(domains[i]) + 8 > ATRN_LINE)
+            die(EX_USAGE, "customer: more domains than one ATRN can name (%d octets)", ATRN_LINE);
+        used += (size_t)snprintf(list + used, ATRN_LINE - used, "%s%s", i ? "," : "", domains[i]);
+    }
+    return list;
+}
+
+static int poll_provider(const struct customer *c, int interval)
+{
+    for (;;) {
+        int code = customer_session(c);
+        if (interval == 0)
+            return code;
+        poll(NULL, 0, interval * 1000);
+    }
+}
+
+struct customer_options {
+    struct customer c;
+    const char *queue, *secret_file;
+    int interval;
+};
+
+static void customer_option(struct customer_options *o, int option)
+{
+    struct customer *c = &o->c;
+    switch (option) {
+    case 'u': c->user = optarg; break;
+    case 's': o->secret_file = optarg; break;
+    case 'q': o->queue = optarg; break;
+    case 'n': c->name = name_option(optarg); break;
+    case 't': c->trace = trace_option(optarg); break;
+    case OPT_SMTP: c->smtp = optarg; break;
+    case OPT_EXEC: c->exec = optarg; break;
+    case OPT_TIMEOUT: c->timeout = (int)number_option("timeout", optarg, 1, TIMEOUT_MAX); break;
+    case OPT_QUIET: c->quiet = true; break;
+    case OPT_POLL: o->interval = (int)number_option("poll", optarg, 1, TIMEOUT_MAX); break;
+    case OPT_TLS: c->tls = true; break;
+    case OPT_REQUIRE_TLS: c->require_tls = true; break;
+    case OPT_CA: c->ca = optarg; break;
+    case OPT_INSECURE: c->insecure = true; break;
+    case OPT_CERT: c->cert = optarg; break;
+    case OPT_KEY: c->key = optarg; break;
+    case OPT_MECHANISM: c->mechanism = mechanism_option(optarg); break;
+    }
+}
+
+/* What goes together, and what stands for what was not said; then all that can fail without the provider. */
+static void complete_customer(struct customer_options *o)
+{
+    struct customer *c = &o->c;
+    char why[PATH_MAX + 256];
+    if (c->user ? *c->user == '\0' || strlen(c->user) >= MAILBOX_MAX : !c->cert)
+        die(EX_USAGE, "customer: --user NAME is missing; see odmr customer --help");
+    if ((c->smtp != NULL) + (c->exec != NULL) + (o->queue != NULL) > 1)
+        die(EX_USAGE, "customer: only one of --queue, --smtp and --exec");
+    if (c->key && !c->cert)
+        die(EX_USAGE, "customer: --key needs --cert");
+    if (c->ca && c->insecure)
+        die(EX_USAGE, "customer: only one of --ca and --insecure");
+    if (!c->key)
+        c->key = c->cert;
+    read_secret(c, o->secret_file);
+    if (c->secret && !c->user)
+        die(EX_USAGE, "customer: --user NAME is missing; see odmr customer --help");
+    c->tls_context = tls_client_context(c->ca, c->insecure, c->cert, c->key, why, sizeof why);
+    if (!c->tls_context)
+        die(EX_CONFIG, "customer: %s", why);
+    if (!c->smtp && !c->exec) {
+        o->queue = o->queue ? o->queue : "./mail";
+        c->queue = open_queue(o->queue, true);
+        if (c->queue < 0)
+            die(EX_CANTCREAT, "%s: %s; no ATRN is sent", o->queue, strerror(errno));
+    }
+}
+
+static int main_customer(int argc, char **argv)
+{
+    static const struct option options[] = {
+        {"user", required_argument, NULL, 'u'}, {"secret-file", required_argument, NULL, 's'},
+        {"queue", required_argument, NULL, 'q'}, {"smtp", required_argument, NULL, OPT_SMTP},
+        {"exec", required_argument, NULL, OPT_EXEC}, {"name", required_argument, NULL, 'n'},
+        {"trace", optional_argument, NULL, 't'}, {"timeout", required_argument, NULL, OPT_TIMEOUT},
+        {"tls", no_argument, NULL, OPT_TLS}, {"require-tls", no_argument, NULL, OPT_REQUIRE_TLS},
+        {"ca", required_argument, NULL, OPT_CA}, {"insecure", no_argument, NULL, OPT_INSECURE},
+        {"cert", required_argument, NULL, OPT_CERT}, {"key", required_argument, NULL, OPT_KEY},
+        {"mechanism", required_argument, NULL, OPT_MECHANISM}, {"quiet", no_argument, NULL, OPT_QUIET},
+        {"poll", required_argument, NULL, OPT_POLL},
+        {"help", no_argument, NULL, 'h'}, {0}};
+    struct customer_options o = {.c = {.timeout = 300, .queue = -1, .name = host_name()}};
+    int option, code;
+    while ((option = next_option(argc, argv, ":u:s:q:n:th", options, usage_customer)) != -1)
+        customer_option(&o, option);
+    if (optind == argc)
+        die(EX_USAGE, "customer: which provider? HOST[:PORT] is missing; see odmr customer --help");
+    o.c.provider = argv[optind++];
+    o.c.domains = join_domains(argv + optind, argc - optind);
+    complete_customer(&o);
+    signal(SIGPIPE, SIG_IGN);
+    code = poll_provider(&o.c, o.interval);
+    SSL_CTX_free(o.c.tls_context);
+    return code;
+}
+
+static int main_enqueue(int argc, char **argv)
+{
+    static const struct option options[] = {{"queue", required_argument, NULL, 'q'},
+                                            {"from", required_argument, NULL, 'f'},
+                                            {"help", no_argument, NULL, 'h'}, {0}};
+    const char *queue_path = "/var/spool/odmr", *sender = "";
+    int option, queue;
+    while ((option = next_option(argc, argv, ":q:f:h", options, usage_enqueue)) != -1) {
+        if (option == 'q')
+            queue_path = optarg;
+        else
+            sender = strcmp(optarg, "<>") == 0 ? "" : optarg;
+    }
+    if (optind == argc)
+        die(EX_USAGE, "enqueue: no RECIPIENT; see odmr enqueue --help");
+    if (*sender && !mailbox_valid(sender))
+        die(EX_DATAERR, "enqueue: -f %s: not a mailbox", sender);
+    for (int i = optind; i < argc; i++) {
+        const char *domain = mailbox_domain(argv[i]);
+        if (!mailbox_valid(argv[i]) || !domain || !domain_valid(domain, strlen(domain)))
+            die(EX_DATAERR, "enqueue: %s: not a mailbox; nothing is queued", argv[i]);
+    }
+    queue = open_queue(queue_path, false);
+    if (queue < 0)
+        die(EX_TEMPFAIL, "enqueue: %s: %s; try again later", queue_path, strerror(errno));
+    return enqueue(queue, sender, host_name(), argv + optind, argc - optind);
+}
+
+static int main_queue(int argc, char **argv)
+{
+    static const struct option options[] = {{"queue", required_argument, NULL, 'q'},
+                                            {"list", no_argument, NULL, 'l'},
+                                            {"help", no_argument, NULL, 'h'}, {0}};
+    const char *queue_path = "/var/spool/odmr";
+    bool list = false;
+    int option, queue;
+    while ((option = next_option(argc, argv, ":q:lh", options, usage_queue)) != -1) {
+        if (option == 'q')
+            queue_path = optarg;
+        else
+            list = true;
+    }
+    for (int i = optind; i < argc; i++) {
+        if (!domain_valid(argv[i], strlen(argv[i])))
+            die(EX_USAGE, "queue: %s: not a domain", argv[i]);
+        lower_case(argv[i]); /* as the directory is */
+    }
+    queue = open_queue(queue_path, false);
+    if (queue < 0)
+        die(EX_NOINPUT, "queue: %s: %s", queue_path, strerror(errno));
+    return show_queue(queue, argv + optind, (size_t)(argc - optind), list);
+}
+
+static int main_account(int argc, char **argv)
+{
+    static const struct option options[] = {{"scram", no_argument, NULL, OPT_SCRAM},
+                                            {"help", no_argument, NULL, 'h'}, {0}};
+    bool scram = false;
+    int option;
+    while ((option = next_option(argc, argv, ":h", options, usage_account)) != -1)
+        scram |= option == OPT_SCRAM;
+    if (argc - optind != 2)
+        die(EX_USAGE, "account: NAME and DOMAIN[,DOMAIN...] are needed; see odmr account --help");
+    if (argv[optind][0] == '\0' || argv[optind][0] == '#' || strpbrk(argv[optind], ":\r\n") ||
+        strlen(argv[optind]) >= MAILBOX_MAX)
+        die(EX_USAGE, "account: %s: not a name: it is empty, too long, starts with # or has a colon", argv[optind]);
+    if (!domain_list_valid(argv[optind + 1]))
+        die(EX_USAGE, "account: %s: not domains of two labels or more, with commas between", argv[optind + 1]);
+    return print_account(argv[optind], argv[optind + 1], scram);
+}
+
+static int main_demo(int argc, char **argv)
+{
+    static const struct option options[] = {{"step", no_argument, NULL, OPT_STEP},
+                                            {"tls", no_argument, NULL, OPT_TLS},
+                                            {"mechanism", required_argument, NULL, OPT_MECHANISM},
+                                            {"help", no_argument, NULL, 'h'}, {0}};
+    enum mechanism mechanism = CRAM_MD5; /* the memo's own */
+    bool stepwise = false, tls = false;
+    int option;
+    while ((option = next_option(argc, argv, ":h", options, usage_demo)) != -1) {
+        stepwise |= option == OPT_STEP;
+        tls |= option == OPT_TLS;
+        if (option == OPT_MECHANISM)
+            mechanism = mechanism_option(optarg);
+    }
+    if (optind < argc)
+        die(EX_USAGE, "demo: %s: takes options only; see odmr demo --help", argv[optind]);
+    if (!tls && mechanism != CRAM_MD5 && mechanism != SCRAM)
+        die(EX_USAGE, "demo: --mechanism %s needs --tls", mechanism_name[mechanism]);
+    signal(SIGPIPE, SIG_IGN);
+    return demo(stepwise, tls, mechanism);
+}
+
+int main(int argc, char **argv)
+{
+    static const struct {
+        const char *name;
+        int (*run)(int, char **);
+    } commands[] = {{"provider", main_provider}, {"customer", main_customer}, {"enqueue", main_enqueue},
+                    {"queue", main_queue}, {"account", main_account}, {"demo", main_demo}};
+    if (argc < 2)
+        die(EX_USAGE, "no command; see odmr --help");
+    if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0)
+        help(usage_all);
+    if (strcmp(argv[1], "--version") == 0)
+        help("odmr " ODMR_VERSION "\n");
+    opterr = 0;
+    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
+        if (strcmp(argv[1], commands[i].name) == 0)
+            return commands[i].run(argc - 1, argv + 1);
+    die(EX_USAGE, "%s: no such command; see odmr --help", argv[1]);
+}

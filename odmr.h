@@ -1,0 +1,525 @@
+/* odmr.h: the map of odmr.c. Constants with their reasons, the three states, the types, and every
+ * function with what it promises. Read it first, then odmr.c from the top. */
+
+#ifndef ODMR_H
+#define ODMR_H
+
+#define _GNU_SOURCE /* flock, strverscmp, strcasestr: all else is C11 and POSIX.1-2008 */
+
+#include <openssl/evp.h>
+#include <openssl/ssl.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <sys/types.h>
+
+#define ODMR_VERSION "0.1"
+
+/* ---- Numbers, each with its reason ---- */
+
+#define ODMR_PORT "366"          /* 4-a: reserved for On-Demand Mail Relay */
+#define ATRN_TIMEOUT 600         /* 5.2.1-c: seconds; at least ten minutes */
+#define COMMAND_LINE 512         /* RFC 5321, 4.5.3.1.4: octets with CRLF */
+#define ATRN_LINE 8192           /* our own: ATRN may name many domains */
+#define AUTH_LINE 12288          /* RFC 4954, 4 */
+#define REPLY_LINE 2046          /* RFC 5321, 4.5.3.1.5 says 512 with CRLF; some servers say more */
+#define REPLY_LINES 128          /* no reply needs more lines */
+#define SEND_LINE (AUTH_LINE + 64)
+#define ENDLESS_LINE (64 << 20)  /* a peer that sends so much without a line end is not one of ours */
+#define BAD_COMMANDS 10          /* then 421 */
+#define BAD_COMMANDS_RECEIVER 100 /* the customer bears more with its provider */
+#define AUTH_FAILURES 3          /* then 421 */
+#define AUTH_FAILURE_MS 1000     /* what a guess costs */
+#define LAST_WORD 5              /* seconds for a 421 to leave */
+#define LINGER_READS 64          /* bounds on what is thrown away when closing */
+#define LINGER_MS 500
+#define LABEL_MAX 63             /* RFC 1035, 2.3.4 */
+#define DOMAIN_MAX 255           /* RFC 5321, 4.5.3.1.2 */
+#define MAILBOX_MAX 320          /* 64 + @ + 255 (RFC 5321, 4.5.3.1) */
+#define RECIPIENTS_A_TRANSACTION 100 /* RFC 5321, 4.5.3.1.8: what every server must take */
+#define RECIPIENTS_MAX 1000      /* what our customer takes */
+#define DOMAINS_A_MESSAGE 32     /* and in how many domains */
+#define TRACE_FIELDS_MAX 100     /* RFC 5321, 6.3: more Received fields mean a loop */
+#define REPLIES_IN_FLIGHT 320    /* times 512 octets: under RECEIVE_BUFFER, see the sender */
+#define RECEIVE_BUFFER 212992    /* octets: what Linux grants by default (net.core.rmem_max) */
+#define PASSING_MAX 1024         /* replies the onlooker of --smtp and --exec can expect */
+#define STREAM_IN 16384
+#define STREAM_OUT 32768
+#define COPY_SIZE 16384
+#define LOG_LINE 1024            /* longer lines of the log are cut */
+#define CHALLENGE_MAX 1024
+#define NONCE_MAX 512            /* the client's half of a SCRAM nonce */
+#define SALT_MAX 64
+#define SCRAM_SCHEME "{SCRAM-SHA-256}"
+#define SCRAM_ITERATIONS 4096    /* RFC 7677, 4: at least; what we ask of others and use ourselves */
+#define SCRAM_ITERATIONS_LEAST 4096
+#define SCRAM_ITERATIONS_MOST 1000000 /* a server that asks for more only wants to keep us busy */
+#define NOBODYS_SECRET "a secret that no account has, for names that no account has"
+#define SECRET_MAX 1024
+#define ACCOUNTS_STEP 64
+#define LISTENERS_MAX 32
+#define NETWORKS_MAX 64
+#define LISTEN_BACKLOG 1024
+#define ACCEPT_PAUSE_MS 100
+#define THREAD_STACK (256 << 10) /* octets; only what is touched is used */
+#define TIMEOUT_MAX 86400
+#define DEMO_TIMEOUT 30
+#define DEMO_STRANGER "nobody@example.com"
+#define DELIVERY_PATH 448        /* domain/new/name */
+#define EXIT_NO_MAIL 1           /* customer: the provider said 453 */
+#define UNDELIVERABLE ".Undeliverable" /* a Maildir++ folder */
+#define MAILDIR_PATH (DOMAIN_MAX + 32) /* of a domain's Maildir or a folder of it, box included */
+#define REFUSAL_SIZE 512         /* octets of a reply that a notice shows */
+#define NOTICE_HEADER_MAX 65536  /* octets of a returned header */
+#define NOTICE_TIMEOUT 60        /* seconds for sendmail to take a notice */
+#define TMP_AGE (36 * 3600)      /* seconds: Maildir's rule for files in tmp */
+#define CARE_INTERVAL 3600       /* seconds between two looks through the queue */
+#define MAX_AGE_MOST 36500       /* days */
+#define PROGRESS_MS 200
+#define PROGRESS_WIDTH 60
+#define LADDER_TEXT 40           /* columns; with the margins 80 */
+#define LADDER_STEPS 400         /* more than REPLIES_IN_FLIGHT */
+#define BASE64_SIZE(n) (((n) + 2) / 3 * 4)
+
+/* ---- Types ---- */
+
+/* What became of something: a command, a message, a recipient, a file. The same type everywhere. */
+enum result {
+    DONE,    /* it worked */
+    LATER,   /* it did not, but may another time; of a peer: the connection is of no more use */
+    REFUSED, /* it will not */
+};
+
+enum side { PROVIDER, CUSTOMER };
+
+/* Section 5. QUIT ends each state; AUTH alone leads to the second, ATRN alone to the third (5-a). */
+enum state { INITIAL, AUTHENTICATED, REVERSED };
+
+/* Section 7: the codes of the memo. The rest are SMTP's.
+ *   250 done            450 ATRN request refused           451 unable to process ATRN now
+ *   453 no mail         502 command not implemented        530 authentication required */
+
+enum trace { TRACE_OFF, TRACE_RFC, TRACE_LADDER };
+
+/* What a line of the dialogue is about, for the ladder. */
+enum step { STEP_GREETING, STEP_EHLO, STEP_STARTTLS, STEP_AUTH, STEP_RESPONSE, STEP_ATRN, STEP_QUIT, STEP_TURNED,
+            STEP_HELLO, STEP_MAIL, STEP_RCPT, STEP_DATA, STEP_BDAT, STEP_OCTETS, STEP_CONTENT, STEP_LEAVE,
+            STEP_OTHER, STEP_ANY };
+
+/* What the ladder must remember of a session. */
+struct ladder {
+    bool challenged; /* the next line is a response */
+    bool stepwise;   /* wait for Return before each command */
+    size_t oldest, count;
+    enum step waiting[LADDER_STEPS]; /* commands without a reply yet */
+};
+
+/* What AUTH can be done with (5.1.2-a, 5.1.2-d). */
+enum mechanism { NO_MECHANISM, CRAM_MD5, SCRAM, SCRAM_PLUS, EXTERNAL, PLAIN, MECHANISMS };
+
+/* A connected socket with buffers. Owned by one thread. */
+struct stream {
+    int fd;
+    int wake_fd;       /* readable: stop waiting, the server shuts down; -1: none */
+    SSL *tls;          /* NULL: in the clear */
+    int timeout;       /* seconds for one wait */
+    int64_t deadline;  /* now_ms() at which waiting ends in any case; 0: none */
+    int64_t until;     /* end of the wait under way */
+    const char *broken; /* why nothing works any more; NULL while it does */
+    bool woken, timed_out, tls_failed;
+    bool line_records;   /* of TLS: fetchmail 6.4 waits on the socket though its TLS library holds more lines */
+    bool said_quit;      /* the peer did: nothing more will come from it */
+    bool spoke;          /* something was sent since the last wait for input */
+    unsigned long waits; /* how often we had spoken and then had to wait: round trips of the line */
+    size_t in_at, in_end, out_end;
+    char in[STREAM_IN];
+    char out[STREAM_OUT];
+};
+
+struct reply {
+    int code;
+    char text[2048]; /* without code; lines separated by \n */
+};
+
+struct scram_keys {
+    unsigned char client[32], stored[32], server[32]; /* RFC 5802, 3; client is not kept by a server */
+};
+
+/* What a server needs to know in order to check a proof, and to give one. */
+struct verifier {
+    int iterations;
+    size_t salt_len;
+    unsigned char salt[SALT_MAX];
+    struct scram_keys keys;
+};
+
+struct account {
+    char *name, *secret;
+    char *domains; /* a,b,c in lower case */
+    size_t line;   /* of the accounts file */
+};
+
+/* The accounts file as it was read once. Shared: freed by whoever is the last to release it. */
+struct accounts {
+    atomic_size_t users;
+    size_t count;
+    struct account *list; /* by name */
+};
+
+enum field { NO_FIELD, RETURN_PATH, DELIVERED_TO, ENVELOPE_TO, X_ORIGINAL_TO, DELIVERY_DATE, FIELDS };
+
+/* Walks over the block of header fields at the top of a queued message. */
+struct envelope_reader {
+    int fd;
+    off_t next_read, line_size;
+    off_t end;          /* where the block ends, as far as was read */
+    enum field field;   /* the field under way */
+    const char *wrong;  /* why the block cannot be used; NULL: it can */
+    char *rest;         /* of line: addresses not yet returned */
+    bool line_cut, line_nul;
+    size_t at, filled;
+    char data[1024], line[1024];
+};
+
+struct queued {
+    int64_t second, micro; /* of arrival */
+    char *path;            /* domain/new/name, owned */
+};
+
+/* The messages of a request, in order of arrival. Names only: nothing is open. */
+struct backlog {
+    int queue;
+    struct queued *list;
+    size_t count, room, next;
+};
+
+/* What became of a recipient. DELIVERED leaves the file's envelope, and RETURNED: REJECTED, and the sender told. */
+enum fate { OWED, FOREIGN, ACCEPTED, DELIVERED, DEFERRED, REJECTED, RETURNED, FATES };
+
+/* A message of the queue. While fd is open it is claimed, if message_claim() made it. */
+struct message {
+    int queue;
+    const char *path; /* borrowed from the backlog */
+    int fd;
+    off_t size, start; /* of the file; where the message begins below its envelope */
+    dev_t device;
+    ino_t inode;
+    struct timespec arrived;
+    enum field field;  /* the one that names its recipients */
+    size_t recipients;
+    unsigned char *fate; /* one octet a recipient */
+    char sender[MAILBOX_MAX + 2];
+    const char *held;  /* why it is not sent; NULL: it is */
+    uint64_t wire_size; /* octets of content with CRLF line ends */
+    bool eight_bit;    /* octets over 127, anywhere */
+    bool utf8, utf8_recipients; /* in the sender's address or in the header; in a recipient's address */
+    FILE *refusals;    /* why recipients were refused, REFUSAL_SIZE octets each; NULL: none was */
+    unsigned holders;  /* transactions under way */
+};
+
+/* One file on its way into a Maildir. */
+struct delivery {
+    int queue;
+    FILE *file;
+    char domain[DOMAIN_MAX + 1], name[128];
+};
+
+struct network {
+    unsigned char address[16]; /* IPv4 as ::ffff:a.b.c.d */
+    int bits;
+};
+
+/* When an account last had an answer to ATRN (5.2.1-i). */
+struct last_atrn {
+    struct last_atrn *next;
+    char *name;
+    int64_t when;
+};
+
+/* The provider: its options, then what its threads share. */
+struct provider {
+    const char *listen[LISTENERS_MAX];
+    size_t listen_count;
+    const char *queue_path, *accounts_path, *name, *user, *sendmail;
+    int max_age; /* days; 0: mail is never too old */
+    enum trace trace;
+    int interval, timeout, login_timeout; /* seconds */
+    struct network allow[NETWORKS_MAX];
+    size_t allow_count, max_sessions, max_per_address;
+    bool listen_tls[LISTENERS_MAX], require_tls, no_cram_md5;
+    const char *cert, *key, *client_ca;
+    int sockets[LISTENERS_MAX];
+    bool socket_tls[LISTENERS_MAX];
+    size_t socket_count;
+    unsigned char salt_key[32]; /* makes the salts of names that nobody has */
+    int queue;   /* the queue's directory */
+    int wake_fd; /* readable once the server shuts down */
+    pthread_attr_t thread_attributes;
+
+    atomic_bool stopping; /* shared */
+    pthread_mutex_t lock; /* shared, as is all below, under this lock */
+    pthread_cond_t session_ended;
+    struct accounts *accounts;
+    SSL_CTX *tls_context;
+    struct session *sessions;
+    size_t session_count;
+    struct last_atrn *last_atrn;
+};
+
+struct customer {
+    const char *provider, *name;
+    const char *user, *secret; /* either may be NULL where a certificate says who we are */
+    const char *domains; /* a,b,c; "": all */
+    const char *smtp, *exec;
+    const char *ca, *cert, *key; /* PEM files */
+    bool tls, require_tls, insecure, quiet;
+    bool stepwise;        /* the demo's: wait for Return */
+    const char *stranger; /* the demo's: a mailbox that is not here */
+    enum mechanism mechanism; /* this one only; NO_MECHANISM: the strongest */
+    SSL_CTX *tls_context;
+    int queue;
+    int timeout; /* seconds */
+    enum trace trace;
+};
+
+/* One connection, on either side. Owned by its thread; `next` and `address` by the provider's lock. */
+struct session {
+    unsigned long number;
+    enum side self; /* who we are */
+    enum state state;
+    enum trace trace;
+    const char *name; /* ours, in greetings */
+    char peer[80];    /* its address, for the log */
+    char peer_name[DOMAIN_MAX + 1]; /* what it called itself */
+    bool protocol_broken;
+    struct ladder ladder;
+    struct session *next;
+    unsigned char address[16];
+
+    struct provider *provider;
+    struct accounts *accounts;     /* a share in the table it logs in with */
+    const struct account *account; /* NULL until authenticated */
+    bool greeted;                  /* EHLO was seen */
+    SSL_CTX *tls_context;          /* a share in it; NULL: no TLS here */
+    bool tls_at_once;              /* from the first octet */
+    bool muted;                    /* the demo's provider: no log */
+    bool quiet, progress;          /* the customer's: no summary; a line of progress on the terminal */
+    int64_t last_progress;         /* now_ms() of it */
+    bool hide_response;            /* the response under way is not for the trace */
+    int bad_commands, auth_failures;
+    struct backlog backlog;
+    struct message *first; /* claimed before ATRN was answered */
+
+    char *argument; /* of the command in line */
+    size_t line_len;
+    ssize_t response_len;
+
+    struct stream io; /* from here on nothing is cleared when a session is made */
+    char line[AUTH_LINE + 1];
+    char response[AUTH_LINE];
+    char domains[ATRN_LINE];
+};
+
+/* ---- Functions, in the order of odmr.c ---- */
+
+/* Log and trace */
+
+/* Text with every octet that is not printable ASCII as \xNN; cut to size. */
+void escape(char *out, size_t size, const char *text);
+/* One line on standard error, escaped; s may be NULL. */
+void log_event(const struct session *s, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/* One line on standard error, then exit(code). For the start and for tools, never in a session. */
+void die(int code, const char *fmt, ...) __attribute__((noreturn, format(printf, 2, 3)));
+/* The memory, or the end of the program. For the start and for tools. */
+void *must_alloc(void *memory);
+/* One line of the dialogue, said by who; nothing unless the session is traced. */
+void trace_line(struct session *s, enum side who, const char *fmt, ...)
+    __attribute__((format(printf, 3, 4)));
+/* Section 5: the session is in this state now. */
+void enter_state(struct session *s, enum state state);
+
+/* The stream */
+
+/* Milliseconds on a clock that only goes forward. */
+int64_t now_ms(void);
+/* Takes over a connected socket; timeout in seconds for any one wait. */
+void stream_init(struct stream *s, int fd, int timeout);
+/* Declares the stream useless; the first reason stands. why must live as long as the stream. */
+void stream_break(struct stream *s, const char *why);
+/* Sends what was written so far. False: broken. */
+bool stream_flush(struct stream *s);
+/* Buffers octets, sending when the buffer is full. Failure shows in s->broken. */
+void stream_write(struct stream *s, const char *data, size_t len);
+/* Whether reading would return at once. */
+bool stream_ready(const struct stream *s);
+/* What TLS over this stream needs. host: we are the client and the certificate must be for it; NULL: we are
+ * the server. NULL: it cannot be had now. */
+SSL *stream_offer_tls(struct stream *s, SSL_CTX *context, const char *host);
+/* Throws away what has come so far; true if there was something. */
+bool stream_discard_input(struct stream *s);
+/* TLS from here on, with what stream_offer_tls() made, which the stream then owns. False: broken. */
+bool stream_start_tls(struct stream *s, SSL *tls, const char *host);
+/* At least one octet of input, in the stream's own buffer until the next call. False: broken. */
+bool stream_peek(struct stream *s, const char **data, size_t *len);
+/* Takes len octets of what stream_peek() showed. */
+void stream_skip(struct stream *s, size_t len);
+/* A line without its CRLF or LF, ended by NUL. REFUSED: longer than size - 1 with its end, and read to its end. LATER:
+ * broken, be it time, shutdown or loss. */
+enum result stream_read_line(struct stream *s, char *line, size_t size, size_t *len);
+/* Flushes, closes, and lets the peer read our last words. */
+void stream_close(struct stream *s);
+
+/* Lines and replies */
+
+enum side other_side(enum side side);
+/* A line and CRLF, traced. Failure shows in s->io.broken. */
+void send_line(struct session *s, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/* A line into s->line, not traced, for it may hold a secret; results as of stream_read_line(). */
+enum result read_line(struct session *s);
+/* s->line into verb and s->argument. */
+void split_command(struct session *s);
+/* A whole reply, validated and traced. LATER: the connection is broken, or that was no reply. */
+enum result read_reply(struct session *s, struct reply *r);
+/* 2xx and 3xx, 4xx, 5xx. */
+enum result reply_result(const struct reply *r);
+/* The parameters behind a keyword of an EHLO response; NULL: it is not there. */
+const char *reply_keyword(const struct reply *r, const char *keyword);
+/* Walks over words up to the end of the line; NULL: no more. */
+const char *next_word(const char **list, size_t *len);
+bool list_has(const char *list, const char *wanted);
+
+/* Addresses and domains */
+
+/* 5.2.1-l: two labels or more of letters, digits and inner hyphens. */
+bool domain_valid(const char *domain, size_t len);
+bool ascii(const char *text);
+void lower_case(char *text);
+/* Behind the @; NULL: no domain. */
+const char *mailbox_domain(const char *mailbox);
+/* May it stand between < and > in a command? The domain may be missing. */
+bool mailbox_valid(const char *mailbox);
+
+/* TLS */
+
+/* Contexts from PEM files; cert may be NULL for a client. NULL, and why. */
+SSL_CTX *tls_server_context(const char *cert, const char *key, const char *client_ca, char *why, size_t size);
+/* ca NULL: the system's. */
+SSL_CTX *tls_client_context(const char *ca, bool insecure, const char *cert, const char *key, char *why, size_t size);
+/* Did the peer show a certificate, and did its chain verify? */
+bool certificate_verified(SSL *tls);
+/* The channel's octets for this type of binding; returns how many, 0: not to be had. */
+size_t channel_binding(SSL *tls, bool server, const char *type, unsigned char out[EVP_MAX_MD_SIZE]);
+
+/* SASL */
+
+/* NO_MECHANISM: none of that name. */
+enum mechanism mechanism_named(const char *name);
+
+/* Returns the length; out has BASE64_SIZE(len) + 1 octets. */
+size_t base64_encode(char *out, const void *data, size_t len);
+/* Returns the length, -1 unless text is strict base64 that fits; ended by NUL. */
+ssize_t base64_decode(char *out, size_t size, const char *text);
+/* RFC 2195. False: the library failed. */
+bool cram_md5_digest(char digest[33], const char *secret, const char *challenge);
+bool cram_md5_challenge(char *out, size_t size, const char *host);
+
+/* RFC 5802 and 7677; each false only if the library fails. */
+bool hmac_sha256(const unsigned char *key, size_t key_len, const char *text, unsigned char out[32]);
+bool scram_keys(struct scram_keys *k, const char *secret, const unsigned char *salt, size_t salt_len, int iterations);
+/* Proof to ClientKey, ClientKey to proof. */
+bool scram_mask(const struct scram_keys *k, const char *auth_message, const unsigned char in[32], unsigned char out[32]);
+/* The value of name= in a message of comma-separated attributes; false: absent or too long. */
+bool scram_attribute(const char *message, char name, char *out, size_t size);
+/* iterations,salt,StoredKey,ServerKey; false: it is not, or the count is out of bounds. */
+bool verifier_parse(const char *text, struct verifier *v);
+
+/* Accounts */
+
+/* Reads the file; NULL, and why, when it is not what an accounts file must be. One user: the caller. */
+struct accounts *accounts_load(const char *path, char *why, size_t why_size);
+void accounts_release(struct accounts *all);
+/* a,b,c, each valid. */
+bool domain_list_valid(const char *list);
+bool domain_in_list(const char *list, const char *domain, size_t len);
+/* True, and v filled in, when all the account has is a verifier. a may be NULL. */
+bool account_verifier(const struct account *a, struct verifier *v);
+const struct account *account_find(const struct accounts *all, const char *name);
+
+/* The envelope */
+
+/* Which field of an envelope a line starts, and where its value begins. */
+enum field envelope_field(const char *line, size_t *value);
+/* Starts at the top of the file. */
+void envelope_open(struct envelope_reader *r, int fd);
+/* The next address and the field it stands in; NO_FIELD at the end of the block, or r->wrong says why. */
+enum field envelope_next(struct envelope_reader *r, char *address, size_t size);
+
+/* The Maildir queue */
+
+/* Lists new and cur of each domain of a,b,c. LATER: something could not be read. Free it in any case. */
+enum result backlog_read(struct backlog *b, int queue, const char *domains);
+void backlog_free(struct backlog *b);
+/* Calls visit for each domain of the queue, until one says false; false then, or if the queue cannot be read. */
+bool for_each_domain(int queue, bool (*visit)(void *context, int queue, const char *domain), void *context);
+/* Removes what was never finished; fits for_each_domain(), always true. */
+bool clean_domain(void *context, int queue, const char *domain);
+/* Opens a message without claiming it. REFUSED: held (m->held says why) or gone. Close it in any case. */
+enum result message_open(struct message *m, int queue, const char *path);
+/* Reads the envelope; REFUSED: held. */
+enum result message_read(struct message *m);
+/* Opens, claims, reads and scans. LATER: another session has it, or it cannot be read now. */
+enum result message_claim(struct message *m, int queue, const char *path);
+bool message_scan(struct message *m);
+/* The next recipient, whatever its fate; false: no more. */
+bool message_next_recipient(const struct message *m, struct envelope_reader *r, char *address, size_t size);
+/* Writes the content to the stream; false: the file could not be read as it was scanned. */
+bool message_send(const struct message *m, struct stream *to, bool dots);
+/* Leaves only those recipients in the envelope who have not got it. False: all is as before. */
+bool message_rewrite(const struct message *m);
+/* A copy for those who were refused, in the folder .Undeliverable of its domain, on disk. */
+bool message_set_aside(const struct message *m);
+bool message_remove(const struct message *m);
+/* Ends the claim and frees what the message holds, not the struct. */
+void message_close(struct message *m);
+
+/* The provider */
+
+/* The whole dialogue with one customer, to the end of the connection. */
+void provider_session(struct session *s);
+
+/* Delivery into a Maildir */
+
+bool delivery_open(struct delivery *d, int queue, const char *domain);
+/* On disk and in new, or nowhere. */
+bool delivery_finish(struct delivery *d);
+void delivery_discard(struct delivery *d);
+
+/* The customer */
+
+bool split_host_port(const char *text, const char *default_port, char *host, size_t host_size, char *port,
+                     size_t port_size);
+struct session *session_new(int fd, enum side self, int timeout, const char *name, enum trace trace);
+/* One session from connect to close; an exit code. */
+int customer_session(const struct customer *c);
+
+/* The tools */
+
+int open_queue(const char *dir, bool make);
+int enqueue(int queue, const char *sender, const char *name, char **recipients, int count);
+/* Asks for the secret and prints the line of an accounts file; an exit code. */
+int print_account(const char *name, const char *domains, bool scram);
+int show_queue(int queue, char **domains, size_t count, bool list);
+
+/* The listener */
+
+bool network_parse(struct network *n, const char *text);
+bool network_has(const struct network *n, const unsigned char address[16]);
+int provider_run(struct provider *p);
+
+/* A session with itself, explained on standard output; an exit code. */
+int demo(bool stepwise, bool tls, enum mechanism mechanism);
+
+#endif
