@@ -121,7 +121,7 @@ static const struct {
     int reply;
     const char *clause, *why, *starts;
 } notes[] = {
-    {STEP_GREETING, 220, "4-b", "greets", NULL},
+    {STEP_GREETING, 220, "5.1-a", "greets", NULL},
     {STEP_EHLO, 0, "5.1.1-a", "says who it is", NULL},
     {STEP_EHLO, 2, "5.1.1-b", "how to log in", "AUTH"},
     {STEP_EHLO, 2, "5.1.1-b", "this is ODMR", "ATRN"},
@@ -129,15 +129,21 @@ static const struct {
     {STEP_EHLO, 2, "5.1.1-a", "says who it is", NULL},
     {STEP_STARTTLS, 0, "RFC 3207", "asks for TLS", NULL},
     {STEP_STARTTLS, 2, "RFC 3207", "TLS from here on", NULL},
+    {STEP_STARTTLS, 5, "RFC 3207", "no TLS now", NULL},
+    {STEP_STARTTLS, 4, "RFC 3207", "no TLS now", NULL},
     {STEP_AUTH, 0, "5.1.2-c", "wants to log in", "AUTH CRAM-MD5"},
     {STEP_AUTH, 0, "5.1.2-f", "TLS says who I am", "AUTH EXTERNAL"},
     {STEP_AUTH, 0, "5.1.2-d", "wants to log in", NULL},
     {STEP_AUTH, 334, "5.1.2-a", "challenge", NULL},
     {STEP_AUTH, 235, "5.1.2-b", "logged in: now", NULL},
+    {STEP_AUTH, 503, "5-a", "not now", NULL},
+    {STEP_AUTH, 5, "5.1.2-b", "not logged in", NULL},
+    {STEP_AUTH, 4, "5.1.2-b", "not logged in", NULL},
     {STEP_RESPONSE, 0, "5.1.2-a", "response", NULL},
     {STEP_RESPONSE, 334, "5.1.2-a", "challenge", NULL},
     {STEP_RESPONSE, 235, "5.1.2-b", "logged in: now", NULL},
     {STEP_RESPONSE, 5, "5.1.2-b", "not logged in", NULL},
+    {STEP_RESPONSE, 4, "5.1.2-b", "not logged in", NULL},
     {STEP_ATRN, 0, "5.2.1-a", "asks for mail", "ATRN "},
     {STEP_ATRN, 0, "5.2.1-d", "for all its mail", NULL},
     {STEP_ATRN, 250, "5.2.1-j", "mail: roles turn", NULL},
@@ -145,6 +151,7 @@ static const struct {
     {STEP_ATRN, 450, "5.2.1-f", "not now, or ever", NULL},
     {STEP_ATRN, 451, "5.2.1-k", "cannot tell now", NULL},
     {STEP_ATRN, 530, "5.2.1-b", "log in first", NULL},
+    {STEP_ATRN, 501, "5.2.1-l", "that is no list", NULL},
     {STEP_QUIT, 0, "5.1.3-a", "takes its leave", NULL},
     {STEP_TURNED, 220, "5.3-b", "customer greets", NULL},
     {STEP_HELLO, 0, "5.3-c", "now the client", NULL},
@@ -156,7 +163,11 @@ static const struct {
     {STEP_HELLO, 2, "RFC 2034", "codes like 5.1.1", "ENHANCED"},
     {STEP_HELLO, 2, "5.3-a", "now the server", NULL},
     {STEP_MAIL, 0, "5.3-c", "the reverse-path", NULL},
+    {STEP_MAIL, 2, "5.3-c", "accepted", NULL},
+    {STEP_MAIL, 4, "4-e", "stays queued", NULL},
+    {STEP_MAIL, 5, "4-e", "sender is told", NULL},
     {STEP_RCPT, 0, "5.3-c", "a recipient", NULL},
+    {STEP_RCPT, 2, "5.3-c", "accepted", NULL},
     {STEP_DATA, 0, "5.3-c", "may it come?", NULL},
     {STEP_DATA, 354, "5.3-c", "go on", NULL},
     {STEP_BDAT, 0, "RFC 3030", "so many octets", NULL},
@@ -377,6 +388,7 @@ void stream_init(struct stream *s, int fd, int timeout)
     s->broken = NULL;
     s->woken = s->timed_out = s->spoke = s->tls_failed = s->said_quit = s->line_records = false;
     s->in_at = s->in_end = s->out_end = 0;
+    s->line_octets = 0;
     s->waits = 0;
 }
 
@@ -394,14 +406,27 @@ static void set_patience(struct stream *s)
         s->until = s->deadline;
 }
 
+static bool out_of_time(struct stream *s)
+{
+    if (now_ms() < s->until)
+        return false;
+    s->timed_out = true;
+    stream_break(s, "the peer kept us waiting too long");
+    return true;
+}
+
 static bool socket_wait(struct stream *s, short events)
 {
     struct pollfd p[2] = {{.fd = s->fd, .events = events}, {.fd = s->wake_fd, .events = POLLIN}};
     nfds_t n = s->wake_fd >= 0 ? 2 : 1;
-    int64_t left = 0; /* the first look does not wait */
-    for (;;) {
-        int ready = poll(p, n, left > INT_MAX ? INT_MAX : (int)left);
-        if (ready > 0 && p[1].revents && n == 2) {
+    if (events == POLLIN) {
+        s->waits += s->spoke;
+        s->spoke = false;
+    }
+    while (!out_of_time(s)) {
+        int64_t left = s->until - now_ms();
+        int ready = poll(p, n, left < 0 ? 0 : left > INT_MAX ? INT_MAX : (int)left);
+        if (ready > 0 && n == 2 && p[1].revents) {
             s->woken = true;
             stream_break(s, "this server is shutting down");
             return false;
@@ -412,28 +437,17 @@ static bool socket_wait(struct stream *s, short events)
             stream_break(s, "poll failed");
             return false;
         }
-        if (events == POLLIN && s->spoke)
-            s->waits++;
-        s->spoke &= events != POLLIN;
-        left = s->until - now_ms();
-        if (left <= 0) {
-            s->timed_out = true;
-            stream_break(s, "the peer kept us waiting too long");
-            return false;
-        }
     }
+    return false;
 }
 
-/* The two functions that touch the socket. The descriptor blocks; MSG_DONTWAIT on sending makes the
- * kernel take what it has room for, so that the waiting stays in socket_wait(). */
+/* The two functions that touch the socket. The descriptor blocks; MSG_DONTWAIT makes the kernel give what it
+ * has, or take what it has room for, so that the waiting stays in socket_wait(). */
 static ssize_t socket_read(struct stream *s, void *data, size_t size)
 {
-    ssize_t n;
-    do {
-        if (s->broken || !socket_wait(s, POLLIN))
-            return -1;
-        n = recv(s->fd, data, size, 0);
-    } while (n < 0 && (errno == EINTR || errno == EAGAIN));
+    ssize_t n = -1;
+    while (!s->broken && (n = recv(s->fd, data, size, MSG_DONTWAIT)) < 0 && (errno == EAGAIN || errno == EINTR))
+        socket_wait(s, POLLIN);
     if (n == 0)
         stream_break(s, "the peer closed the connection");
     else if (n < 0)
@@ -443,12 +457,10 @@ static ssize_t socket_read(struct stream *s, void *data, size_t size)
 
 static ssize_t socket_write(struct stream *s, const void *data, size_t size)
 {
-    ssize_t n;
-    do {
-        if (s->broken || !socket_wait(s, POLLOUT))
-            return -1;
-        n = send(s->fd, data, size, MSG_NOSIGNAL | MSG_DONTWAIT);
-    } while (n < 0 && (errno == EINTR || errno == EAGAIN));
+    ssize_t n = -1;
+    while (!s->broken && (n = send(s->fd, data, size, MSG_NOSIGNAL | MSG_DONTWAIT)) < 0 &&
+           (errno == EAGAIN || errno == EINTR))
+        socket_wait(s, POLLOUT);
     if (n < 0)
         stream_break(s, "the connection was lost");
     return n;
@@ -627,6 +639,8 @@ static bool stream_fill(struct stream *s)
     if (s->out_end > 0 && !stream_flush(s))
         return false;
     s->until = until;
+    if (out_of_time(s)) /* a peer that never pauses is never waited for, but its time is over all the same */
+        return false;
     s->in_at = s->in_end = 0;
     n = s->tls ? encrypted_read(s, s->in, sizeof s->in) : socket_read(s, s->in, sizeof s->in);
     if (n <= 0)
@@ -676,6 +690,7 @@ enum result stream_read_line(struct stream *s, char *line, size_t size, size_t *
             return LATER;
         }
     }
+    s->line_octets = total;
     if (total > kept)
         return REFUSED;
     kept -= kept >= 2 && line[kept - 2] == '\r' ? 2 : 1;
@@ -684,15 +699,20 @@ enum result stream_read_line(struct stream *s, char *line, size_t size, size_t *
     return DONE;
 }
 
+void stream_end(struct stream *s)
+{
+    if (!s->broken)
+        stream_flush(s);
+    if (s->tls && !s->broken)
+        SSL_shutdown(s->tls);
+}
+
 /* A close() with unread input makes the kernel send a reset, which can overtake our last reply (a 421,
  * say). So: say that we are done, then throw away what still comes, for a bounded while. A peer that said
  * QUIT says no more, and is not waited for. */
 void stream_close(struct stream *s)
 {
-    if (!s->broken)
-        stream_flush(s);
-    if (s->tls && !s->broken)
-        SSL_shutdown(s->tls); /* says that this is the end, and no cut */
+    stream_end(s);
     SSL_free(s->tls);
     s->tls = NULL;
     shutdown(s->fd, SHUT_WR);
@@ -716,13 +736,15 @@ static int start_program(char *const argv[], int in, int out, pid_t *pid)
 {
     posix_spawn_file_actions_t actions;
     posix_spawnattr_t attributes;
-    sigset_t ignored_by_us;
+    sigset_t ignored_by_us, none;
     int problem;
+    sigemptyset(&none);
     sigemptyset(&ignored_by_us);
     sigaddset(&ignored_by_us, SIGPIPE);
     posix_spawnattr_init(&attributes);
     posix_spawnattr_setsigdefault(&attributes, &ignored_by_us);
-    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGDEF);
+    posix_spawnattr_setsigmask(&attributes, &none);
+    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSIGMASK);
     posix_spawn_file_actions_init(&actions);
     if (in >= 0)
         posix_spawn_file_actions_adddup2(&actions, in, STDIN_FILENO);
@@ -841,7 +863,7 @@ enum result reply_result(const struct reply *r)
 {
     if (r->code == 0) /* not a reply: our own refusal, in the same form */
         return REFUSED;
-    return r->code < 400 ? DONE : r->code < 500 ? LATER : REFUSED;
+    return r->code < 300 ? DONE : r->code < 500 ? LATER : REFUSED;
 }
 
 const char *reply_keyword(const struct reply *r, const char *keyword)
@@ -980,9 +1002,18 @@ static void explain_tls(char *why, size_t size, const char *what)
     ERR_clear_error();
 }
 
+/* A key that is encrypted cannot be used: nobody sits there to be asked for its pass phrase. */
+static int no_pass_phrase(char *buffer, int size, int writing, void *context)
+{
+    (void)buffer, (void)size, (void)writing, (void)context;
+    return -1;
+}
+
 static SSL_CTX *tls_context(const SSL_METHOD *method, const char *cert, const char *key, char *why, size_t size)
 {
     SSL_CTX *context = SSL_CTX_new(method);
+    if (context)
+        SSL_CTX_set_default_passwd_cb(context, no_pass_phrase);
     ERR_clear_error();
     if (!context || SSL_CTX_set_min_proto_version(context, TLS1_2_VERSION) != 1) {
         explain_tls(why, size, "TLS");
@@ -1203,7 +1234,8 @@ bool scram_keys(struct scram_keys *k, const char *secret, const unsigned char *s
 }
 
 /* ClientProof = ClientKey XOR ClientSignature: from the one comes the other, on both sides. */
-bool scram_mask(const struct scram_keys *k, const char *auth_message, const unsigned char in[32], unsigned char out[32])
+bool scram_mask(const struct scram_keys *k, const char *auth_message, const unsigned char in[32],
+                unsigned char out[32])
 {
     unsigned char signature[32];
     if (!hmac_sha256(k->stored, sizeof k->stored, auth_message, signature))
@@ -1274,28 +1306,54 @@ void accounts_release(struct accounts *all)
     free(all);
 }
 
+const char *next_domain(const char **list, size_t *len)
+{
+    const char *domain = *list;
+    if (!domain)
+        return NULL;
+    *len = strcspn(domain, ",");
+    *list = domain[*len] ? domain + *len + 1 : NULL;
+    return domain;
+}
+
 bool domain_list_valid(const char *list)
 {
-    for (;;) {
-        size_t len = strcspn(list, ",");
-        if (!domain_valid(list, len))
+    const char *domain;
+    size_t len;
+    while ((domain = next_domain(&list, &len)))
+        if (!domain_valid(domain, len))
             return false;
-        if (list[len] == '\0')
-            return true;
-        list += len + 1;
-    }
+    return true;
 }
 
 bool domain_in_list(const char *list, const char *domain, size_t len)
 {
-    for (;;) {
-        size_t n = strcspn(list, ",");
-        if (n == len && strncasecmp(list, domain, n) == 0)
+    const char *one;
+    size_t n;
+    while ((one = next_domain(&list, &n)))
+        if (n == len && strncasecmp(one, domain, n) == 0)
             return true;
-        if (list[n] == '\0')
-            return false;
-        list += n + 1;
+    return false;
+}
+
+/* The list as we want it: in lower case, each domain once. */
+static void tidy_domains(char *list)
+{
+    size_t kept = strcspn(list, ",");
+    char *next = list[kept] ? list + kept + 1 : NULL;
+    list[kept] = '\0';
+    while (next) {
+        char *domain = next;
+        size_t len = strcspn(domain, ",");
+        next = domain[len] ? domain + len + 1 : NULL;
+        domain[len] = '\0';
+        if (domain_in_list(list, domain, len))
+            continue;
+        list[kept++] = ',';
+        memmove(list + kept, domain, len + 1);
+        kept += len;
     }
+    lower_case(list);
 }
 
 static int by_name(const void *left, const void *right)
@@ -1333,16 +1391,18 @@ static const char *account_parse(struct accounts *all, char *line, size_t number
         return "not a list of domains, each of two labels or more, with commas and without blanks";
     if (*secret == '\0')
         return "the secret is missing";
-    if (strncmp(secret, SCRAM_SCHEME, strlen(SCRAM_SCHEME)) == 0 &&
-        !verifier_parse(secret + strlen(SCRAM_SCHEME), &verifier))
-        return "not a verifier: " SCRAM_SCHEME "iterations,salt,StoredKey,ServerKey (RFC 5803)";
+    if (strncmp(secret, SCRAM_SCHEME, strlen(SCRAM_SCHEME)) == 0) {
+        if (!verifier_parse(secret + strlen(SCRAM_SCHEME), &verifier))
+            return "not a verifier: " SCRAM_SCHEME "iterations,salt,StoredKey,ServerKey (RFC 5803)";
+        all->iterations = verifier.iterations > all->iterations ? verifier.iterations : all->iterations;
+    }
     if (all->count % ACCOUNTS_STEP == 0) {
         a = realloc(all->list, (all->count + ACCOUNTS_STEP) * sizeof *a);
         if (!a)
             return "out of memory";
         all->list = a;
     }
-    lower_case(domains);
+    tidy_domains(domains);
     a = &all->list[all->count];
     *a = (struct account){.name = strdup(line), .domains = strdup(domains), .secret = strdup(secret),
                           .line = number};
@@ -1357,8 +1417,10 @@ static struct accounts *accounts_read(FILE *file, const char *path, char *why, s
     char *line = NULL;
     size_t size = 0, number = 0;
     ssize_t len;
-    if (all)
+    if (all) {
         atomic_init(&all->users, 1);
+        all->iterations = SCRAM_ITERATIONS;
+    }
     while (!wrong && (len = getline(&line, &size, file)) >= 0) {
         number++;
         if ((size_t)len != strlen(line))
@@ -1444,6 +1506,7 @@ void envelope_open(struct envelope_reader *r, int fd)
     r->line[0] = '\0';
     r->rest = r->line;
     r->wrong = NULL;
+    r->failed = false;
 }
 
 /* The next line without its end; false at the end of the file, or when it cannot be read. */
@@ -1454,8 +1517,7 @@ static bool envelope_line(struct envelope_reader *r)
         char c;
         if (r->at == r->filled) {
             ssize_t got = pread(r->fd, r->data, sizeof r->data, r->next_read);
-            if (got < 0)
-                r->wrong = "the file cannot be read";
+            r->failed |= got < 0;
             if (got <= 0)
                 break;
             r->next_read += got;
@@ -1469,7 +1531,7 @@ static bool envelope_line(struct envelope_reader *r)
         if (c == '\n')
             break;
     }
-    if (n == 0 || r->wrong)
+    if (n == 0 || r->failed)
         return false;
     r->line_size = (off_t)n;
     r->line_cut = n > sizeof r->line - 1;
@@ -1542,19 +1604,6 @@ enum field envelope_next(struct envelope_reader *r, char *address, size_t size)
  * is that two sessions send the same message: so it is claimed with flock(2) on its own file. A claim
  * needs no clean-up, for it dies with its holder, be that a session, a process or a machine. */
 
-/* A Maildir's directories, those that are missing. maildir is a domain, or a folder of one. */
-static bool maildir_make(int queue, const char *maildir)
-{
-    static const char *const box[] = {"", "/tmp", "/new", "/cur"};
-    char path[MAILDIR_PATH];
-    for (size_t i = 0; i < sizeof box / sizeof *box; i++) {
-        snprintf(path, sizeof path, "%s%s", maildir, box[i]);
-        if (mkdirat(queue, path, 0700) < 0 && errno != EEXIST)
-            return false;
-    }
-    return true;
-}
-
 static bool sync_directory(int queue, const char *path)
 {
     int fd = openat(queue, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
@@ -1564,8 +1613,44 @@ static bool sync_directory(int queue, const char *path)
     return done;
 }
 
+/* A Maildir's directories, those that are missing, on disk like the mail that will be in them. maildir is a
+ * domain, or a folder of one. */
+static bool maildir_make(int queue, const char *maildir)
+{
+    static const char *const box[] = {"", "/tmp", "/new", "/cur"};
+    const char *slash = strchr(maildir, '/');
+    char path[MAILDIR_PATH], parent[MAILDIR_PATH] = ".";
+    bool made = false;
+    for (size_t i = 0; i < sizeof box / sizeof *box; i++) {
+        snprintf(path, sizeof path, "%s%s", maildir, box[i]);
+        if (mkdirat(queue, path, 0700) == 0)
+            made = true;
+        else if (errno != EEXIST)
+            return false;
+    }
+    if (slash)
+        snprintf(parent, sizeof parent, "%.*s", (int)(slash - maildir), maildir);
+    return !made || (sync_directory(queue, maildir) && sync_directory(queue, parent));
+}
+
+static atomic_uint names_given; /* in this process: the part of a name that no clock makes unique */
+
+/* A name that no other file in any Maildir has: the time, its microseconds, the process, a number, the host. */
+static void unique_name(char *out, size_t size)
+{
+    struct timespec t;
+    char host[64] = "localhost";
+    gethostname(host, sizeof host - 1);
+    for (char *p = host; *p; p++)
+        if (*p == '/' || *p == ':')
+            *p = '_';
+    clock_gettime(CLOCK_REALTIME, &t);
+    snprintf(out, size, "%lld.M%06ldP%ldQ%u.%s", (long long)t.tv_sec, t.tv_nsec / 1000, (long)getpid(),
+             atomic_fetch_add(&names_given, 1), host);
+}
+
 /* A Maildir name starts with the second of delivery; most writers add its microseconds behind an M (or,
- * Exim, an H). Other names get the time of the file itself. */
+ * Exim, an H). Other names, those with a number that can be no such second among them, get the time of the file. */
 static void arrival_of(struct queued *q, int dir, const char *name)
 {
     char *end;
@@ -1573,7 +1658,7 @@ static void arrival_of(struct queued *q, int dir, const char *name)
     struct stat st;
     unsigned long long second = strtoull(name, &end, 10);
     q->second = q->micro = 0;
-    if (isdigit((unsigned char)name[0]) && *end == '.') {
+    if (isdigit((unsigned char)name[0]) && *end == '.' && second >= FIRST_SECOND && second <= LAST_SECOND) {
         q->second = (int64_t)second;
         micro = end + strcspn(end, "MH");
         while (*micro && !isdigit((unsigned char)micro[1]))
@@ -1626,9 +1711,9 @@ static enum result list_box(struct backlog *b, int queue, const char *domain, co
     struct dirent *entry;
     enum result result = DONE;
     DIR *dir;
-    int fd;
+    int fd, problem;
     snprintf(path, sizeof path, "%s/%s", domain, box);
-    fd = openat(queue, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    fd = openat(queue, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     if (fd < 0)
         return errno == ENOENT ? DONE : LATER;
     dir = fdopendir(fd);
@@ -1646,22 +1731,22 @@ static enum result list_box(struct backlog *b, int queue, const char *domain, co
         if (entry->d_name[0] != '.' && !backlog_add(b, fd, domain, box, entry->d_name))
             result = LATER;
     }
+    problem = errno;
     closedir(dir);
+    errno = problem;
     return result;
 }
 
 enum result backlog_read(struct backlog *b, int queue, const char *domains)
 {
+    const char *d;
+    size_t len;
     *b = (struct backlog){.queue = queue};
-    for (const char *d = domains;; d++) {
+    while ((d = next_domain(&domains, &len))) {
         char domain[MAILDIR_PATH];
-        size_t len = strcspn(d, ",");
         snprintf(domain, sizeof domain, "%.*s", (int)len, d);
         if (list_box(b, queue, domain, "new") != DONE || list_box(b, queue, domain, "cur") != DONE)
             return LATER;
-        d += len;
-        if (*d == '\0')
-            break;
     }
     if (b->count > 1)
         qsort(b->list, b->count, sizeof *b->list, by_arrival);
@@ -1696,6 +1781,19 @@ bool for_each_domain(int queue, bool (*visit)(void *context, int queue, const ch
     return go_on;
 }
 
+/* Is this a Maildir, and not just a directory that has a tmp in it? */
+static bool is_maildir(int queue, const char *maildir)
+{
+    struct stat st;
+    char path[MAILDIR_PATH];
+    for (int i = 0; i < 2; i++) {
+        snprintf(path, sizeof path, "%s/%s", maildir, i ? "new" : "cur");
+        if (fstatat(queue, path, &st, AT_SYMLINK_NOFOLLOW) < 0 || !S_ISDIR(st.st_mode))
+            return false;
+    }
+    return true;
+}
+
 /* Maildir: a file in tmp that was not touched for 36 hours belongs to a writer that died. */
 static void clean_tmp(int queue, const char *maildir)
 {
@@ -1705,7 +1803,7 @@ static void clean_tmp(int queue, const char *maildir)
     DIR *dir;
     int fd;
     snprintf(path, sizeof path, "%s/tmp", maildir);
-    fd = openat(queue, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    fd = is_maildir(queue, maildir) ? openat(queue, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC) : -1;
     dir = fd < 0 ? NULL : fdopendir(fd);
     if (!dir && fd >= 0)
         close(fd);
@@ -1730,16 +1828,16 @@ bool clean_domain(void *context, int queue, const char *domain)
 
 /* ---- One message: claim, look through, send, take out ---- */
 
-static bool message_hold(struct message *m, const char *why)
+static enum result message_hold(struct message *m, const char *why)
 {
     if (!m->held)
         m->held = why;
-    return false;
+    return REFUSED;
 }
 
 /* First walk over the envelope: which field names the recipients, who is the sender, where the message
  * starts; whatever cannot be used holds the message. */
-static bool message_read_envelope(struct message *m)
+static enum result message_read_envelope(struct message *m)
 {
     char address[MAILBOX_MAX + 2];
     size_t count[FIELDS] = {0};
@@ -1756,6 +1854,8 @@ static bool message_read_envelope(struct message *m)
             m->utf8 = !ascii(address);
         }
     }
+    if (r.failed)
+        return LATER;
     if (r.wrong)
         return message_hold(m, r.wrong);
     m->start = r.end;
@@ -1763,7 +1863,7 @@ static bool message_read_envelope(struct message *m)
     m->recipients = count[m->field];
     if (m->recipients == 0)
         return message_hold(m, "no recipient in its envelope");
-    return true;
+    return DONE;
 }
 
 bool message_next_recipient(const struct message *m, struct envelope_reader *r, char *address, size_t size)
@@ -1776,14 +1876,14 @@ bool message_next_recipient(const struct message *m, struct envelope_reader *r, 
 }
 
 /* Second walk: is every recipient a mailbox, and which of them belong to this domain? */
-static bool message_read_recipients(struct message *m)
+static enum result message_read_recipients(struct message *m)
 {
     char address[MAILBOX_MAX + 2];
     size_t domain_len = strcspn(m->path, "/"), ours = 0;
     struct envelope_reader r;
     m->fate = calloc(m->recipients, 1);
     if (!m->fate)
-        return message_hold(m, "out of memory for its recipients");
+        return LATER;
     envelope_open(&r, m->fd);
     for (size_t i = 0; i < m->recipients && message_next_recipient(m, &r, address, sizeof address); i++) {
         const char *domain = mailbox_domain(address);
@@ -1796,7 +1896,9 @@ static bool message_read_recipients(struct message *m)
             ours++;
         }
     }
-    return ours > 0 || message_hold(m, "its recipients belong to another domain");
+    if (r.failed)
+        return LATER;
+    return ours > 0 ? DONE : message_hold(m, "its recipients belong to another domain");
 }
 
 enum result message_open(struct message *m, int queue, const char *path)
@@ -1805,15 +1907,13 @@ enum result message_open(struct message *m, int queue, const char *path)
     *m = (struct message){.queue = queue, .path = path, .fd = -1};
     m->fd = openat(queue, path, O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
     if (m->fd < 0 && (errno == ELOOP || errno == EISDIR || errno == ENXIO))
-        message_hold(m, "not a regular file");
+        return message_hold(m, "not a regular file");
     if (m->fd < 0)
-        return m->held || errno == ENOENT ? REFUSED : LATER;
+        return errno == ENOENT ? REFUSED : LATER;
     if (fstat(m->fd, &st) < 0)
         return LATER;
-    if (!S_ISREG(st.st_mode)) {
-        message_hold(m, "not a regular file");
-        return REFUSED;
-    }
+    if (!S_ISREG(st.st_mode))
+        return message_hold(m, "not a regular file");
     m->size = st.st_size;
     m->device = st.st_dev;
     m->inode = st.st_ino;
@@ -1823,7 +1923,11 @@ enum result message_open(struct message *m, int queue, const char *path)
 
 enum result message_read(struct message *m)
 {
-    return message_read_envelope(m) && message_read_recipients(m) ? DONE : REFUSED;
+    enum result result = message_read_envelope(m);
+    for (const char *p = m->path; *p != '/'; p++)
+        if (isupper((unsigned char)*p))
+            return message_hold(m, "its directory is not in lower case, and no ATRN looks there");
+    return result == DONE ? message_read_recipients(m) : result;
 }
 
 /* Is there an octet over 127 in the header, so that it takes SMTPUTF8 to send it (RFC 6531, 3.6)? */
@@ -1846,31 +1950,53 @@ static bool header_is_ascii(const struct message *m)
     return true;
 }
 
+/* What there is in some octets of content. */
+struct tally {
+    uint64_t cr, lf, crlf;
+    unsigned char all; /* every octet, or-ed: is there one over 127? */
+};
+
+/* In pieces so short that an octet can hold the count: then the compiler counts 16 or 32 of them at a time. The
+ * last piece is filled up with what counts as nothing. */
+static void count_octets(struct tally *t, char data[COPY_SIZE], size_t len)
+{
+    enum { PIECE = 128 };
+    size_t whole = (len + PIECE - 1) / PIECE * PIECE;
+    memset(data + len, 0, whole - len);
+    for (const char *p = data; p < data + whole; p += PIECE) {
+        unsigned char cr = 0, lf = 0, all = 0;
+        for (size_t i = 0; i < PIECE; i++) {
+            cr += p[i] == '\r';
+            lf += p[i] == '\n';
+            all |= (unsigned char)p[i];
+        }
+        t->cr += cr;
+        t->lf += lf;
+        t->all |= all;
+    }
+}
+
 /* Reads the content once before it is sent: BDAT, SIZE and 8BITMIME must be told beforehand. A line ends
  * with LF, CRLF or a stray CR and leaves with CRLF, so: octets that are neither, plus two a line. */
 bool message_scan(struct message *m)
 {
     char data[COPY_SIZE];
-    uint64_t cr = 0, lf = 0, crlf = 0;
+    struct tally t = {0};
     off_t at = m->start;
     char last = '\n';
-    unsigned char high = 0;
     ssize_t n;
     while ((n = pread(m->fd, data, sizeof data, at)) > 0) {
-        crlf += last == '\r' && data[0] == '\n';
-        for (ssize_t i = 0; i < n; i++) {
-            cr += data[i] == '\r';
-            lf += data[i] == '\n';
-            high |= (unsigned char)data[i];
-        }
-        for (ssize_t i = 1; cr > 0 && i < n; i++)
-            crlf += data[i - 1] == '\r' && data[i] == '\n';
+        uint64_t cr_before = t.cr;
+        count_octets(&t, data, (size_t)n);
+        t.crlf += last == '\r' && data[0] == '\n';
+        for (ssize_t i = 1; t.cr > cr_before && i < n; i++)
+            t.crlf += data[i - 1] == '\r' && data[i] == '\n';
         last = data[n - 1];
         at += n;
     }
-    m->wire_size = (uint64_t)(at - m->start) - cr - lf + 2 * (cr + lf - crlf);
+    m->wire_size = (uint64_t)(at - m->start) - t.cr - t.lf + 2 * (t.cr + t.lf - t.crlf);
     m->wire_size += last != '\n' && last != '\r' ? 2 : 0;
-    m->eight_bit = high > 127;
+    m->eight_bit = t.all > 127;
     m->utf8 |= m->eight_bit && !header_is_ascii(m);
     return n == 0;
 }
@@ -1883,11 +2009,14 @@ enum result message_claim(struct message *m, int queue, const char *path)
         return result;
     if (flock(m->fd, LOCK_EX | LOCK_NB) < 0)
         return LATER; /* another session is at work on it */
-    /* Claimed; but is this file still what the name stands for? Another session may have finished with
-     * it between our open and our lock. */
-    if (fstatat(queue, path, &st, AT_SYMLINK_NOFOLLOW) < 0 || st.st_ino != m->inode ||
-        st.st_dev != m->device)
-        return REFUSED;
+    /* Claimed; but is this file still what the name stands for? Another session may have finished with it between
+     * our open and our lock, and left in its place what is still owed. */
+    if (fstatat(queue, path, &st, AT_SYMLINK_NOFOLLOW) < 0)
+        return errno == ENOENT ? REFUSED : LATER;
+    if (st.st_ino != m->inode || st.st_dev != m->device) {
+        errno = EWOULDBLOCK;
+        return LATER;
+    }
     result = message_read(m);
     if (result == DONE && !message_scan(m))
         result = LATER;
@@ -1906,6 +2035,19 @@ void message_close(struct message *m)
     m->fate = NULL;
 }
 
+/* How many octets of this line are there before its end, be that LF, CRLF or a stray CR? *newline is the next
+ * LF at or behind p, or the end; it is kept by the caller, since between two LFs there may be many CRs. */
+static size_t line_length(const char *p, const char *end, const char **newline)
+{
+    const char *cr;
+    if (*newline < p) {
+        *newline = memchr(p, '\n', (size_t)(end - p));
+        *newline = *newline ? *newline : end;
+    }
+    cr = memchr(p, '\r', (size_t)(*newline - p));
+    return (size_t)((cr ? cr : *newline) - p);
+}
+
 /* Sends the content, lines ended by CRLF. With dots, as DATA wants it: a dot that starts a line is
  * doubled (RFC 5321, 4.5.2), and the lone dot is left to the caller. False when the file cannot be read
  * to the end that message_scan() saw: then the caller must break the connection, not end the message. */
@@ -1917,7 +2059,7 @@ bool message_send(const struct message *m, struct stream *to, bool dots)
     off_t at = m->start;
     ssize_t n = 0;
     while (!to->broken && (n = pread(m->fd, data, sizeof data, at)) > 0) {
-        const char *p = data, *end = data + n;
+        const char *p = data, *end = data + n, *newline = NULL;
         at += n;
         while (p < end) {
             size_t len;
@@ -1928,8 +2070,7 @@ bool message_send(const struct message *m, struct stream *to, bool dots)
             }
             if (state != IN_LINE && dots && *p == '.')
                 stream_write(to, ".", 1);
-            for (len = 0; p + len < end && p[len] != '\n' && p[len] != '\r'; len++)
-                ;
+            len = line_length(p, end, &newline);
             stream_write(to, p, len);
             sent += len;
             p += len;
@@ -1964,51 +2105,57 @@ static bool write_part(const struct message *m, bool refused, FILE *out)
         fwrite(data, 1, (size_t)n, out);
         at += n;
     }
-    return n == 0 && !r.wrong && fflush(out) == 0 && !ferror(out) && fsync(fileno(out)) == 0;
+    return n == 0 && !r.failed && fflush(out) == 0 && !ferror(out) && fsync(fileno(out)) == 0;
 }
 
-/* Written to tmp, on disk before the name leads to it, so that a crash leaves either the old or the new. */
-static bool message_copy(const struct message *m, bool refused, const char *tmp, const char *to)
+/* Written to tmp, under a name of its own, and on disk before the name leads to it, so that a crash leaves either
+ * the old or the new. It keeps the time of arrival; only then, for what is old in tmp is taken for debris. */
+static bool message_copy(const struct message *m, bool refused, const char *maildir, const char *name, const char *to)
 {
     struct timespec times[2] = {m->arrived, m->arrived};
-    int fd = openat(m->queue, tmp, O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0600);
-    FILE *out = fd < 0 ? NULL : fdopen(fd, "w");
+    char tmp[PATH_MAX];
+    FILE *out = NULL;
     bool done;
-    if (!out) {
-        if (fd >= 0)
-            close(fd);
+    int fd;
+    snprintf(tmp, sizeof tmp, "%s/tmp/%s", maildir, name);
+    if (!maildir_make(m->queue, maildir))
         return false;
-    }
-    done = write_part(m, refused, out);
-    done = futimens(fd, times) == 0 && done;
-    done = fclose(out) == 0 && done;
-    done = done && renameat(m->queue, tmp, m->queue, to) == 0;
-    if (!done)
+    fd = openat(m->queue, tmp, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    out = fd < 0 ? NULL : fdopen(fd, "w");
+    if (fd < 0)
+        return false;
+    done = out && write_part(m, refused, out) && renameat(m->queue, tmp, m->queue, to) == 0;
+    if (done)
+        futimens(fd, times);
+    else
         unlinkat(m->queue, tmp, 0);
+    if (out)
+        fclose(out);
+    else
+        close(fd);
     return done;
 }
 
 bool message_rewrite(const struct message *m)
 {
-    char domain[MAILDIR_PATH], tmp[PATH_MAX];
+    char domain[MAILDIR_PATH], name[NAME_SIZE];
     snprintf(domain, sizeof domain, "%.*s", (int)strcspn(m->path, "/"), m->path);
-    snprintf(tmp, sizeof tmp, "%s/tmp%s", domain, strrchr(m->path, '/'));
-    return maildir_make(m->queue, domain) && message_copy(m, false, tmp, m->path);
+    unique_name(name, sizeof name);
+    return message_copy(m, false, domain, name, m->path);
 }
 
 bool message_set_aside(const struct message *m)
 {
-    char folder[MAILDIR_PATH], tmp[PATH_MAX], box[MAILDIR_PATH + 4], to[PATH_MAX];
-    const char *name = strrchr(m->path, '/');
+    char folder[MAILDIR_PATH], name[NAME_SIZE], box[MAILDIR_PATH + 4], path[PATH_MAX];
     int fd;
     snprintf(folder, sizeof folder, "%.*s/%s", (int)strcspn(m->path, "/"), m->path, UNDELIVERABLE);
-    snprintf(tmp, sizeof tmp, "%s/tmp%s", folder, name);
+    unique_name(name, sizeof name);
     snprintf(box, sizeof box, "%s/new", folder);
-    snprintf(to, sizeof to, "%s%s", box, name);
-    if (!maildir_make(m->queue, folder) || !message_copy(m, true, tmp, to) || !sync_directory(m->queue, box))
+    snprintf(path, sizeof path, "%s/%s", box, name);
+    if (!message_copy(m, true, folder, name, path) || !sync_directory(m->queue, box))
         return false;
-    snprintf(tmp, sizeof tmp, "%s/maildirfolder", folder); /* Maildir++: what makes it a folder */
-    fd = openat(m->queue, tmp, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
+    snprintf(path, sizeof path, "%s/maildirfolder", folder); /* Maildir++: what makes it a folder */
+    fd = openat(m->queue, path, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd >= 0)
         close(fd);
     return true;
@@ -2047,7 +2194,7 @@ static enum result hang_up(struct session *s, const char *why)
     s->io.timeout = LAST_WORD;
     s->io.wake_fd = -1;
     send_line(s, "421 %s closing connection: %s", s->name, why);
-    stream_flush(&s->io);
+    stream_end(&s->io);
     stream_break(&s->io, why);
     return LATER;
 }
@@ -2061,8 +2208,8 @@ static void trace_command(struct session *s)
         trace_line(s, CUSTOMER, "%s", s->line);
 }
 
-/* RFC 4954, 4: 12288 octets are enough for any AUTH; RFC 5321, 4.5.3.1.4: 512 for the others, but an
- * ATRN may name many domains. The limits count the CRLF. */
+/* RFC 4954, 4: 12288 octets are enough for any AUTH; RFC 5321, 4.5.3.1.4: 512 for the others, but an ATRN may
+ * name many domains. The limits count the line end. */
 static bool command_too_long(const struct session *s)
 {
     size_t limit = COMMAND_LINE;
@@ -2070,7 +2217,7 @@ static bool command_too_long(const struct session *s)
         limit = AUTH_LINE;
     else if (strncasecmp(s->line, "ATRN ", 5) == 0)
         limit = ATRN_LINE;
-    return s->line_len + 2 > limit;
+    return s->io.line_octets > limit;
 }
 
 static bool printable(const char *text, size_t len)
@@ -2081,27 +2228,44 @@ static bool printable(const char *text, size_t len)
     return true;
 }
 
-/* Reads the next command and splits it: s->verb, s->argument (NULL when there is none). Lines that are
- * no commands are answered here. Anything but DONE: the session is over, and the peer has been told. */
+/* Nothing came, and nothing will be waited for: the session is over, and the peer is told why, if it is there. */
+static enum result stop_waiting(struct session *s)
+{
+    if (s->io.timed_out)
+        return hang_up(s, s->state == INITIAL ? "not authenticated in time" : "silent for too long");
+    return s->io.woken ? hang_up(s, "this server is shutting down") : LATER;
+}
+
+/* A line that is no command. It is answered all the same; ATRN as it always is, whatever stands behind it. */
+static void refuse_octets(struct session *s)
+{
+    trace_command(s);
+    if (strncasecmp(s->line, "ATRN ", 5) != 0)
+        refuse(s, "500 A command consists of printable US-ASCII");
+    else if (s->state == INITIAL)
+        refuse(s, "530 Authentication required");
+    else
+        refuse(s, "501 ATRN takes domains, with commas and without blanks between them");
+}
+
+/* Reads the next command and splits it: the verb in s->line, s->argument (NULL when there is none). Lines that
+ * are no commands are answered here. Anything but DONE: the session is over, and the peer has been told. */
 static enum result read_command(struct session *s)
 {
     for (;;) {
         enum result got;
         if (s->bad_commands >= BAD_COMMANDS)
             return hang_up(s, "too many bad commands");
-        got = read_line(s);
-        if (got == LATER && s->io.timed_out)
-            return hang_up(s, s->state == INITIAL ? "not authenticated in time" : "silent for too long");
-        if (got == LATER && s->io.woken)
+        if (atomic_load(&s->provider->stopping)) /* whoever waits is woken; this is for who never pauses */
             return hang_up(s, "this server is shutting down");
+        got = read_line(s);
         if (got == LATER)
-            return LATER;
+            return stop_waiting(s);
         if (got == REFUSED || command_too_long(s)) {
             trace_line(s, CUSTOMER, "(a line that is too long)");
             refuse(s, "500 Line too long");
         } else if (!printable(s->line, s->line_len)) {
-            trace_command(s);
-            refuse(s, "500 A command consists of printable US-ASCII");
+            refuse_octets(s);
         } else {
             trace_command(s);
             split_command(s);
@@ -2148,6 +2312,7 @@ static bool quit_command(struct session *s)
 /* Takes a response in base64 apart: into s->response. REFUSED, and its 501: it is none. */
 static enum result decode_response(struct session *s, const char *text)
 {
+    s->responded = now_ms();
     s->response_len = base64_decode(s->response, sizeof s->response, text);
     if (s->response_len >= 0)
         return DONE;
@@ -2164,7 +2329,7 @@ static enum result challenge(struct session *s, const char *text)
     send_line(s, "334 %s", encoded);
     switch (read_line(s)) {
     case LATER:
-        return LATER;
+        return stop_waiting(s);
     case REFUSED:
         refuse(s, "500 Line too long");
         return REFUSED;
@@ -2172,7 +2337,7 @@ static enum result challenge(struct session *s, const char *text)
         break;
     }
     trace_line(s, CUSTOMER, "%s", s->hide_response ? "(response not shown)" : s->line);
-    if (s->line_len + 2 > AUTH_LINE) {
+    if (s->io.line_octets > AUTH_LINE) {
         refuse(s, "500 Line too long");
         return REFUSED;
     }
@@ -2192,12 +2357,14 @@ static enum result first_response(struct session *s, const char *initial)
     return decode_response(s, strcmp(initial, "=") == 0 ? "" : initial);
 }
 
-/* Any failure costs a second and says no more than that it failed; the third ends the session. */
+/* Any failure is answered a second after the response that failed, however long that took to find out, and says no
+ * more than that it failed; the third ends the session. */
 static enum result auth_failed(struct session *s, const char *name)
 {
     struct pollfd wake = {.fd = s->io.wake_fd, .events = POLLIN};
+    int64_t left = s->responded + AUTH_FAILURE_MS - now_ms();
     log_event(s, "authentication failed for \"%s\" from %s", name, s->peer);
-    poll(&wake, 1, AUTH_FAILURE_MS);
+    poll(&wake, 1, left > 0 ? (int)left : 0);
     send_line(s, "535 Authentication failed");
     if (++s->auth_failures >= AUTH_FAILURES)
         return hang_up(s, "too many failed authentications");
@@ -2256,15 +2423,16 @@ static enum result auth_cram_md5(struct session *s, const char *initial)
 }
 
 /* The keys that a name's proof is checked against. An unknown name gets a salt too, the same one as long as
- * this program runs, and a secret that nobody has; so the client cannot tell. Every call costs one PBKDF2.
- * (Who comes back after a restart can tell a verifier's salt, which stays, from the others.) */
+ * this program runs, and a secret that nobody has; so the client cannot tell. Every call costs one PBKDF2, of as
+ * many rounds as the file's verifiers have. (What can be told: verifiers of different counts from each other, and
+ * after a restart, or from another provider, a verifier's salt, which stays, from the others.) */
 static bool keys_for(struct session *s, const char *name, struct verifier *v)
 {
     const struct account *account = account_find(s->accounts, name);
     struct scram_keys wasted;
     bool stored = account_verifier(account, v);
     if (!stored) {
-        v->iterations = SCRAM_ITERATIONS;
+        v->iterations = s->accounts->iterations;
         v->salt_len = 16;
         if (!HMAC(EVP_sha256(), s->provider->salt_key, sizeof s->provider->salt_key, (const unsigned char *)name,
                   strlen(name), v->salt, NULL))
@@ -2295,7 +2463,6 @@ static enum result auth_plain(struct session *s, const char *initial)
     account = account_find(s->accounts, name);
     if (!keys_for(s, name, &v) || !scram_keys(&keys, secret, v.salt, v.salt_len, v.iterations))
         return auth_unavailable(s);
-    OPENSSL_cleanse((char *)secret, strlen(secret));
     if (CRYPTO_memcmp(keys.stored, v.keys.stored, sizeof keys.stored) == 0 && account &&
         (*identity == '\0' || strcmp(identity, name) == 0))
         return auth_succeeded(s, account, "PLAIN");
@@ -2314,7 +2481,8 @@ static enum result auth_external(struct session *s, const char *initial)
     certificate = SSL_get1_peer_certificate(s->io.tls);
     for (int i = 0; !account && certificate && (name = certificate_name(certificate, i)); i++) {
         account = account_find(s->accounts, name);
-        if (account && s->response_len > 0 && strcmp(s->response, name) != 0)
+        if (account && s->response_len > 0 &&
+            (strcmp(s->response, name) != 0 || strlen(name) != (size_t)s->response_len))
             account = NULL; /* an authorization identity that is not this account */
         OPENSSL_free(name);
     }
@@ -2503,6 +2671,14 @@ static void ehlo_command(struct session *s)
     send_line(s, "250 ATRN");
 }
 
+/* What was said may have been a secret; nothing of it stays in memory that is freed one day. */
+static void forget_responses(struct session *s)
+{
+    OPENSSL_cleanse(s->line, sizeof s->line);
+    OPENSSL_cleanse(s->response, sizeof s->response);
+    OPENSSL_cleanse(s->io.in, s->io.in_at);
+}
+
 /* AUTH is RFC 4954's (5.1.2-a). DONE: authenticated. REFUSED: not, try again. LATER: the session is over. */
 static enum result auth_command(struct session *s)
 {
@@ -2579,6 +2755,7 @@ static enum result initial_state(struct session *s)
             ehlo_command(s);
         } else if (verb_is(s, "AUTH")) {
             enum result got = auth_command(s);
+            forget_responses(s);
             if (got != REFUSED)
                 return got;
         } else if (verb_is(s, "STARTTLS")) {
@@ -2596,39 +2773,39 @@ static enum result initial_state(struct session *s)
 
 /* ---- 5.2.1 ATRN ---- */
 
-/* The domains of this request (5.2.1-a), in lower case, each once, into s->domains; none named: all that
- * the account has (5.2.1-d). False when the customer has no access to one of them. */
+/* The domains of this request (5.2.1-a), each once; none named: all that the account has (5.2.1-d). False when the
+ * customer has no access to one of them. */
 static bool atrn_domains(struct session *s)
 {
-    const char *list = s->argument ? s->argument : s->account->domains;
-    size_t used = 0;
-    s->domains[0] = '\0';
-    for (const char *d = list;; d++) {
-        size_t len = strcspn(d, ",");
-        if (!domain_in_list(s->account->domains, d, len))
+    const char *list = s->argument, *domain;
+    size_t len;
+    while ((domain = next_domain(&list, &len)))
+        if (!domain_in_list(s->account->domains, domain, len))
             return false;
-        if (!domain_in_list(s->domains, d, len) && used + len + 2 < sizeof s->domains)
-            used += (size_t)snprintf(s->domains + used, sizeof s->domains - used, "%s%.*s",
-                                     used ? "," : "", (int)len, d);
-        d += len;
-        if (*d == '\0')
-            break;
+    s->asked = s->account->domains;
+    if (s->argument) {
+        snprintf(s->domains, sizeof s->domains, "%s", s->argument);
+        tidy_domains(s->domains);
+        s->asked = s->domains;
     }
-    lower_case(s->domains);
     return true;
 }
 
-/* Claims the oldest message that can be sent. DONE: there it is, in *first. REFUSED: no mail. LATER: mail
- * waits, but others are at work on all of it, or the queue cannot be read. */
+/* Claims the oldest message that can be sent. DONE: there it is, in *claimed. REFUSED: no mail. LATER: mail
+ * waits, but others are at work on all of it, or it cannot be read; the log says of one of them which. */
 static enum result claim_next(struct session *s, struct backlog *b, struct message **claimed)
 {
     enum result result = REFUSED;
     struct message *m = malloc(sizeof *m);
+    const char *path = NULL;
+    int problem = 0;
     *claimed = NULL;
     if (!m)
         return LATER;
     while (b->next < b->count) {
         enum result got = message_claim(m, b->queue, b->list[b->next].path);
+        problem = got == LATER ? errno : problem;
+        path = got == LATER || !path ? b->list[b->next].path : path;
         b->next++;
         if (got == DONE) {
             *claimed = m;
@@ -2641,6 +2818,9 @@ static enum result claim_next(struct session *s, struct backlog *b, struct messa
         message_close(m);
     }
     free(m);
+    if (result == LATER)
+        log_event(s, "%s is left for later: %s", path,
+                  problem == EWOULDBLOCK ? "another session is at work on it" : strerror(problem));
     return result;
 }
 
@@ -2689,14 +2869,16 @@ static enum result atrn_command(struct session *s)
         send_line(s, "450 ATRN request refused");
         return REFUSED;
     }
-    got = backlog_read(&s->backlog, s->provider->queue, s->domains);
-    if (got == DONE)
+    got = backlog_read(&s->backlog, s->provider->queue, s->asked);
+    if (got != DONE)
+        log_event(s, "the queue of %s cannot be read: %s", s->asked, strerror(errno));
+    else
         got = claim_next(s, &s->backlog, &s->first);
     if (got == DONE) { /* (5.2.1-j) */
         send_line(s, "250 OK now reversing the connection");
         return DONE;
     }
-    log_event(s, "ATRN %s: %s", s->domains, got == LATER ? "not now" : "no mail");
+    log_event(s, "ATRN %s: %s", s->asked, got == LATER ? "not now" : "no mail");
     backlog_free(&s->backlog);
     if (got == LATER)
         send_line(s, "451 Unable to process ATRN request now"); /* (5.2.1-k) */
@@ -2810,7 +2992,7 @@ static bool for_each_refused(FILE *out, const struct session *s, const struct me
             return false;
         write_one(out, s, address, refusal);
     }
-    return !r.wrong;
+    return !r.failed;
 }
 
 static void write_plain_words(FILE *out, const struct session *s, const char *address, const char *refusal)
@@ -2887,8 +3069,8 @@ static bool hand_over_notice(const struct provider *p, FILE *notice, const struc
     rewind(notice);
     problem = start_program(argv, fileno(notice), -1, &pid);
     if (problem) {
-        log_event(s, "%s: %s; the notice about %s cannot be sent, and the message stays", p->sendmail, strerror(problem),
-                  m->path);
+        log_event(s, "%s: %s; the notice about %s cannot be sent, and the message stays", p->sendmail,
+                  strerror(problem), m->path);
         return false;
     }
     status = finish_program(pid, NOTICE_TIMEOUT);
@@ -2939,7 +3121,8 @@ static void message_settle(const struct provider *p, const struct session *s, st
         else if (count[DELIVERED] > 0)
             log_event(s, "delivered %s, %llu octets", m->path, (unsigned long long)m->wire_size);
     } else if (count[DELIVERED] + count[RETURNED] > 0 && !message_rewrite(m)) {
-        log_event(s, "cannot rewrite the envelope of %s (%s): all its recipients get it again", m->path, strerror(errno));
+        log_event(s, "cannot rewrite the envelope of %s (%s): all its recipients get it again", m->path,
+                  strerror(errno));
     }
 }
 
@@ -3098,8 +3281,8 @@ static enum result settle_one(struct sender *x)
         break;
     case FOR_DATA:
         e.of->go_ahead = r.code == 354;
-        if (r.code < 400 && r.code != 354)
-            r.code = 450; /* a 2xx here is nonsense; surely nothing was delivered */
+        if (r.code < 300)
+            r.code = 450; /* nonsense; surely nothing was delivered */
         if (!e.of->go_ahead)
             settle_content(x, e.of, &r);
         break;
@@ -3203,7 +3386,8 @@ static void send_mail_command(struct sender *x, const struct message *m)
 }
 
 /* What this customer cannot take is not sent in breach of the standard, but returned. True, and why. */
-static bool customer_cannot_take(const struct sender *x, const struct message *m, const char *recipient, struct reply *why)
+static bool customer_cannot_take(const struct sender *x, const struct message *m, const char *recipient,
+                                 struct reply *why)
 {
     why->code = 0;
     if (x->size_limit > 0 && m->wire_size > x->size_limit)
@@ -3349,7 +3533,8 @@ static void reversed_state(struct session *s)
         if (result == DONE && !atomic_load(&s->provider->stopping))
             claim_next(s, &s->backlog, &s->first);
     }
-    if (settle_down_to(&x, 0) == DONE && !s->io.broken) { /* when the customer hears QUIT, the queue shows what it took */
+    /* When the customer hears QUIT, the queue shows what it took. */
+    if (settle_down_to(&x, 0) == DONE && !s->io.broken) {
         send_line(s, "QUIT");
         result = expect(&x, FOR_QUIT, NULL, 0);
     }
@@ -3398,7 +3583,8 @@ static void expire_message(const struct provider *p, const char *path)
 {
     struct reply why = {.code = 0};
     struct message m;
-    snprintf(why.text, sizeof why.text, "4.4.7 The recipient's server has not collected the message for %d days", p->max_age);
+    snprintf(why.text, sizeof why.text, "4.4.7 The recipient's server has not collected the message for %d days",
+             p->max_age);
     if (message_claim(&m, p->queue, path) == DONE) {
         for (size_t i = 0; i < m.recipients; i++)
             if (m.fate[i] == OWED && keep_refusal(&m, i, &why))
@@ -3415,9 +3601,12 @@ static bool care_for_domain(void *context, int queue, const char *domain)
     int64_t oldest = time(NULL) - (int64_t)p->max_age * 86400;
     struct backlog b;
     clean_domain(NULL, queue, domain);
-    if (p->max_age > 0 && backlog_read(&b, queue, domain) == DONE) {
-        for (size_t i = 0; i < b.count && b.list[i].second <= oldest && !atomic_load(&p->stopping); i++)
-            expire_message(p, b.list[i].path);
+    if (p->max_age > 0) {
+        if (backlog_read(&b, queue, domain) != DONE)
+            log_event(NULL, "%s: its mail cannot be listed (%s), and none is returned", domain, strerror(errno));
+        else
+            for (size_t i = 0; i < b.count && b.list[i].second <= oldest && !atomic_load(&p->stopping); i++)
+                expire_message(p, b.list[i].path);
         backlog_free(&b);
     }
     return !atomic_load(&p->stopping);
@@ -3439,23 +3628,14 @@ static void *caretaker(void *argument)
  * the message. A delivery is one file in tmp; it becomes mail when it is on disk and renamed into new,
  * and the directory that says so is on disk too (RFC 5321, 6.1: what was accepted must not be lost). */
 
-static atomic_uint deliveries; /* of this process: the part of a file's name that no clock makes unique */
-
 bool delivery_open(struct delivery *d, int queue, const char *domain)
 {
-    struct timespec t;
-    char host[64] = "localhost", path[DELIVERY_PATH];
+    char path[DELIVERY_PATH];
     int fd;
     *d = (struct delivery){.queue = queue};
-    gethostname(host, sizeof host - 1);
-    for (char *p = host; *p; p++)
-        if (*p == '/' || *p == ':')
-            *p = '_';
-    clock_gettime(CLOCK_REALTIME, &t);
     snprintf(d->domain, sizeof d->domain, "%s", domain);
     lower_case(d->domain);
-    snprintf(d->name, sizeof d->name, "%lld.M%06ldP%ldQ%u.%s", (long long)t.tv_sec, t.tv_nsec / 1000,
-             (long)getpid(), atomic_fetch_add(&deliveries, 1), host);
+    unique_name(d->name, sizeof d->name);
     if (!maildir_make(queue, d->domain))
         return false;
     snprintf(path, sizeof path, "%s/tmp/%s", d->domain, d->name);
@@ -3474,27 +3654,58 @@ void delivery_discard(struct delivery *d)
     if (d->file)
         fclose(d->file);
     d->file = NULL;
-    snprintf(path, sizeof path, "%s/tmp/%s", d->domain, d->name);
+    snprintf(path, sizeof path, "%s/%s/%s", d->domain, d->published ? "new" : "tmp", d->name);
     unlinkat(d->queue, path, 0);
 }
 
-bool delivery_finish(struct delivery *d)
+/* All of it has left our buffer: the disk was not full so far. */
+static bool delivery_written(struct delivery *d)
 {
-    char from[DELIVERY_PATH], to[DELIVERY_PATH], box[DELIVERY_PATH];
-    bool done = fflush(d->file) == 0 && !ferror(d->file) && fsync(fileno(d->file)) == 0;
+    return fflush(d->file) == 0 && !ferror(d->file);
+}
+
+/* The content on disk, the file closed. */
+static bool delivery_sync(struct delivery *d)
+{
+    bool done = delivery_written(d) && fsync(fileno(d->file)) == 0;
     done = fclose(d->file) == 0 && done;
     d->file = NULL;
+    return done;
+}
+
+static bool delivery_publish(struct delivery *d)
+{
+    char from[DELIVERY_PATH], to[DELIVERY_PATH];
     snprintf(from, sizeof from, "%s/tmp/%s", d->domain, d->name);
     snprintf(to, sizeof to, "%s/new/%s", d->domain, d->name);
-    snprintf(box, sizeof box, "%s/new", d->domain);
-    if (done && renameat(d->queue, from, d->queue, to) == 0) {
-        if (sync_directory(d->queue, box))
+    d->published = renameat(d->queue, from, d->queue, to) == 0;
+    return d->published;
+}
+
+/* The directory of the last of these on disk; once is enough for all that are in it. */
+static bool box_synced(const struct delivery *d, size_t last)
+{
+    char box[DELIVERY_PATH];
+    for (size_t i = 0; i < last; i++)
+        if (d[i].safe && strcmp(d[i].domain, d[last].domain) == 0)
             return true;
-        unlinkat(d->queue, to, 0); /* not known to be safe: the sender keeps it */
-        return false;
+    snprintf(box, sizeof box, "%s/new", d[last].domain);
+    return sync_directory(d[last].queue, box);
+}
+
+bool deliveries_store(struct delivery *d, size_t count)
+{
+    int problem = 0;
+    for (size_t i = 0; i < count; i++) {
+        d[i].safe = delivery_sync(&d[i]) && delivery_publish(&d[i]);
+        problem = d[i].safe || problem ? problem : errno;
     }
-    unlinkat(d->queue, from, 0);
-    return false;
+    for (size_t i = 0; i < count; i++) {
+        d[i].safe = d[i].safe && box_synced(d, i);
+        problem = d[i].safe || problem ? problem : errno;
+    }
+    errno = problem;
+    return problem == 0;
 }
 
 /* ==== The customer, after the reversal: the server ====================================================
@@ -3510,12 +3721,106 @@ struct receiver {
     char sender[MAILBOX_MAX + 2];
     char **recipients;
     size_t count;
-    struct delivery deliveries[DOMAINS_A_MESSAGE];
-    size_t files;
+    struct delivery deliveries[DELIVERIES_MAX]; /* first those whose answer waits, then the message under way */
+    size_t waiting, files;                      /* how many of each */
+    struct answer answers[ANSWERS_MAX];
+    size_t answer_count;
     size_t messages, unwritten;
     uint64_t octets;
     bool done;
 };
+
+/* ---- Answers, and when they leave ----
+ *
+ * 250 to the last octet of a message is a promise: it is on disk (RFC 5321, 6.1). The disk takes its time, and a
+ * provider that need not wait has sent more meanwhile. So as long as there is something to read we read on, and
+ * answers wait in a list, in their order, behind the first of them that promises. Before we would have to wait,
+ * all messages received so far go to disk together, and only then their answers leave. If the line is gone by
+ * then, the messages go too: the provider has no answer, keeps them, and sends them again. */
+
+static void discard_deliveries(struct delivery *d, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        delivery_discard(&d[i]);
+}
+
+static bool cannot_write(const struct receiver *rx)
+{
+    log_event(rx->s, "cannot write the message (%s); it stays with the provider", strerror(errno));
+    return false;
+}
+
+/* The promise, or, when the files of this message are not all safe, its opposite. */
+static void answer_stored(struct receiver *rx, struct delivery *d, size_t files, int problem)
+{
+    bool safe = true;
+    for (size_t i = 0; i < files; i++)
+        safe = safe && d[i].safe;
+    if (safe) {
+        rx->messages++;
+        send_line(rx->s, "250 2.0.0 OK, message stored");
+        return;
+    }
+    discard_deliveries(d, files);
+    rx->unwritten++;
+    errno = problem;
+    cannot_write(rx);
+    send_line(rx->s, "452 4.3.1 Cannot write the message now");
+}
+
+static void settle_answers(struct receiver *rx)
+{
+    struct delivery *d = rx->deliveries;
+    int problem = deliveries_store(d, rx->waiting) ? 0 : errno;
+    for (size_t i = 0; i < rx->answer_count; i++) {
+        struct answer *a = &rx->answers[i];
+        if (a->files == 0)
+            send_line(rx->s, "%s", a->text);
+        else
+            answer_stored(rx, d, a->files, problem);
+        d += a->files;
+    }
+    memmove(rx->deliveries, d, rx->files * sizeof *d); /* the message under way, if there is one */
+    rx->answer_count = rx->waiting = 0;
+}
+
+/* To be called before anything is read: nobody may wait for an answer that waits for us. */
+static void before_reading(struct receiver *rx)
+{
+    if (rx->answer_count > 0 && !stream_ready(&rx->s->io))
+        settle_answers(rx);
+}
+
+/* A reply, in its turn. */
+__attribute__((format(printf, 2, 3))) static void answer(struct receiver *rx, const char *fmt, ...)
+{
+    char text[COMMAND_LINE];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(text, sizeof text, fmt, args);
+    va_end(args);
+    if (rx->answer_count > 0 && (rx->answer_count == ANSWERS_MAX || strlen(text) >= sizeof rx->answers->text))
+        settle_answers(rx);
+    if (rx->answer_count == 0) {
+        send_line(rx->s, "%s", text);
+    } else {
+        struct answer *a = &rx->answers[rx->answer_count++];
+        memcpy(a->text, text, strlen(text) + 1);
+        a->files = 0;
+    }
+}
+
+/* 250 for the message under way, once it is safe. */
+static void answer_when_stored(struct receiver *rx)
+{
+    if (rx->answer_count == ANSWERS_MAX)
+        settle_answers(rx);
+    rx->answers[rx->answer_count++].files = rx->files;
+    rx->waiting += rx->files;
+    rx->files = 0;
+    if (rx->waiting > DELIVERIES_MAX - DOMAINS_A_MESSAGE)
+        settle_answers(rx);
+}
 
 /* The content on its way to disk: line ends become LF, DATA's dots are undone, and whatever is not a
  * line end as SMTP knows it is noticed. Only CRLF ends a line: a bare CR or LF is how one peer's end of
@@ -3533,9 +3838,9 @@ struct content {
 
 static void content_write(struct content *c, const char *data, size_t len)
 {
+    struct delivery *d = c->to->deliveries + c->to->waiting;
     for (size_t i = 0; i < c->to->files; i++)
-        if (c->to->deliveries[i].file)
-            fwrite(data, 1, len, c->to->deliveries[i].file);
+        fwrite(data, 1, len, d[i].file);
 }
 
 /* Text of one line, without its end. */
@@ -3633,40 +3938,27 @@ static void write_trace_fields(const struct receiver *rx, struct delivery *d)
 /* One file for each domain that has a recipient. */
 static bool open_deliveries(struct receiver *rx)
 {
+    struct delivery *d = rx->deliveries + rx->waiting;
     rx->files = 0;
     for (size_t i = 0; i < rx->count; i++) {
         const char *domain = mailbox_domain(rx->recipients[i]);
         size_t f = 0;
-        while (f < rx->files && strcasecmp(rx->deliveries[f].domain, domain) != 0)
+        while (f < rx->files && strcasecmp(d[f].domain, domain) != 0)
             f++;
         if (f < rx->files)
             continue;
-        if (f == DOMAINS_A_MESSAGE || !delivery_open(&rx->deliveries[f], rx->queue, domain))
-            return false;
+        if (!delivery_open(&d[f], rx->queue, domain))
+            return cannot_write(rx);
         rx->files++;
-        write_trace_fields(rx, &rx->deliveries[f]);
+        write_trace_fields(rx, &d[f]);
     }
     return true;
 }
 
-static void discard_deliveries(struct receiver *rx)
+static void forget_content(struct receiver *rx)
 {
-    for (size_t i = 0; i < rx->files; i++)
-        delivery_discard(&rx->deliveries[i]);
+    discard_deliveries(rx->deliveries + rx->waiting, rx->files);
     rx->files = 0;
-}
-
-static bool finish_deliveries(struct receiver *rx)
-{
-    bool done = true;
-    for (size_t i = 0; i < rx->files; i++) {
-        if (done)
-            done = delivery_finish(&rx->deliveries[i]);
-        else
-            delivery_discard(&rx->deliveries[i]);
-    }
-    rx->files = 0;
-    return done;
 }
 
 /* On a terminal, a line that tells how far the session is. */
@@ -3688,29 +3980,33 @@ static void show_summary(const struct session *s, const char *what, size_t messa
         log_event(s, "%zu messages, %llu octets %s", messages, (unsigned long long)octets, what);
 }
 
+/* Is the message under way in its files, as far as we know? If the disk is full, room is made for others. */
+static bool content_written(struct receiver *rx)
+{
+    for (size_t i = 0; i < rx->files; i++)
+        if (!delivery_written(&rx->deliveries[rx->waiting + i]))
+            return cannot_write(rx);
+    return true;
+}
+
 /* The end of the content: the only place that takes responsibility for a message. */
 static void answer_content(struct receiver *rx, struct content *c, bool opened)
 {
-    struct session *s = rx->s;
     if (!c->dots && c->state != AT_LINE_START) { /* BDAT need not end with a line end; a file does */
         c->bare |= c->state == AFTER_TEXT_CR;
         content_line_end(c);
     }
     if (c->bare) {
-        send_line(s, "550 5.6.0 A CR or LF by itself is no line end; message refused");
-        discard_deliveries(rx);
+        answer(rx, "550 5.6.0 A CR or LF by itself is no line end; message refused");
     } else if (c->trace_fields > TRACE_FIELDS_MAX) {
-        send_line(s, "554 5.4.6 Too many hops");
-        discard_deliveries(rx);
-    } else if (!opened || !finish_deliveries(rx)) {
-        log_event(s, "cannot write the message (%s); it stays with the provider", strerror(errno));
-        send_line(s, "452 4.3.1 Cannot write the message now");
-        discard_deliveries(rx);
-        rx->unwritten++;
+        answer(rx, "554 5.4.6 Too many hops");
+    } else if (opened && content_written(rx)) {
+        answer_when_stored(rx);
     } else {
-        send_line(s, "250 2.0.0 OK, message stored");
-        rx->messages++;
+        answer(rx, "452 4.3.1 Cannot write the message now");
+        rx->unwritten++;
     }
+    forget_content(rx);
     forget_transaction(rx);
 }
 
@@ -3723,14 +4019,15 @@ static bool data_command(struct receiver *rx)
     size_t len;
     bool opened;
     if (rx->count == 0) {
-        send_line(s, "503 5.5.1 RCPT first");
+        answer(rx, "503 5.5.1 RCPT first");
         return true;
     }
     opened = open_deliveries(rx);
-    send_line(s, "354 The message, then a dot on a line by itself");
+    answer(rx, "354 The message, then a dot on a line by itself");
     while (!c.ended) {
+        before_reading(rx);
         if (!stream_peek(&s->io, &data, &len)) {
-            discard_deliveries(rx);
+            forget_content(rx);
             return false;
         }
         len = content_take(&c, data, len);
@@ -3752,8 +4049,9 @@ static bool bdat_command(struct receiver *rx, struct content *c)
     uint64_t left = s->argument && isdigit((unsigned char)*s->argument) ? strtoull(s->argument, &end, 10) : 0;
     bool last = end && strcasecmp(end, " LAST") == 0, fresh = c->to == NULL, wanted = rx->count > 0;
     if (!end || (!last && *end != '\0')) {
-        send_line(s, "501 5.5.4 BDAT takes a number of octets, and LAST");
-        return false; /* what follows would be taken for commands */
+        answer(rx, "501 5.5.4 BDAT takes a number of octets, and LAST");
+        s->protocol_broken = true; /* what follows would be taken for commands */
+        return true;
     }
     if (fresh) {
         *c = (struct content){.to = rx};
@@ -3764,8 +4062,9 @@ static bool bdat_command(struct receiver *rx, struct content *c)
     while (left > 0) {
         const char *data;
         size_t len;
+        before_reading(rx);
         if (!stream_peek(&s->io, &data, &len)) {
-            discard_deliveries(rx);
+            forget_content(rx);
             return false;
         }
         len = len < left ? len : (size_t)left;
@@ -3777,9 +4076,9 @@ static bool bdat_command(struct receiver *rx, struct content *c)
         left -= len;
     }
     if (!wanted)
-        send_line(s, "503 5.5.1 RCPT first");
+        answer(rx, "503 5.5.1 RCPT first");
     else if (!last)
-        send_line(s, "250 2.0.0 OK, go on");
+        answer(rx, "250 2.0.0 OK, go on");
     else
         answer_content(rx, c, !rx->unopened);
     if (last || !wanted)
@@ -3837,18 +4136,34 @@ static void mail_command(struct receiver *rx)
     char mailbox[MAILBOX_MAX + 2];
     const char *parameters = parse_path(rx->s->argument, "FROM:", mailbox, sizeof mailbox);
     if (!rx->greeted)
-        send_line(rx->s, "503 5.5.1 EHLO or HELO first");
+        answer(rx, "503 5.5.1 EHLO or HELO first");
     else if (rx->in_mail)
-        send_line(rx->s, "503 5.5.1 One message at a time");
+        answer(rx, "503 5.5.1 One message at a time");
     else if (!parameters || (mailbox[0] != '\0' && !mailbox_valid(mailbox)))
-        send_line(rx->s, "501 5.1.7 Not a reverse-path");
+        answer(rx, "501 5.1.7 Not a reverse-path");
     else if (!mail_parameters_known(parameters))
-        send_line(rx->s, "555 5.5.4 Parameter not known");
+        answer(rx, "555 5.5.4 Parameter not known");
     else {
         memcpy(rx->sender, mailbox, strlen(mailbox) + 1);
         rx->in_mail = true;
-        send_line(rx->s, "250 2.1.0 OK");
+        answer(rx, "250 2.1.0 OK");
     }
+}
+
+/* A file is written for each domain, and there are only so many at once. */
+static bool too_many_domains(const struct receiver *rx, const char *domain)
+{
+    size_t domains = 0;
+    for (size_t i = 0; i < rx->count; i++) {
+        const char *other = mailbox_domain(rx->recipients[i]);
+        size_t earlier = 0;
+        if (strcasecmp(other, domain) == 0)
+            return false;
+        while (earlier < i && strcasecmp(mailbox_domain(rx->recipients[earlier]), other) != 0)
+            earlier++;
+        domains += earlier == i;
+    }
+    return domains == DOMAINS_A_MESSAGE;
 }
 
 static void rcpt_command(struct receiver *rx)
@@ -3857,20 +4172,21 @@ static void rcpt_command(struct receiver *rx)
     const char *parameters = parse_path(rx->s->argument, "TO:", mailbox, sizeof mailbox);
     const char *domain = parameters ? mailbox_domain(mailbox) : NULL;
     if (!rx->in_mail)
-        send_line(rx->s, "503 5.5.1 MAIL first");
+        answer(rx, "503 5.5.1 MAIL first");
     else if (!parameters || !mailbox_valid(mailbox) || !domain || !domain_valid(domain, strlen(domain)))
-        send_line(rx->s, "501 5.1.3 Not a mailbox");
+        answer(rx, "501 5.1.3 Not a mailbox");
     else if (*parameters != '\0')
-        send_line(rx->s, "555 5.5.4 Parameter not known");
+        answer(rx, "555 5.5.4 Parameter not known");
     else if (rx->domains[0] != '\0' && !domain_in_list(rx->domains, domain, strlen(domain)))
-        send_line(rx->s, "550 5.7.1 Not a domain that was asked for");
+        answer(rx, "550 5.7.1 Not a domain that was asked for");
     else if (rx->stranger && strcasecmp(mailbox, rx->stranger) == 0)
-        send_line(rx->s, "550 5.1.1 Nobody of that name here");
-    else if (rx->count == RECIPIENTS_MAX || !(rx->recipients[rx->count] = strdup(mailbox)))
-        send_line(rx->s, "452 4.5.3 Too many recipients");
+        answer(rx, "550 5.1.1 Nobody of that name here");
+    else if (rx->count == RECIPIENTS_MAX || too_many_domains(rx, domain) ||
+             !(rx->recipients[rx->count] = strdup(mailbox)))
+        answer(rx, "452 4.5.3 Too many recipients");
     else {
         rx->count++;
-        send_line(rx->s, "250 2.1.5 OK, recipient accepted");
+        answer(rx, "250 2.1.5 OK, recipient accepted");
     }
 }
 
@@ -3878,8 +4194,8 @@ static void hello_command(struct receiver *rx)
 {
     struct session *s = rx->s;
     static const char *const offer[] = {"PIPELINING", "SIZE", "8BITMIME", "SMTPUTF8", "CHUNKING"};
-    if (!s->argument) {
-        send_line(s, "501 5.5.4 The name of the host is missing");
+    if (!s->argument || !printable(s->argument, strlen(s->argument)) || strchr(s->argument, ' ')) {
+        answer(rx, "501 5.5.4 That is not the name of a host");
         return;
     }
     forget_transaction(rx);
@@ -3887,13 +4203,13 @@ static void hello_command(struct receiver *rx)
     rx->greeted = true;
     rx->esmtp = verb_is(s, "EHLO");
     if (!rx->esmtp) {
-        send_line(s, "250 %s", s->name);
+        answer(rx, "250 %s", s->name);
         return;
     }
-    send_line(s, "250-%s", s->name);
+    answer(rx, "250-%s", s->name);
     for (size_t i = 0; i < sizeof offer / sizeof *offer; i++)
-        send_line(s, "250-%s", offer[i]);
-    send_line(s, "250 ENHANCEDSTATUSCODES");
+        answer(rx, "250-%s", offer[i]);
+    answer(rx, "250 ENHANCEDSTATUSCODES");
 }
 
 /* One command of the provider, answered. False: the session is over. */
@@ -3903,7 +4219,7 @@ static bool receive_command(struct receiver *rx, struct content *chunks)
     if (verb_is(s, "BDAT"))
         return bdat_command(rx, chunks);
     if (chunks->to && !verb_is(s, "RSET") && !verb_is(s, "QUIT")) {
-        send_line(s, "503 5.5.1 BDAT with LAST first");
+        answer(rx, "503 5.5.1 BDAT with LAST first");
         return true;
     }
     if (verb_is(s, "MAIL")) {
@@ -3915,20 +4231,20 @@ static bool receive_command(struct receiver *rx, struct content *chunks)
     } else if (verb_is(s, "EHLO") || verb_is(s, "HELO")) {
         hello_command(rx);
     } else if (verb_is(s, "RSET")) {
-        discard_deliveries(rx);
+        forget_content(rx);
         chunks->to = NULL;
         forget_transaction(rx);
-        send_line(s, "250 2.0.0 OK");
+        answer(rx, "250 2.0.0 OK");
     } else if (verb_is(s, "NOOP")) {
-        send_line(s, "250 2.0.0 OK");
+        answer(rx, "250 2.0.0 OK");
     } else if (verb_is(s, "VRFY")) {
-        send_line(s, "252 2.5.0 Send it and see");
+        answer(rx, "252 2.5.0 Send it and see");
     } else if (verb_is(s, "QUIT")) {
-        send_line(s, "221 2.0.0 %s closing connection", s->name);
+        answer(rx, "221 2.0.0 %s closing connection", s->name);
         s->io.said_quit = rx->done = true;
         return false;
     } else {
-        send_line(s, "502 5.5.1 Command not implemented");
+        answer(rx, "502 5.5.1 Command not implemented");
     }
     return true;
 }
@@ -3940,15 +4256,17 @@ static void receive_mail(struct receiver *rx)
     struct content chunks = {.to = NULL};
     enum result got;
     enter_state(s, REVERSED);
-    send_line(s, "220 %s ready to receive email", s->name);
-    for (int bad = 0; bad < BAD_COMMANDS_RECEIVER; ) {
+    answer(rx, "220 %s ready to receive email", s->name);
+    for (int bad = 0; !s->protocol_broken; ) {
+        before_reading(rx);
         got = read_line(s);
         if (got == LATER)
             break;
         if (got == REFUSED || s->line_len != strlen(s->line)) {
             trace_line(s, PROVIDER, "(a line that is too long, or has a NUL octet)");
-            send_line(s, "500 5.5.2 Not a command");
-            bad++;
+            s->protocol_broken = ++bad == BAD_COMMANDS_RECEIVER;
+            answer(rx, s->protocol_broken ? "421 4.5.2 Too many of them, closing connection"
+                                          : "500 5.5.2 Not a command");
             continue;
         }
         trace_line(s, PROVIDER, "%s", s->line);
@@ -3956,9 +4274,15 @@ static void receive_mail(struct receiver *rx)
         if (!receive_command(rx, &chunks))
             break;
     }
-    discard_deliveries(rx);
+    if (!s->io.broken)
+        settle_answers(rx);
+    rx->files += rx->waiting; /* what was not settled was not promised */
+    rx->waiting = 0;
+    forget_content(rx);
     forget_transaction(rx);
     stream_flush(&s->io);
+    if (s->protocol_broken)
+        stream_break(&s->io, "that is not SMTP as a server could follow it");
 }
 
 /* ---- Or hand the session on: --smtp and --exec ----
@@ -4364,8 +4688,8 @@ static bool client_scram_challenge(struct scram_exchange *x, const char *challen
     ssize_t len;
     char *end;
     if (strncmp(challenge, "r=", 2) != 0 || !scram_attribute(challenge, 'r', nonce, sizeof nonce) ||
-        strncmp(nonce, x->nonce, own) != 0 || nonce[own] == '\0' || !scram_attribute(challenge, 's', salt, sizeof salt) ||
-        !scram_attribute(challenge, 'i', count, sizeof count))
+        strncmp(nonce, x->nonce, own) != 0 || nonce[own] == '\0' ||
+        !scram_attribute(challenge, 's', salt, sizeof salt) || !scram_attribute(challenge, 'i', count, sizeof count))
         return false;
     len = base64_decode(decoded, sizeof decoded, salt);
     v->iterations = (int)strtol(count, &end, 10);
@@ -4379,7 +4703,8 @@ static bool client_scram_challenge(struct scram_exchange *x, const char *challen
 }
 
 /* The client's final message: the channel, the nonce, and the proof over all that was said. */
-static bool client_scram_final(const struct customer *c, struct scram_exchange *x, struct verifier *v, char *out, size_t size)
+static bool client_scram_final(const struct customer *c, struct scram_exchange *x, struct verifier *v, char *out,
+                               size_t size)
 {
     char bound[sizeof x->header + EVP_MAX_MD_SIZE], encoded[BASE64_SIZE(sizeof bound) + 1];
     unsigned char proof[32];
@@ -4563,7 +4888,8 @@ static int let_receiver_take_mail(struct session *s, struct session *receiver, c
     pass_reply(s, greeting);
     stream_flush(&s->io);
     join_streams(o, &receiver->io);
-    code = session_outcome(s, o->quit, o->messages, 0);
+    /* whichever of the two is gone is to be named */
+    code = session_outcome(s->io.broken || !receiver->io.broken ? s : receiver, o->quit, o->messages, 0);
     show_summary(s, "handed on", o->messages, o->passed);
     free(o);
     return code;
@@ -4678,8 +5004,7 @@ int customer_session(const struct customer *c)
         free(receiver);
     }
     if (child > 0)
-        while (waitpid(child, NULL, 0) < 0 && errno == EINTR)
-            ;
+        finish_program(child, c->timeout);
     return code;
 }
 
@@ -4689,9 +5014,11 @@ int customer_session(const struct customer *c)
 
 int open_queue(const char *dir, bool make)
 {
-    if (make)
-        mkdir(dir, 0700);
-    return open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    bool made = make && mkdir(dir, 0700) == 0;
+    int fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (made && fd >= 0)
+        sync_directory(fd, "..");
+    return fd;
 }
 
 /* The message on standard input, once for each delivery. A From_ line (mbox's) on top is dropped, as an
@@ -4740,19 +5067,13 @@ static int open_envelopes(struct delivery *d, int queue, const char *sender, cha
 int enqueue(int queue, const char *sender, const char *name, char **recipients, int count)
 {
     struct delivery *d = must_alloc(calloc((size_t)count, sizeof *d));
-    int files = open_envelopes(d, queue, sender, recipients, count), finished = 0;
-    bool done = files > 0 && copy_message(stdin, d, (size_t)files, name);
-    int problem = errno;
+    int files = open_envelopes(d, queue, sender, recipients, count), problem;
+    bool done = files > 0 && copy_message(stdin, d, (size_t)files, name) && deliveries_store(d, (size_t)files);
+    problem = errno;
     if (files < 0)
         files = -1 - files;
-    for (; done && finished < files; finished++)
-        done = delivery_finish(&d[finished]);
-    if (!done && problem == 0)
-        problem = errno;
-    if (!done)
-        for (int i = finished; i < files; i++)
-            if (d[i].file)
-                delivery_discard(&d[i]);
+    for (int i = 0; i < files && !done; i++)
+        delivery_discard(&d[i]);
     free(d);
     if (done)
         return EX_OK;
@@ -4937,32 +5258,45 @@ int print_account(const char *name, const char *domains, bool scram)
 /* ==== The listener ====================================================================================
  *
  * One thread accepts, one thread a connection serves. Threads share what struct provider names as shared,
- * under its lock or as an atomic, and nothing else. Signals are handled by the accepting thread: the
- * handler only writes a letter into a pipe, and the loop reads it like any other event. */
+ * under its lock or as an atomic, and nothing else. Signals come to the accepting thread alone, and only while
+ * it waits for connections: no other thread is ever interrupted by one. */
 
-static int signal_pipe[2];
+static volatile sig_atomic_t told_to_stop, told_to_reload;
 
 static void on_signal(int number)
 {
-    char letter = number == SIGHUP ? 'H' : 'T';
-    int saved = errno;
-    ssize_t n = write(signal_pipe[1], &letter, 1);
-    (void)n; /* a full pipe holds enough signals */
-    errno = saved;
+    if (number == SIGHUP)
+        told_to_reload = 1;
+    else
+        told_to_stop = 1;
 }
 
+/* From here on they are held back, in this thread and in those it starts, except in serve(). */
 static void catch_signals(void)
 {
-    struct sigaction action = {.sa_handler = on_signal, .sa_flags = SA_RESTART};
-    if (pipe(signal_pipe) < 0)
-        die(EX_OSERR, "cannot make a pipe: %s", strerror(errno));
-    for (int i = 0; i < 2; i++)
-        fcntl(signal_pipe[i], F_SETFD, FD_CLOEXEC);
-    fcntl(signal_pipe[1], F_SETFL, O_NONBLOCK);
+    static const int numbers[] = {SIGTERM, SIGINT, SIGHUP};
+    struct sigaction action = {.sa_handler = on_signal};
+    sigset_t held;
     sigemptyset(&action.sa_mask);
-    sigaction(SIGTERM, &action, NULL);
-    sigaction(SIGINT, &action, NULL);
-    sigaction(SIGHUP, &action, NULL);
+    sigemptyset(&held);
+    for (size_t i = 0; i < sizeof numbers / sizeof *numbers; i++) {
+        sigaction(numbers[i], &action, NULL);
+        sigaddset(&held, numbers[i]);
+    }
+    pthread_sigmask(SIG_BLOCK, &held, NULL);
+    signal(SIGPIPE, SIG_IGN); /* whoever reads our log may go, and mail still flows */
+}
+
+/* A second one of these ends the program: at once, even if it has come already. */
+static void release_signals(void)
+{
+    sigset_t held;
+    signal(SIGTERM, SIG_DFL);
+    signal(SIGINT, SIG_DFL);
+    sigemptyset(&held);
+    sigaddset(&held, SIGTERM);
+    sigaddset(&held, SIGINT);
+    pthread_sigmask(SIG_UNBLOCK, &held, NULL);
 }
 
 /* The address as text for the log: [::1]:366, 127.0.0.1:366. */
@@ -5231,8 +5565,7 @@ static void stop_sessions(struct provider *p, int wake_fd)
 {
     atomic_store(&p->stopping, true);
     close(wake_fd); /* the writing end: the reading one, which every session watches, now reports it */
-    signal(SIGTERM, SIG_DFL);
-    signal(SIGINT, SIG_DFL);
+    release_signals();
     pthread_mutex_lock(&p->lock);
     log_event(NULL, "stopping; %zu sessions to end", p->session_count);
     while (p->session_count > 0)
@@ -5243,18 +5576,18 @@ static void stop_sessions(struct provider *p, int wake_fd)
 
 static void serve(struct provider *p)
 {
-    struct pollfd ready[LISTENERS_MAX + 1];
-    for (;;) {
-        char letter;
+    struct pollfd ready[LISTENERS_MAX];
+    sigset_t none;
+    sigemptyset(&none);
+    while (!told_to_stop) {
         for (size_t i = 0; i < p->socket_count; i++)
             ready[i] = (struct pollfd){.fd = p->sockets[i], .events = POLLIN};
-        ready[p->socket_count] = (struct pollfd){.fd = signal_pipe[0], .events = POLLIN};
-        if (poll(ready, p->socket_count + 1, -1) < 0)
+        if (ppoll(ready, p->socket_count, NULL, &none) < 0) {
+            bool again = told_to_reload;
+            told_to_reload = 0;
+            if (again)
+                reload(p);
             continue;
-        if (ready[p->socket_count].revents && read(signal_pipe[0], &letter, 1) == 1) {
-            if (letter == 'T')
-                return;
-            reload(p);
         }
         for (size_t i = 0; i < p->socket_count; i++)
             if (ready[i].revents)
@@ -5338,7 +5671,7 @@ static void demo_fill(int queue)
             if (demo_mail[i].other)
                 fprintf(d.file, "Delivered-To: %s\n", demo_mail[i].other);
             fputs(demo_mail[i].content, d.file);
-            done = delivery_finish(&d);
+            done = deliveries_store(&d, 1);
         }
         if (!done)
             die(EX_CANTCREAT, "demo: cannot write into the scratch queue: %s", strerror(errno));
@@ -5382,7 +5715,8 @@ static X509 *demo_certificate(EVP_PKEY *key)
     names = X509V3_EXT_conf_nid(NULL, &context, NID_subject_alt_name, "IP:127.0.0.1,DNS:example.org");
     done = names && X509_set_version(certificate, 2) == 1 &&
            ASN1_INTEGER_set(X509_get_serialNumber(certificate), 1) == 1 &&
-           X509_gmtime_adj(X509_getm_notBefore(certificate), 0) && X509_gmtime_adj(X509_getm_notAfter(certificate), 3600) &&
+           X509_gmtime_adj(X509_getm_notBefore(certificate), 0) &&
+           X509_gmtime_adj(X509_getm_notAfter(certificate), 3600) &&
            X509_NAME_add_entry_by_txt(name, "CN", MBSTRING_ASC, (const unsigned char *)"odmr demo", -1, -1, 0) == 1 &&
            X509_set_issuer_name(certificate, name) == 1 && X509_set_pubkey(certificate, key) == 1 &&
            X509_add_ext(certificate, names, -1) == 1 && X509_sign(certificate, key, EVP_sha256()) > 0;
@@ -5414,12 +5748,22 @@ static void demo_tls(struct provider *p, struct customer *c)
     EVP_PKEY_free(key);
 }
 
-static void demo_remove(const char *dir)
+static char demo_dir[] = "/tmp/odmr-demo-XXXXXX";
+static char *const demo_remover[] = {"/bin/rm", "-rf", "--", demo_dir, NULL};
+
+static void demo_remove(void)
 {
-    char *const argv[] = {"rm", "-rf", "--", (char *)dir, NULL};
     pid_t pid;
-    if (start_program(argv, -1, -1, &pid) == 0)
+    if (start_program(demo_remover, -1, -1, &pid) == 0)
         finish_program(pid, DEMO_TIMEOUT);
+}
+
+/* Interrupted, the program becomes the one that tidies up: that much may be done in a signal handler. */
+static void demo_interrupted(int number)
+{
+    (void)number;
+    execv(demo_remover[0], demo_remover);
+    _exit(EX_OSERR);
 }
 
 /* What takes the notices here: a script that keeps the last one. */
@@ -5480,20 +5824,22 @@ static int demo_session(struct provider *p, struct customer *c)
 int demo(bool stepwise, bool tls, enum mechanism mechanism)
 {
     int timeout = stepwise ? TIMEOUT_MAX : DEMO_TIMEOUT;
-    char dir[] = "/tmp/odmr-demo-XXXXXX", path[64], sendmail[64];
+    char path[64], sendmail[64];
     struct provider p = {.name = "example.net", .login_timeout = timeout, .timeout = timeout, .wake_fd = -1,
                          .sendmail = sendmail};
     struct customer c = {.user = "example.org", .secret = "a secret", .name = "example.org", .timeout = timeout,
                          .domains = "example.org,example.com", .trace = TRACE_LADDER, .mechanism = mechanism,
                          .stepwise = stepwise, .quiet = true, .stranger = DEMO_STRANGER};
     int code;
-    if (!mkdtemp(dir))
+    if (!mkdtemp(demo_dir))
         die(EX_CANTCREAT, "demo: cannot make a scratch directory: %s", strerror(errno));
-    snprintf(path, sizeof path, "%s/queue", dir);
+    signal(SIGINT, demo_interrupted);
+    signal(SIGTERM, demo_interrupted);
+    snprintf(path, sizeof path, "%s/queue", demo_dir);
     p.queue = open_queue(path, true);
-    snprintf(path, sizeof path, "%s/mail", dir);
+    snprintf(path, sizeof path, "%s/mail", demo_dir);
     c.queue = open_queue(path, true);
-    snprintf(sendmail, sizeof sendmail, "%s/sendmail", dir);
+    snprintf(sendmail, sizeof sendmail, "%s/sendmail", demo_dir);
     demo_sendmail(sendmail);
     demo_fill(p.queue);
     p.accounts = demo_accounts();
@@ -5504,7 +5850,7 @@ int demo(bool stepwise, bool tls, enum mechanism mechanism)
     accounts_release(p.accounts);
     SSL_CTX_free(p.tls_context);
     SSL_CTX_free(c.tls_context);
-    demo_remove(dir);
+    demo_remove();
     return code;
 }
 
@@ -5525,7 +5871,8 @@ static const char usage_all[] =
 static const char usage_provider[] =
     "odmr provider [options]: serve the customers' mail from Maildirs\n"
     "\n"
-    "  -l, --listen ADDR:PORT       default port 366 on every address; may be given again; port 0: a free one\n"
+    "  -l, --listen ADDR:PORT       default port 366 on every address, unless --tls-listen says where; may be\n"
+    "                               given again; port 0: a free one; [::1]:3660 for IPv6\n"
     "  -q, --queue DIR              default /var/spool/odmr\n"
     "  -a, --accounts FILE          default /etc/odmr/accounts\n"
     "  -n, --name HOST              the name in greetings and EHLO; default: the host's name\n"
@@ -5566,8 +5913,8 @@ static const char usage_customer[] =
     "      --quiet              neither progress nor a summary; only what went wrong\n"
     "      --poll SECONDS       ask again and again\n"
     "\n"
-    "Exit: 0 mail received, 1 no mail, 75 try later, 77 not authenticated, 76 the peer broke the protocol,\n"
-    "69 no ATRN or no such service, 68 unknown host, 73 cannot write the mail.\n";
+    "Exit: 0 mail received, 1 no mail (or none that was taken), 75 try later, 77 not authenticated, 76 the peer\n"
+    "broke the protocol, 69 no ATRN or no such service, 68 unknown host, 73 cannot write the mail.\n";
 
 static const char usage_enqueue[] =
     "odmr enqueue [-q DIR] [-f SENDER] [--] RECIPIENT...: the message on standard input into the queue\n"
@@ -5631,24 +5978,28 @@ static const char *name_option(const char *text)
     return text;
 }
 
+/* Options that have no letter. */
+enum long_option {
+    OPT_FIRST = 256, OPT_ALLOW, OPT_CA, OPT_CERT, OPT_CLIENT_CA, OPT_EXEC, OPT_INSECURE, OPT_KEY, OPT_LOGIN_TIMEOUT,
+    OPT_MAX_AGE, OPT_MAX_PER_ADDRESS, OPT_MAX_SESSIONS, OPT_MECHANISM, OPT_NO_CRAM_MD5, OPT_POLL, OPT_QUIET,
+    OPT_REQUIRE_TLS, OPT_SCRAM, OPT_SENDMAIL, OPT_SMTP, OPT_STEP, OPT_TIMEOUT, OPT_TLS, OPT_TLS_LISTEN, OPT_USER,
+};
+
 /* getopt_long() with our words: the next option's letter or number, -1 at the end; exits on a bad one. */
 static int next_option(int argc, char **argv, const char *letters, const struct option *options, const char *usage)
 {
     int option = getopt_long(argc, argv, letters, options, NULL);
     if (option == 'h')
         help(usage);
-    if (option == '?' && optopt > ' ' && optopt < 127 && strchr(letters, optopt))
-        die(EX_USAGE, "%s: option -%c needs a value; see odmr %s --help", argv[0], optopt, argv[0]);
     if (option == ':')
         die(EX_USAGE, "%s: option %s needs a value; see odmr %s --help", argv[0], argv[optind - 1], argv[0]);
+    if (option == '?' && optopt > 0 && optopt < OPT_FIRST && !strchr(letters, optopt))
+        die(EX_USAGE, "%s: unknown option -%c; see odmr %s --help", argv[0], optopt, argv[0]);
     if (option == '?')
-        die(EX_USAGE, "%s: unknown option %s; see odmr %s --help", argv[0], argv[optind - 1], argv[0]);
+        die(EX_USAGE, "%s: %s %s; see odmr %s --help", argv[0], optopt ? "no value belongs to" : "unknown option",
+            argv[optind - 1], argv[0]);
     return option;
 }
-
-enum long_option { OPT_ALLOW = 256, OPT_CA, OPT_CERT, OPT_CLIENT_CA, OPT_EXEC, OPT_INSECURE, OPT_KEY,
-                   OPT_LOGIN_TIMEOUT, OPT_MAX_AGE, OPT_MAX_PER_ADDRESS, OPT_MAX_SESSIONS, OPT_MECHANISM, OPT_NO_CRAM_MD5,
-                   OPT_POLL, OPT_QUIET, OPT_REQUIRE_TLS, OPT_SCRAM, OPT_SENDMAIL, OPT_SMTP, OPT_STEP, OPT_TIMEOUT, OPT_TLS, OPT_TLS_LISTEN, OPT_USER };
 
 /* --trace, --trace=ladder */
 static enum trace trace_option(const char *form)
@@ -5745,8 +6096,9 @@ static int main_provider(int argc, char **argv)
         {"client-ca", required_argument, NULL, OPT_CLIENT_CA}, {"require-tls", no_argument, NULL, OPT_REQUIRE_TLS},
         {"user", required_argument, NULL, OPT_USER}, {"sendmail", required_argument, NULL, OPT_SENDMAIL},
         {"max-age", required_argument, NULL, OPT_MAX_AGE}, {"help", no_argument, NULL, 'h'}, {0}};
-    static struct provider p = {.sendmail = "/usr/sbin/sendmail", .queue_path = "/var/spool/odmr", .accounts_path = "/etc/odmr/accounts",
-                                .max_sessions = 1000, .max_per_address = 20, .timeout = 300, .login_timeout = 60};
+    static struct provider p = {.sendmail = "/usr/sbin/sendmail", .queue_path = "/var/spool/odmr",
+                                .accounts_path = "/etc/odmr/accounts", .max_sessions = 1000, .max_per_address = 20,
+                                .timeout = 300, .login_timeout = 60};
     int option;
     p.name = host_name();
     while ((option = next_option(argc, argv, ":l:q:a:n:ti:h", options, usage_provider)) != -1)
@@ -5776,6 +6128,10 @@ static void read_secret(struct customer *c, const char *path)
     } else {
         snprintf(secret, sizeof secret, "%s", variable);
     }
+    if (strlen(secret) == sizeof secret - 1)
+        die(EX_DATAERR, "customer: the secret is longer than %zu octets", sizeof secret - 2);
+    if (variable)
+        OPENSSL_cleanse((char *)variable, strlen(variable)); /* or /proc would still show it */
     unsetenv("ODMR_SECRET");
     secret[strcspn(secret, "\r\n")] = '\0';
     if (secret[0] == '\0')

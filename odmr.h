@@ -4,7 +4,7 @@
 #ifndef ODMR_H
 #define ODMR_H
 
-#define _GNU_SOURCE /* flock, strverscmp, strcasestr: all else is C11 and POSIX.1-2008 */
+#define _GNU_SOURCE /* accept4, flock, initgroups, ppoll, strcasestr, strverscmp; else C11 and POSIX.1-2008 */
 
 #include <openssl/evp.h>
 #include <openssl/ssl.h>
@@ -42,13 +42,15 @@
 #define RECIPIENTS_A_TRANSACTION 100 /* RFC 5321, 4.5.3.1.8: what every server must take */
 #define RECIPIENTS_MAX 1000      /* what our customer takes */
 #define DOMAINS_A_MESSAGE 32     /* and in how many domains */
+#define DELIVERIES_MAX 96        /* files of ours that go to disk together */
+#define ANSWERS_MAX 512          /* that wait for them */
 #define TRACE_FIELDS_MAX 100     /* RFC 5321, 6.3: more Received fields mean a loop */
 #define REPLIES_IN_FLIGHT 320    /* times 512 octets: under RECEIVE_BUFFER, see the sender */
 #define RECEIVE_BUFFER 212992    /* octets: what Linux grants by default (net.core.rmem_max) */
 #define PASSING_MAX 1024         /* replies the onlooker of --smtp and --exec can expect */
 #define STREAM_IN 16384
-#define STREAM_OUT 32768
-#define COPY_SIZE 16384
+#define STREAM_OUT 65536
+#define COPY_SIZE 65536
 #define LOG_LINE 1024            /* longer lines of the log are cut */
 #define CHALLENGE_MAX 1024
 #define NONCE_MAX 512            /* the client's half of a SCRAM nonce */
@@ -68,6 +70,7 @@
 #define TIMEOUT_MAX 86400
 #define DEMO_TIMEOUT 30
 #define DEMO_STRANGER "nobody@example.com"
+#define NAME_SIZE 128            /* of a file in a Maildir, when the name is ours */
 #define DELIVERY_PATH 448        /* domain/new/name */
 #define EXIT_NO_MAIL 1           /* customer: the provider said 453 */
 #define UNDELIVERABLE ".Undeliverable" /* a Maildir++ folder */
@@ -75,6 +78,8 @@
 #define REFUSAL_SIZE 512         /* octets of a reply that a notice shows */
 #define NOTICE_HEADER_MAX 65536  /* octets of a returned header */
 #define NOTICE_TIMEOUT 60        /* seconds for sendmail to take a notice */
+#define FIRST_SECOND 100000000   /* 1973: a file's name that starts with less is no Maildir's */
+#define LAST_SECOND 9999999999   /* 2286 */
 #define TMP_AGE (36 * 3600)      /* seconds: Maildir's rule for files in tmp */
 #define CARE_INTERVAL 3600       /* seconds between two looks through the queue */
 #define MAX_AGE_MOST 36500       /* days */
@@ -134,6 +139,7 @@ struct stream {
     bool said_quit;      /* the peer did: nothing more will come from it */
     bool spoke;          /* something was sent since the last wait for input */
     unsigned long waits; /* how often we had spoken and then had to wait: round trips of the line */
+    size_t line_octets;  /* of the line read last, with its end */
     size_t in_at, in_end, out_end;
     char in[STREAM_IN];
     char out[STREAM_OUT];
@@ -165,6 +171,7 @@ struct account {
 /* The accounts file as it was read once. Shared: freed by whoever is the last to release it. */
 struct accounts {
     atomic_size_t users;
+    int iterations;       /* of SCRAM, for whoever has no verifier: the most that any verifier has */
     size_t count;
     struct account *list; /* by name */
 };
@@ -178,6 +185,7 @@ struct envelope_reader {
     off_t end;          /* where the block ends, as far as was read */
     enum field field;   /* the field under way */
     const char *wrong;  /* why the block cannot be used; NULL: it can */
+    bool failed;        /* the file could not be read; errno says why */
     char *rest;         /* of line: addresses not yet returned */
     bool line_cut, line_nul;
     size_t at, filled;
@@ -224,7 +232,14 @@ struct message {
 struct delivery {
     int queue;
     FILE *file;
-    char domain[DOMAIN_MAX + 1], name[128];
+    bool published, safe; /* in new, no longer in tmp; on disk, all of it */
+    char domain[DOMAIN_MAX + 1], name[NAME_SIZE];
+};
+
+/* An answer of the customer, now the server, that waits for its turn. */
+struct answer {
+    char text[128];
+    size_t files; /* so many deliveries must be safe before it is a yes; 0: text is all */
 };
 
 struct network {
@@ -310,17 +325,19 @@ struct session {
     int64_t last_progress;         /* now_ms() of it */
     bool hide_response;            /* the response under way is not for the trace */
     int bad_commands, auth_failures;
+    int64_t responded;             /* now_ms() of the last response to a challenge */
     struct backlog backlog;
     struct message *first; /* claimed before ATRN was answered */
 
     char *argument; /* of the command in line */
     size_t line_len;
     ssize_t response_len;
+    const char *asked; /* the domains of ATRN: those above, or the account's */
 
     struct stream io; /* from here on nothing is cleared when a session is made */
     char line[AUTH_LINE + 1];
     char response[AUTH_LINE];
-    char domains[ATRN_LINE];
+    char domains[ATRN_LINE]; /* of ATRN, when it names some */
 };
 
 /* ---- Functions, in the order of odmr.c ---- */
@@ -369,6 +386,8 @@ void stream_skip(struct stream *s, size_t len);
 /* A line without its CRLF or LF, ended by NUL. REFUSED: longer than size - 1 with its end, and read to its end. LATER:
  * broken, be it time, shutdown or loss. */
 enum result stream_read_line(struct stream *s, char *line, size_t size, size_t *len);
+/* Flushes, and tells a peer that reads through TLS that this is the end, and no cut. */
+void stream_end(struct stream *s);
 /* Flushes, closes, and lets the peer read our last words. */
 void stream_close(struct stream *s);
 
@@ -383,7 +402,7 @@ enum result read_line(struct session *s);
 void split_command(struct session *s);
 /* A whole reply, validated and traced. LATER: the connection is broken, or that was no reply. */
 enum result read_reply(struct session *s, struct reply *r);
-/* 2xx and 3xx, 4xx, 5xx. */
+/* 2xx, 4xx, 5xx; 3xx counts as 4xx: who asks for more has not said yes. */
 enum result reply_result(const struct reply *r);
 /* The parameters behind a keyword of an EHLO response; NULL: it is not there. */
 const char *reply_keyword(const struct reply *r, const char *keyword);
@@ -430,7 +449,8 @@ bool cram_md5_challenge(char *out, size_t size, const char *host);
 bool hmac_sha256(const unsigned char *key, size_t key_len, const char *text, unsigned char out[32]);
 bool scram_keys(struct scram_keys *k, const char *secret, const unsigned char *salt, size_t salt_len, int iterations);
 /* Proof to ClientKey, ClientKey to proof. */
-bool scram_mask(const struct scram_keys *k, const char *auth_message, const unsigned char in[32], unsigned char out[32]);
+bool scram_mask(const struct scram_keys *k, const char *auth_message, const unsigned char in[32],
+                unsigned char out[32]);
 /* The value of name= in a message of comma-separated attributes; false: absent or too long. */
 bool scram_attribute(const char *message, char name, char *out, size_t size);
 /* iterations,salt,StoredKey,ServerKey; false: it is not, or the count is out of bounds. */
@@ -441,8 +461,11 @@ bool verifier_parse(const char *text, struct verifier *v);
 /* Reads the file; NULL, and why, when it is not what an accounts file must be. One user: the caller. */
 struct accounts *accounts_load(const char *path, char *why, size_t why_size);
 void accounts_release(struct accounts *all);
+/* Walks over a,b,c: the next domain and its length, *list behind it; NULL: no more of them. */
+const char *next_domain(const char **list, size_t *len);
 /* a,b,c, each valid. */
 bool domain_list_valid(const char *list);
+/* In any case of letters. */
 bool domain_in_list(const char *list, const char *domain, size_t len);
 /* True, and v filled in, when all the account has is a verifier. a may be NULL. */
 bool account_verifier(const struct account *a, struct verifier *v);
@@ -454,7 +477,7 @@ const struct account *account_find(const struct accounts *all, const char *name)
 enum field envelope_field(const char *line, size_t *value);
 /* Starts at the top of the file. */
 void envelope_open(struct envelope_reader *r, int fd);
-/* The next address and the field it stands in; NO_FIELD at the end of the block, or r->wrong says why. */
+/* The next address and the field it stands in; NO_FIELD at the end of the block, or r->wrong or r->failed says why. */
 enum field envelope_next(struct envelope_reader *r, char *address, size_t size);
 
 /* The Maildir queue */
@@ -468,7 +491,7 @@ bool for_each_domain(int queue, bool (*visit)(void *context, int queue, const ch
 bool clean_domain(void *context, int queue, const char *domain);
 /* Opens a message without claiming it. REFUSED: held (m->held says why) or gone. Close it in any case. */
 enum result message_open(struct message *m, int queue, const char *path);
-/* Reads the envelope; REFUSED: held. */
+/* Reads the envelope. REFUSED: held. LATER: it could not be read; errno says why. */
 enum result message_read(struct message *m);
 /* Opens, claims, reads and scans. LATER: another session has it, or it cannot be read now. */
 enum result message_claim(struct message *m, int queue, const char *path);
@@ -493,8 +516,10 @@ void provider_session(struct session *s);
 /* Delivery into a Maildir */
 
 bool delivery_open(struct delivery *d, int queue, const char *domain);
-/* On disk and in new, or nowhere. */
-bool delivery_finish(struct delivery *d);
+/* Makes mail of them: each on disk, renamed into new, and the directory that says so on disk too (RFC 5321, 6.1).
+ * Says of each in d->safe whether it worked; true: all did. Discard those that did not. */
+bool deliveries_store(struct delivery *d, size_t count);
+/* Closes it and takes it away, wherever it has got to. */
 void delivery_discard(struct delivery *d);
 
 /* The customer */

@@ -159,9 +159,9 @@ login() {
 
 declare -A ANSWERS=()
 OFFER=
-# answer COMMAND DEFAULT: true if it was a yes.
+# answer COMMAND DEFAULT: says it, and leaves it in $reply; true if it was a yes, or a go-ahead.
 answer() {
-    local reply=${ANSWERS[$1]:-${ANSWERS[${1%% *}]:-$2}}
+    reply=${ANSWERS[$1]:-${ANSWERS[${1%% *}]:-$2}}
     if [ "$reply" = CLOSE ]; then hang_up; return 1; fi
     say "$reply"
     [[ $reply == [23]* ]]
@@ -187,9 +187,10 @@ take_content() {
         printf '%s' "$line" > "$T/content"
     fi
     if [ "$ACCEPTED" = 0 ]; then say '554 no valid recipients'; return 0; fi
-    if answer CONTENT '250 OK'; then keep_message; fi
+    if answer CONTENT '250 OK' && [[ $reply == 2* ]]; then keep_message; fi
 }
 take_mail() {
+    local reply
     N_GOT=0 ENVELOPE='' ACCEPTED=0
     mkdir -p "$T/got"
     : > "$T/heard"
@@ -198,9 +199,9 @@ take_mail() {
         echo "$HEARD" >> "$T/heard"
         case $HEARD in
         EHLO*) if [ -n "${ANSWERS[EHLO]:-}" ]; then answer EHLO; else offer_extensions; fi ;;
-        MAIL*) ACCEPTED=0 ENVELOPE=$HEARD$'\n'; answer "$HEARD" '250 OK' || ENVELOPE= ;;
+        MAIL*) ACCEPTED=0 ENVELOPE=$HEARD$'\n'; answer "$HEARD" '250 OK' && [[ $reply == 2* ]] || ENVELOPE= ;;
         RCPT*) if [ -z "$ENVELOPE" ]; then say '503 MAIL first'
-               elif answer "$HEARD" '250 OK'; then ENVELOPE+=$HEARD$'\n'; ACCEPTED=$((ACCEPTED + 1)); fi ;;
+               elif answer "$HEARD" '250 OK' && [[ $reply == 2* ]]; then ENVELOPE+=$HEARD$'\n'; ACCEPTED=$((ACCEPTED + 1)); fi ;;
         DATA | BDAT*) if [ -z "$ENVELOPE" ] && [ "$HEARD" = DATA ]; then say '503 MAIL first'; else take_content; fi ;;
         QUIT) say '221 example.org closing connection'; return 0 ;;
         *) answer "$HEARD" '250 OK' ;;
@@ -369,12 +370,6 @@ t_5.1.2-c_cram_md5_by_hand() {
     closed
 }
 
-# keyed TEXT HEXKEY: HMAC-SHA-256, in hexadecimal digits, as all that follows.
-keyed() { printf '%s' "$1" | openssl dgst -sha256 -mac HMAC -macopt "hexkey:$2" | sed 's/.* //'; }
-salted() { openssl kdf -keylen 32 -kdfopt digest:SHA256 -kdfopt "pass:$1" -kdfopt "hexsalt:$2" -kdfopt "iter:$3" PBKDF2 | tr -d ':\n'; }
-xor() { local i; for ((i = 0; i < 64; i += 2)); do printf '%02x' $((0x${1:i:2} ^ 0x${2:i:2})); done; }
-unhex() { local i; for ((i = 0; i < ${#1}; i += 2)); do printf "\\x${1:i:2}"; done; }
-hex() { od -An -v -tx1 | tr -d ' \n'; }
 # shows: 5.2.1-b
 t_5.2.1-b_atrn_before_authentication() {
     provider
@@ -384,6 +379,7 @@ t_5.2.1-b_atrn_before_authentication() {
     ask 'EHLO x' '^250'
     ask 'ATRN example.org' '^530 '
     ask 'ATRN nonsense,,' '^530 '
+    ask $'ATRN ex\xe4mple.org' '^530 '
     ask 'AUTH CRAM-MD5' '^334'
     ask "$(cram_response example.org wrong "${ANSWER#334 }")" '^535 '
     ask 'ATRN' '^530 '
@@ -419,9 +415,10 @@ t_5.2.1-l_atrn_syntax() {
     label=$(printf 'a%.0s' {1..63})
     provider
     for bad in 'org' '..' '.org' 'example.org.' 'example..org' 'example.org, example.com' 'example.org,' ',example.org' \
-        '-a.org' 'a-.org' 'a_b.org' '../example.org' 'example.org/../x' "${label}a.org" 'exämple.org' '' 'a.b c.d'; do
+        '-a.org' 'a-.org' 'a_b.org' '../example.org' 'example.org/../x' "${label}a.org" 'exämple.org' '' 'a.b c.d' \
+        $'example.org\t'; do
         login
-        ask "ATRN $bad" '^50[01] '
+        ask "ATRN $bad" '^501 '
         hang_up
     done
     login
@@ -526,6 +523,8 @@ t_bad_lines() {
     ask "NOOP $long" '^500 '
     ask "NOOP ${long:0:505}" '^250 '       # 512 with CRLF
     ask "NOOP ${long:0:506}" '^500 '
+    printf 'NOOP %s\n' "${long:0:506}" >&"$LINE"; expect '^250 ' # 512 with LF
+    printf 'NOOP %s\n' "${long:0:507}" >&"$LINE"; expect '^500 '
     printf 'NOOP \0\r\n' >&"$LINE"; expect '^500 '
     ask $'NOOP \x80' '^500 '
     ask $'NOOP \t' '^500 '
@@ -868,6 +867,20 @@ t_held_mail() {
     equal "$N_GOT" 1
 }
 
+# A directory whose name no ATRN can lead to, and one that is not in the queue but elsewhere.
+t_directories_that_are_not_ours() {
+    letter one | put 1.a a@example.edu eva@Example.ORG
+    mkdir -p "$T/queue/example.com" "$T/elsewhere/new"
+    letter two > "$T/elsewhere/new/1.a"
+    ln -s "$T/elsewhere/new" "$T/queue/example.com/new"
+    provider
+    login; ask 'ATRN example.org' '^453 '; ask 'ATRN example.com' '^451 '
+    has "$LOG" 'the queue of example.com cannot be read: '
+    run 75 "$ODMR" queue -q "$T/queue" -l
+    has "$T/out" '^Example.ORG  *0  .* 1$'
+    has "$T/out" '^      held: its directory is not in lower case'
+}
+
 # Each reason for which mail is held, by name.
 t_why_mail_is_held() {
     local box=$T/queue/example.org/new why
@@ -944,6 +957,75 @@ t_exactly_once() {
     customer 1 "127.0.0.1:$PORT"
     equal "$(waiting)" 0
     equal "$(cat "$T"/mail*/example.org/new/* | sed -n 's/^Text of \(.*\)\./\1/p' | sort -n | tr '\n' ' ')" "$(seq 600 | tr '\n' ' ')"
+}
+
+# More domains than an ATRN could name are all meant by one that names none.
+t_5.2.1-d_more_domains_than_a_line_holds() {
+    mkdir "$T/queue"
+    { printf 'example.org:'; printf 'a-rather-long-label-number-%03d.example,' {1..300}; echo 'example.org:tanstaaf'; } > "$T/accounts"
+    chmod 600 "$T/accounts"
+    provider
+    letter one | put 1.a a@example.edu eva@a-rather-long-label-number-300.example
+    turn
+    equal "$N_GOT" 1
+}
+
+# Once is enough, for the account as for ATRN.
+t_a_domain_named_twice() {
+    echo 'example.org:Example.org,example.com,example.org:tanstaaf' > "$T/accounts"; chmod 600 "$T/accounts"
+    provider
+    letter one | put 1.a a@example.edu eva@example.org
+    turn
+    equal "$N_GOT" 1
+    letter one | put 1.a a@example.edu eva@example.org
+    turn example.com,EXAMPLE.org,example.org
+    equal "$N_GOT" 1
+    hasnt "$LOG" 'left for later'
+}
+
+# Why 451 was said stands in the log, for those who run the provider.
+t_5.2.1-k_the_log_says_why() {
+    needs flock
+    provider
+    letter one | put 1.a a@example.edu eva@example.org
+    exec {CLAIM}<> "$T/queue/example.org/new/1.a"; flock -n "$CLAIM"
+    login; ask ATRN '^451 '
+    has "$LOG" 'example.org/new/1.a is left for later: another session is at work on it$'
+    exec {CLAIM}>&-
+    mv "$T/queue/example.org/new" "$T/queue/example.org/old"; touch "$T/queue/example.org/new"
+    ask ATRN '^451 '
+    has "$LOG" 'the queue of example.org,example.com cannot be read: Not a directory$'
+}
+
+# Signals in any number and at any moment: the caretaker's thread stays, and so does the provider.
+t_a_storm_of_sighups() {
+    local i
+    provider
+    for i in 1 2; do ( SECONDS=0; while [ "$SECONDS" -lt 2 ]; do kill -HUP "$PROVIDER"; done ) & done
+    wait %2 %3
+    until_true grep -q 'accounts read again' "$LOG"
+    login; ask ATRN '^453 '; ask QUIT '^221 '; closed
+    until_true settled
+    equal "$(ls "/proc/$PROVIDER/task" | wc -l)" 2
+    stop_provider
+}
+
+# Who is in the middle of an AUTH exchange is told like everybody else.
+t_421_in_the_middle_of_auth() {
+    provider --login-timeout 1
+    dial; expect '^220'; ask 'EHLO x' '^250'; ask 'AUTH CRAM-MD5' '^334 '; expect '^421 .*not authenticated in time'; closed
+    provider
+    dial; expect '^220'; ask 'EHLO x' '^250'; ask "AUTH SCRAM-SHA-256" '^334 '
+    kill -TERM "$PROVIDER"; expect '^421 .*shutting down'; closed
+    wait "$PROVIDER"; equal $? 0
+}
+
+# A peer that never pauses is never waited for, but it gets no more time than others.
+t_no_time_without_end() {
+    provider --login-timeout 1
+    dial; expect '^220'
+    ( while say NOOP; do :; done 2> /dev/null ) & STARTED+=($!)
+    timeout "$PATIENCE" grep -q -m 1 '^421 .*not authenticated in time' <&"$LINE" || fail 'no 421'
 }
 
 # SIGTERM: the message under way is finished, QUIT is said, the rest is still queued.
@@ -1119,7 +1201,7 @@ t_accounts_file() {
         match "$(cat "$T/err")" "^odmr: $T/accounts:[23]: [^
 ]*\$"
     done
-    run 78 "$ODMR" provider -l 127.0.0.1:0 -q "$T/queue" -a "$T/none"
+    run 78 "$ODMR" provider --listen 127.0.0.1:0 --queue "$T/queue" --accounts "$T/none"
     accounts
     run 78 "$ODMR" provider -l 127.0.0.1:0 -q "$T/no queue" -a "$T/accounts"
     for bad in 640 604; do
@@ -1153,7 +1235,10 @@ t_wrong_usage() {
 frobnicate
 --frobnicate
 provider --frobnicate
+provider --help=x
 provider -x
+provider -Zt
+queue --list=5
 provider --listen
 provider --listen nonsense
 provider --timeout x
@@ -1198,6 +1283,9 @@ queue -q
 queue --frobnicate
 demo word
 END
+    run 64 "$ODMR" provider -Zt; match "$(cat "$T/err")" 'unknown option -Z;'
+    run 64 "$ODMR" queue --list=5; match "$(cat "$T/err")" 'no value belongs to --list=5;'
+    run 64 "$ODMR" provider --queue; match "$(cat "$T/err")" 'option --queue needs a value;'
     unset ODMR_SECRET
     run 64 "$ODMR" customer -u x localhost
     for line in provider customer enqueue queue demo; do
@@ -1232,9 +1320,11 @@ t_customer_secret() {
     run 1 env ODMR_SECRET=wrong "$ODMR" customer -u example.org -s "$file" -q "$T/mail" "127.0.0.1:$PORT"
     : > "$file"; run 66 "$ODMR" customer -u example.org -s "$file" -q "$T/mail" "127.0.0.1:$PORT"
     echo > "$file"; run 66 "$ODMR" customer -u example.org -s "$file" -q "$T/mail" "127.0.0.1:$PORT"
-    run 66 "$ODMR" customer -u example.org -s "$T/none" -q "$T/mail" "127.0.0.1:$PORT"
-    run 75 env ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org --exec "env > $T/inherited" "127.0.0.1:$PORT"
-    hasnt "$T/inherited" 'ODMR_SECRET\|tanstaaf'
+    run 66 "$ODMR" customer -u example.org --secret-file "$T/none" -q "$T/mail" "127.0.0.1:$PORT"
+    printf '%01500d' 7 > "$file"; run 65 "$ODMR" customer -u example.org -s "$file" "127.0.0.1:$PORT"
+    run 65 env ODMR_SECRET="$(cat "$file")" "$ODMR" customer -u example.org "127.0.0.1:$PORT"
+    run 75 env ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org --exec "{ env; tr '\0' '\n' < /proc/\$PPID/environ; } > $T/inherited" "127.0.0.1:$PORT"
+    hasnt "$T/inherited" '^ODMR_SECRET=.\|tanstaaf'
 }
 
 # Without --queue mail lands in ./mail; a domain that is not ours is refused as a whole.
@@ -1339,7 +1429,7 @@ peer_commands() {
     provide
     expect '^220 example.org ready to receive email$'
     ask 'MAIL FROM:<a@b.example>' '^503 '
-    ask 'EHLO' '^501 '
+    ask 'EHLO' '^501 '; ask $'EHLO evil\rInjected: yes' '^501 '; ask $'EHLO \e[31mred' '^501 '; ask 'EHLO two words' '^501 '
     ask 'HELO example.net' '^250 example.org$'
     ask 'EHLO example.net' '^250-example.org\|250-PIPELINING\|250-SIZE\|250-8BITMIME\|250-SMTPUTF8\|250-CHUNKING\|250 ENHANCEDSTATUSCODES$'
     ask 'NOOP' '^250 '; ask 'VRFY eva' '^252 '; ask 'RSET' '^250 '; ask 'FROB' '^50[02] '; ask 'ATRN' '^502 '
@@ -1414,13 +1504,24 @@ t_customer_and_broken_providers() {
     customer 75 "127.0.0.1:$PORT"
     equal "$(find "$T/mail" -type f | wc -l)" 0
     serve peer_bdat_nonsense
-    customer 75 "127.0.0.1:$PORT"
+    customer 76 "127.0.0.1:$PORT"
+    serve peer_long_lines
+    customer 76 "127.0.0.1:$PORT"
+    has "$T/err" 'that is not SMTP as a server could follow it'
     serve peer_silent
     customer 75 --timeout 1 "127.0.0.1:$PORT"
     peer_ok
 }
 peer_cuts() { reverse; ask 'MAIL FROM:<a@b.example>' '^250 '; ask 'RCPT TO:<x@example.org>' '^250 '; ask DATA '^354 '; say 'Subject: half'; }
 peer_bdat_nonsense() { reverse; ask 'MAIL FROM:<a@b.example>' '^250 '; ask 'RCPT TO:<x@example.org>' '^250 '; ask 'BDAT 10x LAST' '^501 '; closed; }
+peer_long_lines() {
+    local long n
+    reverse
+    long=$(printf '%020000d' 0)
+    for n in {1..99}; do ask "$long" '^500 '; done
+    ask "$long" '^421 '
+    closed
+}
 peer_silent() { reverse; sleep 3; }
 
 # 5.2.1-c: ten minutes, whatever --timeout says. Nobody waits ten minutes here: two seconds of silence
@@ -1498,6 +1599,66 @@ t_receiver_by_smtp_and_exec() {
     equal "$(waiting)" 0
 }
 
+# A program that does not leave, and a receiver that dies: the customer goes on, and says who it was.
+t_receivers_that_misbehave() {
+    local start=$SECONDS
+    provider
+    letter one | put 1.a a@example.edu eva@example.org
+    run 75 env ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org --timeout 1 \
+        --exec 'trap "" HUP TERM PIPE; exec sleep 30' "127.0.0.1:$PORT"
+    [ $((SECONDS - start)) -lt 15 ] || fail 'it waited for the program'
+    run 75 env ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org --exec 'echo 220 me; exit' "127.0.0.1:$PORT"
+    has "$T/err" '^odmr: .*local program: the peer closed the connection$'
+    equal "$(waiting)" 1
+}
+
+# One message for more domains than files can be open for: the rest is for another transaction.
+t_recipients_in_very_many_domains() {
+    serve peer_with_many_domains
+    customer 0 "127.0.0.1:$PORT"
+    peer_ok
+    equal "$(find "$T/mail" -path '*/new/*' | wc -l)" 32
+}
+peer_with_many_domains() {
+    local n
+    reverse
+    ask 'MAIL FROM:<a@b.example>' '^250 '
+    for n in {1..32}; do ask "RCPT TO:<x@d$n.example>" '^250 '; done
+    ask 'RCPT TO:<x@d33.example>' '^452 4.5.3 '; ask 'RCPT TO:<y@D7.example>' '^250 '
+    ask DATA '^354 '; say 'Subject: x'; ask . '^250 '; ask QUIT '^221 '
+}
+
+# Messages that came one behind the other are made safe together; one that cannot be spoils none of the others.
+t_answers_wait_for_the_disk() {
+    serve peer_in_a_hurry
+    mkdir -p "$T/mail/example.com"; touch "$T/mail/example.com/tmp"
+    customer 73 --trace "127.0.0.1:$PORT"
+    peer_ok
+    equal "$(mailbox)" 21
+    equal "$(ls "$T/mail/example.org/tmp")" ''
+}
+peer_in_a_hurry() {
+    local n
+    reverse
+    for n in {1..20}; do printf 'MAIL FROM:<a@b.example>\r\nRCPT TO:<x@example.org>\r\nBDAT 4 LAST\r\nn: %d' $((n % 10)); done > "$T/hurry"
+    printf 'MAIL FROM:<a@b.example>\r\nRCPT TO:<x@example.com>\r\nBDAT 4 LAST\r\nn: x' >> "$T/hurry"
+    printf 'MAIL FROM:<a@b.example>\r\nRCPT TO:<x@example.org>\r\nBDAT 4 LAST\r\nn: yNOOP\r\nQUIT\r\n' >> "$T/hurry"
+    cat "$T/hurry" >&"$LINE_OUT"
+    for n in {1..20}; do expect '^250 2.1.0'; expect '^250 2.1.5'; expect '^250 .* stored'; done
+    expect '^250 2.1.0'; expect '^250 2.1.5'; expect '^452 4.3.1'
+    expect '^250 2.1.0'; expect '^250 2.1.5'; expect '^250 .* stored'
+    expect '^250 2.0.0 OK$'; expect '^221 '
+}
+
+# A line that ends before its answer: nothing is stored, so nothing will be there twice.
+t_no_answer_no_message() {
+    serve peer_that_goes
+    customer 75 "127.0.0.1:$PORT"
+    peer_ok
+    equal "$(find "$T/mail" -type f | wc -l)" 0
+}
+peer_that_goes() { reverse; printf 'MAIL FROM:<a@b.example>\r\nRCPT TO:<x@example.org>\r\nBDAT 4 LAST\r\nn: 1BDAT'; }
+
 # 20 MB in the three ways of sending, to receivers that are not ours and to ours.
 t_a_message_of_20_megabytes() {
     local way
@@ -1559,8 +1720,13 @@ t_enqueue_edges() {
     rm "$box"/*
     # the disk is full: later, and nothing is left
     ( trap '' XFSZ; ulimit -f 64; head -c 100000 /dev/zero | run 75 "$ODMR" enqueue -q "$T/queue" a@example.org b@example.com )
-    has "$T/err" 'try again later'
+    has "$T/err" 'File too large; try again later'
     equal "$(find "$T/queue" -type f)" ''
+    # two domains, and one of them cannot be had: nothing is queued for the other
+    mkdir -p "$T/queue/example.net"; touch "$T/queue/example.net/new"
+    letter one | run 75 "$ODMR" enqueue -q "$T/queue" a@example.org b@example.net
+    has "$T/err" 'Not a directory; try again later'
+    equal "$(find "$T/queue" -type f)" "$T/queue/example.net/new"
 }
 
 t_queue_shows_what_waits() {
@@ -1694,6 +1860,9 @@ outcomes() {
         outcome "$all" '' '' DATA CLOSE
         outcome "$all" '' '' DATA '250 nonsense'
     }
+    outcome "$all" '' '' CONTENT '354 go on'
+    outcome "$all" '' '' MAIL '354 go on'
+    outcome eva '' 'bob zoe' "$eva" '354 go on'
     outcome "$all" '' '' CONTENT 'no reply at all'
     outcome "$all" '' '' GREETING '554 no service'
     outcome "$all" '' '' GREETING '450 later'
@@ -1789,6 +1958,33 @@ t_refused_mail_from_the_null_sender() {
     login; ask ATRN '^453 ' # what is set aside is never sent
 }
 
+# Each recipient that is set aside stays there, whatever becomes of the others later.
+t_setting_aside_twice() {
+    provider
+    letter one | put 1.a '' eva@example.org bob@example.org
+    ANSWERS=(['RCPT TO:<eva@example.org>']='550 5.1.1 no' ['RCPT TO:<bob@example.org>']='450 later'); turn
+    ANSWERS=(['RCPT TO:<bob@example.org>']='550 5.1.1 no'); turn
+    equal "$(cat "$T/queue/example.org/.Undeliverable/new"/* | grep '^Delivered-To:' | sort | xargs)" \
+        'Delivered-To: bob@example.org Delivered-To: eva@example.org'
+    equal "$(find "$T/queue/example.org/new" -type f | wc -l)" 0
+}
+
+# What stays owed is written anew: whole, with the old time of arrival, and whatever lies in tmp under the same
+# name, even the message itself, as a writer that died between link and unlink leaves it.
+t_what_is_owed_is_written_anew() {
+    local file=$T/queue/example.org/new/1.a
+    provider
+    letter one | put 1.a a@example.edu eva@example.org bob@example.org
+    ln "$file" "$T/queue/example.org/tmp/1.a"
+    touch -d '3 days ago' "$file"
+    before=$(stat -c %Y "$file")
+    ANSWERS=(['RCPT TO:<eva@example.org>']='450 later'); turn
+    equal "$(cat "$file")" "$(printf 'Return-Path: <a@example.edu>\nDelivered-To: eva@example.org\n'; letter one)"
+    equal "$(stat -c %Y "$file")" "$before"
+    ANSWERS=(); turn
+    equal "$(waiting)" 0
+}
+
 t_what_the_customer_cannot_take() {
     provider
     { letter one; head -c 2000 /dev/zero | tr '\0' x; } | put 1.a sender@example.edu eva@example.org
@@ -1835,29 +2031,42 @@ MAIL FROM:<sender@example.edu> SIZE=19'
 
 # Mail that nobody collects goes back to its sender; held mail stays; debris goes.
 t_ageing() {
-    mkdir -p "$T/queue/example.org/.Undeliverable/tmp"
+    mkdir -p "$T/queue/example.org/.Undeliverable"/{new,cur,tmp}
     letter old | put 1000000000.M1.a sender@example.edu eva@example.org bob@example.org
     letter null | put 1000000001.M1.a '' eva@example.org
     letter held | put 1000000002.M1.a sender@example.edu not-a-mailbox@example.org
     sed -i 's/^Delivered-To:.*/Delivered-To: a b/' "$T/queue/example.org/new/1000000002.M1.a"
     letter young | put "$(date +%s).M1.a" sender@example.edu eva@example.org
     letter young | put "$(($(date +%s) - 86400 * 2)).M1.a" sender@example.edu eva@example.org
+    letter 'no such time' | put 5.eml sender@example.edu eva@example.org
+    letter 'no such time' | put 99999999999999999999999.x sender@example.edu eva@example.org
     touch "$T/queue/example.org/tmp/young" "$T/queue/example.org/tmp/old" "$T/queue/example.org/.Undeliverable/tmp/old"
     touch -d '37 hours ago' "$T/queue/example.org/tmp/old" "$T/queue/example.org/.Undeliverable/tmp/old"
     provider
     until_true counted 2 'never finished' "$LOG"
     equal "$(unfinished)" ./example.org/tmp/young
-    equal "$(waiting) $(notices)" '5 0'
+    equal "$(waiting) $(notices)" '7 0'
     stop_provider
     provider --max-age 3
     until_true counted 1 'set aside' "$LOG"
     equal "$(notices)" 1
     has "$T/notice.1" '^Status: 4.4.7$'
     equal "$(sed -n 's/^Final-Recipient: rfc822; //p' "$T/notice.1" | xargs)" 'eva@example.org bob@example.org'
-    equal "$(find "$T/queue/example.org/new" -type f | wc -l)" 3
+    equal "$(find "$T/queue/example.org/new" -type f | wc -l)" 5
     equal "$(find "$T/queue/example.org/.Undeliverable/new" -type f | wc -l)" 1
     run 64 "$ODMR" provider --max-age -1
     run 64 "$ODMR" provider --max-age x
+}
+
+# Old debris goes from the Maildirs below -q; what only looks like one is somebody else's.
+t_customer_leaves_alone_what_is_not_its_own() {
+    provider
+    mkdir -p "$T/mail/my.project/tmp" "$T/mail/example.org"/{new,cur,tmp}
+    touch -d '3 days ago' "$T/mail/my.project/tmp/data" "$T/mail/example.org/tmp/1.a"
+    letter one | put 1.a a@example.edu eva@example.org
+    customer 0 "127.0.0.1:$PORT"
+    [ -e "$T/mail/my.project/tmp/data" ] || fail 'somebody else'"'"'s file is gone'
+    equal "$(ls "$T/mail/example.org/tmp")" ''
 }
 
 # A disk that is full: 452, no debris, and the mail is still at the provider.
