@@ -4,6 +4,7 @@
 
 CC       = cc
 PREFIX   = /usr/local
+UNITS    = $(PREFIX)/lib/systemd/system
 CFLAGS   = -O2 -g
 WARNINGS = -Wall -Wextra -Wshadow -Wstrict-prototypes -Wpointer-arith -Wvla -Wformat=2
 HARDEN   = -fstack-protector-strong -D_FORTIFY_SOURCE=2 -fPIE
@@ -14,9 +15,86 @@ sanitizers = $(if $(filter address,$(SANITIZE)),address$(comma)undefined,$(SANIT
 comma    := ,
 
 .DELETE_ON_ERROR:
-.PHONY: all demo check install uninstall clean help
+.PHONY: all demo check install uninstall clean help build/odmr-provider.service build/odmr-customer.service
 
 all: odmr
+
+# ---- For systemd ----
+#
+# The provider starts as root and becomes odmr by itself, for under User= systemd would forbid set-group-ID
+# programs, and Postfix's sendmail, which takes the notices, is one.
+
+define provider_unit
+[Unit]
+Description=On-Demand Mail Relay (RFC 2645): provider
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+EnvironmentFile=-/etc/odmr/provider
+ExecStart=$(PREFIX)/bin/odmr provider --user odmr $$PROVIDER_OPTIONS
+ExecReload=/bin/kill -HUP $$MAINPID
+Restart=on-failure
+TimeoutStopSec=330
+LimitNOFILE=65536
+CapabilityBoundingSet=CAP_NET_BIND_SERVICE CAP_SETUID CAP_SETGID CAP_DAC_READ_SEARCH
+ProtectSystem=full
+$(hardening)
+
+[Install]
+WantedBy=multi-user.target
+endef
+
+define customer_unit
+[Unit]
+Description=On-Demand Mail Relay (RFC 2645): customer
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+User=odmr
+EnvironmentFile=/etc/odmr/customer
+LoadCredential=secret:/etc/odmr/secret
+ExecStart=$(PREFIX)/bin/odmr customer --quiet --poll 600 --secret-file %d/secret $$CUSTOMER_OPTIONS
+Restart=on-failure
+RestartSec=60
+StateDirectory=odmr
+WorkingDirectory=%S/odmr
+CapabilityBoundingSet=
+NoNewPrivileges=yes
+ProtectSystem=strict
+$(hardening)
+
+[Install]
+WantedBy=multi-user.target
+endef
+
+define hardening
+ProtectHome=yes
+PrivateTmp=yes
+PrivateDevices=yes
+ProtectClock=yes
+ProtectControlGroups=yes
+ProtectHostname=yes
+ProtectKernelLogs=yes
+ProtectKernelModules=yes
+ProtectKernelTunables=yes
+ProtectProc=invisible
+RestrictAddressFamilies=AF_INET AF_INET6 AF_UNIX AF_NETLINK
+RestrictNamespaces=yes
+RestrictRealtime=yes
+RestrictSUIDSGID=yes
+LockPersonality=yes
+MemoryDenyWriteExecute=yes
+SystemCallArchitectures=native
+SystemCallFilter=@system-service
+UMask=0077
+endef
+
+# Made anew each time, for PREFIX may be another.
+build/odmr-provider.service build/odmr-customer.service:
+	@mkdir -p build
+	$(file >$@,$($(@:build/odmr-%.service=%)_unit))
 
 odmr: odmr.c odmr.h build/openssl
 	$(COMPILE) $(HARDEN) $(CPPFLAGS) -o $@ odmr.c $(HARDEN_LD) $(LDFLAGS) $(LIBS)
@@ -50,12 +128,14 @@ check: odmr build/proxy
 	./test_odmr.sh $(TESTS)
 endif
 
-install: odmr
-	install -d $(DESTDIR)$(PREFIX)/bin
+install: odmr build/odmr-provider.service build/odmr-customer.service
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(UNITS)
 	install -m 755 odmr $(DESTDIR)$(PREFIX)/bin/odmr
+	install -m 644 build/odmr-provider.service build/odmr-customer.service $(DESTDIR)$(UNITS)
 
 uninstall:
 	rm -f $(DESTDIR)$(PREFIX)/bin/odmr
+	rm -f $(DESTDIR)$(UNITS)/odmr-provider.service $(DESTDIR)$(UNITS)/odmr-customer.service
 
 clean:
 	rm -rf odmr build

@@ -3089,6 +3089,35 @@ t_customer_hands_on_to_postfix_by_exec() {
     equal "$(notices)" 0
 }
 
+# ---- As services -----------------------------------------------------------------------------------------
+
+# make install puts the units where systemd looks; they are README's, systemd finds nothing to complain about,
+# and make uninstall leaves nothing.
+t_systemd_units() {
+    local unit
+    needs make systemd-analyze
+    run 0 make -s -C "$here" build/odmr-provider.service build/odmr-customer.service
+    for unit in provider customer; do
+        recipe "/usr/local/lib/systemd/system/odmr-$unit.service" | sed -e :a -e '/^\n*$/{$d;N;ba' -e '}' > "$T/wanted"
+        same "$T/wanted" "$here/build/odmr-$unit.service"
+    done
+    run 0 make -s -C "$here" install PREFIX=/usr DESTDIR="$T/root"
+    [ -x "$T/root/usr/bin/odmr" ] || fail 'odmr is not installed'
+    run 0 make -s -C "$here" install PREFIX="$T/usr"
+    for unit in provider customer; do
+        has "$T/root/usr/lib/systemd/system/odmr-$unit.service" "^ExecStart=/usr/bin/odmr $unit "
+        run 0 systemd-analyze verify "$T/usr/lib/systemd/system/odmr-$unit.service"
+        equal "$(cat "$T/out" "$T/err")" ''
+        run 0 systemd-analyze security --no-pager --offline=true --threshold=30 "$T/usr/lib/systemd/system/odmr-$unit.service"
+    done
+    run 0 make -s -C "$here" uninstall PREFIX="$T/usr"
+    equal "$(find "$T/usr" -type f)" ''
+    # the command of each is one that the program takes
+    has "$T/root/usr/lib/systemd/system/odmr-provider.service" 'provider --user odmr \$PROVIDER_OPTIONS$'
+    run 78 "$ODMR" provider --user odmr --accounts "$T/none" --queue "$T" $(recipe /etc/odmr/provider | sed 's/^[A-Z_]*=//')
+    run 66 "$ODMR" customer --quiet --poll 600 --secret-file "$T/none" $(recipe /etc/odmr/customer | sed 's/^[A-Z_]*=//')
+}
+
 # ---- The guide -------------------------------------------------------------------------------------------
 
 # ids: each requirement that is named in the text on standard input, once.
