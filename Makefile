@@ -1,6 +1,7 @@
 # make            ./odmr                      make demo       a whole session on this machine
 # make check      the tests                   make install    PREFIX=/usr/local DESTDIR=
-# make check SANITIZE=address|thread          make uninstall, make clean, make help
+# make check SANITIZE=address|thread          make bench      how fast it is
+# make uninstall, make clean, make help
 
 CC       = cc
 PREFIX   = /usr/local
@@ -15,7 +16,7 @@ sanitizers = $(if $(filter address,$(SANITIZE)),address$(comma)undefined,$(SANIT
 comma    := ,
 
 .DELETE_ON_ERROR:
-.PHONY: all demo check install uninstall clean help build/odmr-provider.service build/odmr-customer.service
+.PHONY: all demo check bench install uninstall clean help build/odmr-provider.service build/odmr-customer.service
 
 all: odmr
 
@@ -116,9 +117,9 @@ demo: odmr
 	./odmr demo
 
 # What the tests are made with.
-build/proxy: .ci/proxy.c
+build/proxy build/bench: build/%: .ci/%.c
 	@mkdir -p build
-	$(COMPILE) -o $@ $<
+	$(COMPILE) -o $@ $< $(LIBS)
 
 ifdef SANITIZE
 check: odmr build/$(SANITIZE)/odmr build/proxy
@@ -140,5 +141,9 @@ uninstall:
 clean:
 	rm -rf odmr build
 
+# Ratios of times, each measured in one run; SCALE=N: of everything the N-th part.
+bench: odmr build/bench build/proxy
+	.ci/bench $(SCALE)
+
 help:
-	@sed -n '1,3s/^# //p' Makefile
+	@sed -n '1,4s/^# //p' Makefile

@@ -366,10 +366,6 @@ int64_t now_ms(void);
 void stream_init(struct stream *s, int fd, int timeout);
 /* Declares the stream useless; the first reason stands. why must live as long as the stream. */
 void stream_break(struct stream *s, const char *why);
-/* Sends what was written so far. False: broken. */
-bool stream_flush(struct stream *s);
-/* Buffers octets, sending when the buffer is full. Failure shows in s->broken. */
-void stream_write(struct stream *s, const char *data, size_t len);
 /* Whether reading would return at once. */
 bool stream_ready(const struct stream *s);
 /* What TLS over this stream needs. host: we are the client and the certificate must be for it; NULL: we are
@@ -379,6 +375,10 @@ SSL *stream_offer_tls(struct stream *s, SSL_CTX *context, const char *host);
 bool stream_discard_input(struct stream *s);
 /* TLS from here on, with what stream_offer_tls() made, which the stream then owns. False: broken. */
 bool stream_start_tls(struct stream *s, SSL *tls, const char *host);
+/* Sends what was written so far. False: broken. */
+bool stream_flush(struct stream *s);
+/* Buffers octets, sending when the buffer is full. Failure shows in s->broken. */
+void stream_write(struct stream *s, const char *data, size_t len);
 /* At least one octet of input, in the stream's own buffer until the next call. False: broken. */
 bool stream_peek(struct stream *s, const char **data, size_t *len);
 /* Takes len octets of what stream_peek() showed. */
@@ -393,6 +393,7 @@ void stream_close(struct stream *s);
 
 /* Lines and replies */
 
+/* The customer of the provider, and the other way round. */
 enum side other_side(enum side side);
 /* A line and CRLF, traced. Failure shows in s->io.broken. */
 void send_line(struct session *s, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
@@ -408,13 +409,16 @@ enum result reply_result(const struct reply *r);
 const char *reply_keyword(const struct reply *r, const char *keyword);
 /* Walks over words up to the end of the line; NULL: no more. */
 const char *next_word(const char **list, size_t *len);
+/* Is this one of the words of a list, in any case of letters? list may be NULL: then no. */
 bool list_has(const char *list, const char *wanted);
 
 /* Addresses and domains */
 
 /* 5.2.1-l: two labels or more of letters, digits and inner hyphens. */
 bool domain_valid(const char *domain, size_t len);
+/* No octet over 127. */
 bool ascii(const char *text);
+/* In place; ASCII letters only. */
 void lower_case(char *text);
 /* Behind the @; NULL: no domain. */
 const char *mailbox_domain(const char *mailbox);
@@ -443,6 +447,7 @@ size_t base64_encode(char *out, const void *data, size_t len);
 ssize_t base64_decode(char *out, size_t size, const char *text);
 /* RFC 2195. False: the library failed. */
 bool cram_md5_digest(char digest[33], const char *secret, const char *challenge);
+/* RFC 2195: never the same twice. False: no random octets, or out is too small. */
 bool cram_md5_challenge(char *out, size_t size, const char *host);
 
 /* RFC 5802 and 7677; each false only if the library fails. */
@@ -458,8 +463,7 @@ bool verifier_parse(const char *text, struct verifier *v);
 
 /* Accounts */
 
-/* Reads the file; NULL, and why, when it is not what an accounts file must be. One user: the caller. */
-struct accounts *accounts_load(const char *path, char *why, size_t why_size);
+/* Gives up one share; the last one frees the table. NULL is fine. */
 void accounts_release(struct accounts *all);
 /* Walks over a,b,c: the next domain and its length, *list behind it; NULL: no more of them. */
 const char *next_domain(const char **list, size_t *len);
@@ -467,9 +471,12 @@ const char *next_domain(const char **list, size_t *len);
 bool domain_list_valid(const char *list);
 /* In any case of letters. */
 bool domain_in_list(const char *list, const char *domain, size_t len);
+/* NULL: nobody has that name. Owned by the table. */
+const struct account *account_find(const struct accounts *all, const char *name);
 /* True, and v filled in, when all the account has is a verifier. a may be NULL. */
 bool account_verifier(const struct account *a, struct verifier *v);
-const struct account *account_find(const struct accounts *all, const char *name);
+/* Reads the file; NULL, and why, when it is not what an accounts file must be. One user: the caller. */
+struct accounts *accounts_load(const char *path, char *why, size_t why_size);
 
 /* The envelope */
 
@@ -484,29 +491,32 @@ enum field envelope_next(struct envelope_reader *r, char *address, size_t size);
 
 /* Lists new and cur of each domain of a,b,c. LATER: something could not be read. Free it in any case. */
 enum result backlog_read(struct backlog *b, int queue, const char *domains);
+/* The list and its paths, not the struct. */
 void backlog_free(struct backlog *b);
 /* Calls visit for each domain of the queue, until one says false; false then, or if the queue cannot be read. */
 bool for_each_domain(int queue, bool (*visit)(void *context, int queue, const char *domain), void *context);
 /* Removes what was never finished; fits for_each_domain(), always true. */
 bool clean_domain(void *context, int queue, const char *domain);
+/* The next recipient, whatever its fate; false: no more. */
+bool message_next_recipient(const struct message *m, struct envelope_reader *r, char *address, size_t size);
 /* Opens a message without claiming it. REFUSED: held (m->held says why) or gone. Close it in any case. */
 enum result message_open(struct message *m, int queue, const char *path);
 /* Reads the envelope. REFUSED: held. LATER: it could not be read; errno says why. */
 enum result message_read(struct message *m);
+/* Fills in wire_size, eight_bit and utf8. False: it could not be read; errno. */
+bool message_scan(struct message *m);
 /* Opens, claims, reads and scans. LATER: another session has it, or it cannot be read now. */
 enum result message_claim(struct message *m, int queue, const char *path);
-bool message_scan(struct message *m);
-/* The next recipient, whatever its fate; false: no more. */
-bool message_next_recipient(const struct message *m, struct envelope_reader *r, char *address, size_t size);
+/* Ends the claim and frees what the message holds, not the struct. */
+void message_close(struct message *m);
 /* Writes the content to the stream; false: the file could not be read as it was scanned. */
 bool message_send(const struct message *m, struct stream *to, bool dots);
 /* Leaves only those recipients in the envelope who have not got it. False: all is as before. */
 bool message_rewrite(const struct message *m);
 /* A copy for those who were refused, in the folder .Undeliverable of its domain, on disk. */
 bool message_set_aside(const struct message *m);
+/* Takes it out of the queue: it is delivered, or its sender has been told. False: still there; errno. */
 bool message_remove(const struct message *m);
-/* Ends the claim and frees what the message holds, not the struct. */
-void message_close(struct message *m);
 
 /* The provider */
 
@@ -515,33 +525,42 @@ void provider_session(struct session *s);
 
 /* Delivery into a Maildir */
 
+/* A file in tmp of the domain's Maildir, which is made if it is not there. False: nothing is left; errno. */
 bool delivery_open(struct delivery *d, int queue, const char *domain);
+/* Closes it and takes it away, wherever it has got to. */
+void delivery_discard(struct delivery *d);
 /* Makes mail of them: each on disk, renamed into new, and the directory that says so on disk too (RFC 5321, 6.1).
  * Says of each in d->safe whether it worked; true: all did. Discard those that did not. */
 bool deliveries_store(struct delivery *d, size_t count);
-/* Closes it and takes it away, wherever it has got to. */
-void delivery_discard(struct delivery *d);
 
 /* The customer */
 
+/* "HOST", "HOST:PORT", "[ADDRESS]:PORT" taken apart. False: none of them, or too long. default_port may be NULL. */
 bool split_host_port(const char *text, const char *default_port, char *host, size_t host_size, char *port,
                      size_t port_size);
+/* A session over a connected socket, its numbers and names set; free() it. NULL: out of memory. */
 struct session *session_new(int fd, enum side self, int timeout, const char *name, enum trace trace);
 /* One session from connect to close; an exit code. */
 int customer_session(const struct customer *c);
 
 /* The tools */
 
+/* The directory, made first if make; -1: errno says why. The caller closes it. */
 int open_queue(const char *dir, bool make);
+/* The message on standard input, for all of the recipients or none of them. An exit code. */
 int enqueue(int queue, const char *sender, const char *name, char **recipients, int count);
+/* The table of what waits, with every message if list; all domains if count is 0. An exit code. */
+int show_queue(int queue, char **domains, size_t count, bool list);
 /* Asks for the secret and prints the line of an accounts file; an exit code. */
 int print_account(const char *name, const char *domains, bool scram);
-int show_queue(int queue, char **domains, size_t count, bool list);
 
 /* The listener */
 
+/* False: text is neither an address nor a prefix. */
 bool network_parse(struct network *n, const char *text);
+/* address: 16 octets in network order, as in struct network. */
 bool network_has(const struct network *n, const unsigned char address[16]);
+/* Serves until a signal says stop; an exit code. What is wrong at the start ends the program (sysexits). */
 int provider_run(struct provider *p);
 
 /* A session with itself, explained on standard output; an exit code. */

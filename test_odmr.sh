@@ -3146,6 +3146,20 @@ t_guide_names_exist() {
     none 'shown by no test' "$(list_tests | ids | comm -13 - "$T/ids")"
 }
 
+# odmr.h is the map: its functions stand in the order of odmr.c, and each has its comment, or shares the one above.
+t_map_is_in_order() {
+    local name line last=0
+    sed -n '/Functions, in the order/,$s/^[A-Za-z][^(]*[ *]\([a-z_0-9]*\)(.*/\1/p' "$here/odmr.h" > "$T/names"
+    [ "$(wc -l < "$T/names")" -gt 60 ] || fail 'the prototypes are not found'
+    while read -r name; do
+        line=$(grep -nE "^[A-Za-z][^;]*[ *]$name\(.*[^;]\$" "$here/odmr.c" | head -n 1 | cut -d: -f1)
+        [ -n "$line" ] || fail "odmr.c has no $name"
+        [ "$line" -gt "$last" ] || fail "$name stands above the one before it"
+        last=$line
+    done < "$T/names"
+    none 'lines over 120 columns' "$(awk 'length > 120 { print FILENAME ":" FNR }' "$here"/odmr.[ch])"
+}
+
 # ---- README ------------------------------------------------------------------------------------------
 
 # typed HEADING...: README's commands under these headings as a script; what should come of the n-th is
@@ -3214,13 +3228,22 @@ t_readme_provider_and_customer() {
     does 'A provider' 'A customer'
 }
 
+# make bench, with a hundredth of the work: every row has a figure, and those that compare have a ratio.
+t_bench_prints_its_table() {
+    needs smtp-sink make
+    run 0 make -s -C "$here" bench SCALE=100
+    equal "$(cat "$T/err")" ''
+    equal "$(grep -cE ' +[0-9.]+ s +[0-9.]+ s +[0-9]+\.[0-9]{2} ' "$T/out")" 6 'rows that compare'
+    equal "$(grep -cE '^(10 messages, 200 ms: round trips|polls a second|memory of|reply to ATRN|first octet).* [0-9]+\.?[0-9]*' "$T/out")" 9 'other rows'
+}
+
 # ---- The runner --------------------------------------------------------------------------------------
 
 # Under a sanitizer memory means nothing: those tests are for the program as it is. Over TLS the tests of TLS
 # itself are left out, and those where the tunnel's end is not the peer's.
 all_tests() {
     sed -n -e "${OVER_TLS:+/^# ---- TLS and the mech/,/^# ---- Real mail/d;}" -e 's/^\(t_[^ ()]*\)() {$/\1/p' "$self" |
-        if [ -z "${SANITIZED:-}${OVER_TLS:-}" ]; then cat; else grep -v "^t_memory_${OVER_TLS:+\\|^t_limits_\\|^t_8-a_\\|^t_4-a_\\|^t_listening_\\|^t_guide_}"; fi
+        if [ -z "${SANITIZED:-}${OVER_TLS:-}" ]; then cat; else grep -v "^t_memory_\\|^t_bench_${OVER_TLS:+\\|^t_limits_\\|^t_8-a_\\|^t_4-a_\\|^t_listening_\\|^t_guide_}"; fi
 }
 list_tests() { awk '/^# shows:/ { ids = substr($0, 10) } /^t_[^ ]*\(\) \{$/ { sub(/\(\).*/, ""); printf "%-58s%s\n", $0, ids; ids = "" }' "$self"; }
 
