@@ -3118,6 +3118,871 @@ t_systemd_units() {
     run 66 "$ODMR" customer --quiet --poll 600 --secret-file "$T/none" $(recipe /etc/odmr/customer | sed 's/^[A-Z_]*=//')
 }
 
+# ---- Judging another implementation --------------------------------------------------------------------
+#
+# RFC2645.txt says what there is to judge, whose duty it is, and how much it weighs. For each requirement
+# there is a function judge_provider_ID, and for the customer's and both sides' judge_customer_ID; each runs in a
+# process and a scratch directory of its own, with connections of its own, so that one that hangs or
+# closes does not spoil the next. It ends with a verdict:
+#
+#   passes [TEXT]         it does; or, where it may choose, what it chose
+#   departs TEXT          it does not, and this was seen
+#   not_observable TEXT   it cannot be seen from here, or something else came in between
+#
+# The judge is the standard and not our own program. Texts behind codes, replies of several lines, keywords of
+# any case and order are anybody's choice, and so is a 421 at any time. Silence proves nothing, for SMTP lets
+# replies take minutes: it is not observable within PATIENCE.
+
+verdict() { ( set -C; printf '%s\t%s\n' "$1" "$(printed "$2")" > "$T/verdict" ) 2> /dev/null; exit 0; } # the first one stands
+passes() { verdict pass "${1:-}"; }
+departs() { verdict fail "$1"; }
+not_observable() { verdict 'not observable' "$1"; }
+# What a peer may have sent, on one line: printable ASCII, the rest as \xNN, not too much of it.
+printed() { printf '%s' "${1:0:400}" | perl -pe 's/([^ -\[\]-~])/sprintf "\\x%02x", ord $1/ge' | cut -c 1-160; }
+
+# hears: one line into HEARD; false at the end of the connection.
+hears() {
+    local code=0
+    IFS= read -r -n 16384 -t "${1:-$PATIENCE}" HEARD <&"$LINE" || code=$?
+    [ "$code" -le 128 ] || not_observable "silent for ${1:-$PATIENCE} s after ${SAID:-it was connected}"
+    [ "$code" = 0 ] || return 1
+    [ "${HEARD%$'\r'}" != "$HEARD" ] || WITHOUT_CR=$HEARD
+    HEARD=${HEARD%$'\r'}
+}
+# quiet SECONDS: not an octet came in all that time; else HEARD says what did.
+quiet() {
+    local code=0
+    IFS= read -r -n 400 -t "$1" HEARD <&"$LINE" || code=$?
+    [ "$code" -le 128 ] || return 0
+    HEARD=${HEARD%$'\r'}
+    [ "$code" = 0 ] || HEARD='the end of the connection'
+    return 1
+}
+# answers: a whole reply into ANSWER, what stands behind its codes into LINES. CODE is "closed" if the
+# connection has ended instead, "malformed" if that was no reply.
+answers() {
+    CODE='' ANSWER='' LINES=()
+    while [ ${#LINES[@]} -lt 200 ]; do
+        hears || { CODE=closed ANSWER='the connection was closed'; return; }
+        ANSWER+=${ANSWER:+ / }$HEARD
+        if ! [[ $HEARD =~ ^[2-5][0-5][0-9]([ -]|$) && ( -z $CODE || $CODE == "${HEARD:0:3}" ) ]]; then break; fi
+        CODE=${HEARD:0:3}
+        LINES+=("${HEARD:4}")
+        [[ $HEARD == ???-* ]] || return
+    done
+    CODE=malformed
+}
+tells() { SAID="\"$1\""; say "$1" 2> /dev/null; }
+asked() { tells "$1"; answers; [[ $CODE =~ ^($2)$ ]]; }
+# asks LINE CODES: the row stands and falls with the reply. gets_past: it is only on the way to what is judged.
+asks() {
+    asked "$@" && return
+    [ "$CODE" != 421 ] || not_observable "$SAID: $ANSWER"
+    departs "$SAID: $ANSWER"
+}
+gets_past() { asked "$@" || not_observable "cannot get past $SAID: $ANSWER"; }
+# ends: the other side closes.
+ends() { quiet "$PATIENCE" && departs "after $SAID the connection stayed open for $PATIENCE s"; [ "$HEARD" = 'the end of the connection' ] || departs "after $SAID came: $HEARD"; }
+# Is it base64? Blanks at the end are the business of 6-a.
+base64_text() { [[ $1 =~ ^[A-Za-z0-9+/]*={0,2}$ && $((${#1} % 4)) = 0 ]]; }
+without_blanks() { local text=$1; while [[ $text == *[[:blank:]] ]]; do text=${text%?}; done; echo "$text"; }
+
+# keyed_md5 SECRET TEXT: HMAC-MD5 (RFC 2104) that puts the secret on no command line; it may be a real one.
+keyed_md5() {
+    local key
+    key=$(printf '%s' "$1" | hex)
+    [ ${#key} -le 128 ] || key=$(printf '%s' "$1" | openssl dgst -md5 -r | cut -c 1-32)
+    printf -v key '%-128s' "$key"
+    key=${key// /0}
+    { xor "$key" "$(printf '36%.0s' {1..64})" | unhex; printf '%s' "$2"; } | openssl dgst -md5 -binary |
+        { xor "$key" "$(printf '5c%.0s' {1..64})" | unhex; cat; } | openssl dgst -md5 -r | cut -c 1-32
+}
+# cram_answer CHALLENGE [SECRET]: both in base64.
+cram_answer() { b64 "$JUDGE_USER $(keyed_md5 "${2-$(secret)}" "$(unb64 "$1")")"; }
+secret() { local line; IFS= read -r line < "$JUDGE_SECRET_FILE" || true; printf '%s' "${line%$'\r'}"; }
+
+# ---- Judging a provider: our side of the dialogue ----
+
+connect() {
+    trap '' PIPE # who is hung up on goes on to say so
+    { exec {LINE}<> "/dev/tcp/$JUDGE_HOST/$JUDGE_PORT"; } 2> /dev/null || not_observable 'it could not be connected to'
+    SAID=
+    answers
+}
+joins() {
+    connect
+    [ "$CODE" = 220 ] || not_observable "no greeting: $ANSWER"
+    gets_past "EHLO $FIRST" 250
+    EHLO=("${LINES[@]:1}")
+}
+# responds CODES [SECRET]: to the challenge in ANSWER, with the right secret or another.
+responds() {
+    say "$(cram_answer "$(without_blanks "${ANSWER#334 }")" "${@:2}")" 2> /dev/null
+    SAID='the response to CRAM-MD5'
+    answers
+    [[ $CODE =~ ^($1)$ ]]
+}
+logs_in() {
+    joins
+    gets_past 'AUTH CRAM-MD5' 334
+    responds 235 || not_observable "cannot log in by CRAM-MD5: $ANSWER"
+}
+leaves() { exec {LINE}>&-; }
+# offers KEYWORD: among the lines of its EHLO response; PARAMETERS are the words behind.
+offers() {
+    local line
+    for line in "${EHLO[@]}"; do
+        PARAMETERS=${line#* }
+        [ "$PARAMETERS" != "$line" ] || PARAMETERS=
+        line=${line%% *}
+        [ "${line^^}" != "$1" ] || return 0
+    done
+    return 1
+}
+# Known, allowed and served, whatever there is to fetch.
+ATRN_CODES='250|450|451|453'
+
+# injects DOMAIN: a message that this run will know again, by way of the user's command.
+injects() {
+    [ -n "$JUDGE_INJECT" ] || not_observable 'no mail waits: there is no --inject'
+    { printf '%s\n' 'From: judge@example.edu' "To: judge@$1" "Subject: $JUDGE_TOKEN" 'Date: Mon, 1 Jan 2024 09:00:00 +0000' \
+        "Message-ID: <$JUDGE_TOKEN.$RANDOM$RANDOM@example.edu>" '' 'A line.' '.a dot before it' '.' 'The end.'
+    } | ODMR_SENDER=judge@example.edu ODMR_RECIPIENT=judge@$1 ODMR_DOMAIN=$1 \
+        timeout -k 1 "$PATIENCE" sh -c "$JUDGE_INJECT" > "$T/inject.log" 2>&1 ||
+        not_observable "--inject failed: $(tail -n 1 "$T/inject.log")"
+}
+# turns [DOMAINS]: the mail that was injected is there, or will be in a moment; true once ATRN is answered 250.
+turns() {
+    local try
+    for ((try = 0; try < PATIENCE; try++)); do
+        asked "ATRN${1:+ $1}" 250 && return
+        [[ $CODE == 45[13] ]] || break
+        sleep 1 # it may still be on its way into the queue
+    done
+    return 1
+}
+turned() { turns "$@" || not_observable "mail waits, but $SAID: $ANSWER"; }
+
+# receives: the server in the reversed state, until QUIT or the end of the connection, without any extension. A
+# message of this run is answered with OURS, any other is put off and stays where it is. COMMANDS are the verbs
+# in their order, RECIPIENTS those of our messages; TAKEN is how many of them came, OTHERS how many of others.
+receives() {
+    local recipients=
+    COMMANDS='' RECIPIENTS='' TAKEN=0 OTHERS=0
+    tells "220 $FIRST ready"
+    while hears; do
+        COMMANDS+=${COMMANDS:+ }${HEARD%% *}
+        case ${HEARD^^} in
+        EHLO\ * | HELO\ *) tells "250 $FIRST" ;;
+        MAIL\ FROM:*) recipients=; tells '250 OK' ;;
+        RCPT\ TO:*) recipients+=" ${HEARD#*:}"; tells '250 OK' ;;
+        DATA) tells '354 go on'; receives_content "$recipients" ;;
+        RSET | NOOP*) tells '250 OK' ;;
+        QUIT) tells '221 closing'; return ;;
+        *) tells '502 not known here' ;;
+        esac
+        [ "${#COMMANDS}" -lt 10000 ] || not_observable 'it does not come to an end'
+    done
+}
+receives_content() {
+    : > "$T/content"
+    while hears && [ "$HEARD" != . ]; do printf '%s\n' "$HEARD" >> "$T/content"; done
+    if grep -q "$JUDGE_TOKEN" "$T/content"; then
+        TAKEN=$((TAKEN + 1)) RECIPIENTS+=$1
+        cp "$T/content" "$T/ours"
+        tells "${OURS:-250 OK}"
+    else
+        OTHERS=$((OTHERS + 1))
+        tells '451 only what the judge has sent is taken'
+    fi
+}
+# fetches [DOMAINS]: a whole session, in which mail of this run must come.
+fetches() {
+    logs_in
+    turned "$@"
+    receives
+    leaves
+    [ "$TAKEN" -gt 0 ] || not_observable "after 250 came no mail of this run: ${COMMANDS:-nothing}"
+}
+# What earlier rows have left of this run goes; 453, or what else the last ATRN brings, is in CODE and ANSWER.
+empties() {
+    local try
+    for try in 1 2 3; do
+        logs_in
+        asked ATRN 250 || return 0
+        receives
+        leaves
+        [ "$TAKEN" -gt 0 ] || return 0
+    done
+}
+
+# ---- Judging a provider: the rows ----
+
+judge_provider_4-a() {
+    [ "$JUDGE_PORT" != 366 ] || passes
+    not_observable "the port was given as $JUDGE_PORT; where it listens if nobody says so is not seen"
+}
+judge_provider_4-b() {
+    injects "$FIRST"
+    logs_in
+    turned
+    receives
+    [[ ${COMMANDS^^} =~ ^(EHLO|HELO)\  ]] || departs "after 250 and a greeting came: ${COMMANDS:-the end of the connection}"
+    passes
+}
+judge_provider_4-c() {
+    connect
+    asks "EHLO $FIRST" 250
+    asks 'AUTH CRAM-MD5' '334|504|538'
+    [ "$CODE" != 334 ] || asks '*' '5..|421|closed'
+    [ "$CODE" != closed ] || { leaves; connect; }
+    asks QUIT 221
+    leaves
+    logs_in
+    asks ATRN "$ATRN_CODES"
+    passes
+}
+judge_provider_4-d() {
+    logs_in
+    injects "$FIRST"
+    quiet 1 || departs "nobody asked, and came: $HEARD"
+    not_observable 'it kept quiet for 1 s with mail waiting and a customer logged in; what a timer does, time would show'
+}
+judge_provider_4-e() {
+    local OURS='451 not now'
+    injects "$FIRST"
+    fetches
+    OURS='250 OK'
+    logs_in
+    turns || departs "a message that was put off with 451 did not come again: $ANSWER"
+    receives
+    [ "$TAKEN" -gt 0 ] || departs "a message that was put off with 451 did not come again: ${COMMANDS:-nothing}"
+    passes 'what was put off with 451 came again; a notice to the sender of what is refused is not seen'
+}
+judge_provider_5-a() {
+    joins
+    gets_past 'AUTH CRAM-MD5' 334
+    if ! responds closed 'a wrong secret'; then
+        [ "$CODE" != 235 ] || departs 'a wrong secret: 235'
+        asks ATRN '5..|421|closed'
+        [[ $CODE != 5* ]] || { asks QUIT 221; ends; }
+    fi
+    leaves
+    logs_in
+    asks QUIT 221
+    ends
+    passes
+}
+judge_provider_5-b() {
+    injects "$FIRST"
+    fetches
+    [[ ${COMMANDS^^} == *\ QUIT ]] || departs "it closed the connection without QUIT, after $COMMANDS"
+    passes
+}
+judge_provider_5.1-a() {
+    connect
+    asks "EHLO $FIRST" 250
+    asks 'AUTH CRAM-MD5' '334|504|538'
+    if [ "$CODE" = 334 ] && ! asked '*' '5..'; then leaves; connect; fi
+    asks QUIT 221
+    passes
+}
+judge_provider_5.1.1-a() {
+    local line
+    WITHOUT_CR=
+    connect
+    [ "$CODE" = 220 ] || departs "greeting: $ANSWER"
+    asks "EHLO $FIRST" 250
+    [ -z "$WITHOUT_CR" ] || departs "a line ends in LF without CR: $WITHOUT_CR"
+    for line in "${LINES[@]:1}"; do
+        [[ $line =~ ^[A-Za-z0-9][A-Za-z0-9-]*([ =].*)?$ ]] || departs "no keyword of EHLO: $line"
+    done
+    passes
+}
+judge_provider_5.1.1-b() {
+    local missing=
+    joins
+    offers AUTH || missing=AUTH
+    offers ATRN || missing+="${missing:+ and }ATRN"
+    [ -z "$missing" ] || departs "not in the response to EHLO: $missing$(offers STARTTLS && echo ', but STARTTLS is')"
+    passes
+}
+judge_provider_5.1.2-a() {
+    joins
+    gets_past 'AUTH CRAM-MD5' 334
+    base64_text "$(without_blanks "${ANSWER#334 }")" || departs "the challenge is not base64: $ANSWER"
+    refuses '*' 501
+    gets_past 'AUTH CRAM-MD5' 334
+    refuses 'that is no base64!' 501
+    refuses 'AUTH X-NO-SUCH-MECHANISM' 504
+    gets_past 'AUTH CRAM-MD5' 334
+    responds 235 || departs "$SAID: $ANSWER"
+    passes
+}
+# refuses LINE CODE: or hangs up on who says it; then there is another connection.
+refuses() {
+    asks "$1" "$2|421|closed"
+    [ "$CODE" = "$2" ] || { leaves; joins; }
+}
+judge_provider_5.1.2-b() {
+    joins
+    gets_past 'AUTH CRAM-MD5' 334
+    ! responds 235 'a wrong secret' || departs 'a wrong secret: 235'
+    if [[ $CODE == 5* ]]; then asks ATRN '5..|421|closed'; fi
+    leaves
+    logs_in
+    asks ATRN "$ATRN_CODES"
+    passes 'ATRN is refused after a failed AUTH, not after 235; the moment in between is not seen'
+}
+judge_provider_5.1.2-c() {
+    joins
+    if ! offers AUTH || [[ " ${PARAMETERS^^} " != *' CRAM-MD5 '* ]]; then
+        ! offers AUTH || [ -z "$PARAMETERS" ] || not_observable "not offered, but $PARAMETERS is: a site's choice, maybe (5.1.2-e)"
+        departs 'no mechanism is offered'
+    fi
+    asks 'AUTH CRAM-MD5' 334
+    responds 235 || departs "the right response: $ANSWER"
+    passes
+}
+judge_provider_5.1.2-d() {
+    joins
+    offers AUTH || not_observable 'EHLO does not list AUTH'
+    passes "offered in the clear: ${PARAMETERS:-nothing}"
+}
+judge_provider_5.1.2-e() {
+    joins
+    offers AUTH || not_observable 'EHLO does not list AUTH'
+    if [[ " ${PARAMETERS^^} " == *' CRAM-MD5 '* ]]; then passes 'CRAM-MD5 is on'; fi
+    passes 'CRAM-MD5 is off'
+}
+judge_provider_5.1.2-f() {
+    joins
+    if offers AUTH && [[ " ${PARAMETERS^^} " == *' EXTERNAL '* ]]; then passes 'offered'; fi
+    not_observable 'not offered in the clear, where nothing has shown yet who the customer is'
+}
+judge_provider_5.1.3-a() {
+    joins
+    asks QUIT 221
+    ends
+    passes
+}
+judge_provider_5.2-a() {
+    logs_in
+    asks ATRN "$ATRN_CODES"
+    leaves
+    logs_in
+    asks QUIT 221
+    passes
+}
+judge_provider_5.2.1-a() {
+    local list
+    for list in '' "$FIRST" "$JUDGE_DOMAINS"; do
+        logs_in
+        asks "ATRN${list:+ $list}" "$ATRN_CODES"
+        leaves
+    done
+    passes
+}
+judge_provider_5.2.1-b() {
+    joins
+    asks ATRN 530
+    asks "ATRN $FIRST" 530
+    passes
+}
+judge_provider_5.2.1-c() { not_observable 'who waits for the answer to ATRN is the customer'; }
+judge_provider_5.2.1-d() {
+    local domain
+    for domain in ${JUDGE_DOMAINS//,/ }; do injects "$domain"; done
+    fetches
+    for domain in ${JUDGE_DOMAINS//,/ }; do
+        [[ ${RECIPIENTS,,} == *"@${domain,,}>"* ]] || departs "ATRN without domains did not bring the mail for $domain"
+    done
+    passes
+}
+judge_provider_5.2.1-e() {
+    local list OURS='451 not now'
+    injects "$FIRST"
+    for list in "$FIRST,$JUDGE_FOREIGN" "$JUDGE_FOREIGN,$FIRST"; do
+        logs_in
+        if asked "ATRN $list" 250; then
+            receives
+            [ "$TAKEN$OTHERS" = 00 ] || departs "\"ATRN $list\" brought mail"
+        fi
+        leaves
+    done
+    OURS='250 OK'
+    fetches "$FIRST" # it was there all the time
+    passes
+}
+judge_provider_5.2.1-f() {
+    logs_in
+    asks "ATRN $FIRST,$JUDGE_FOREIGN" 450
+    asks "ATRN $JUDGE_FOREIGN,$FIRST" 450
+    asks "ATRN $JUDGE_FOREIGN" 450
+    passes
+}
+judge_provider_5.2.1-g() {
+    empties
+    case $CODE in
+    453) passes ;;
+    250) no_mail_after_250 || not_observable 'other mail is waiting'
+         passes '250, then QUIT (5.2.1-h)' ;;
+    45[01] | 421) not_observable "$SAID: $ANSWER" ;;
+    esac
+    departs "$SAID: $ANSWER"
+}
+# After empties: 250 led to EHLO and QUIT; false if mail that is not ours is there.
+no_mail_after_250() {
+    [ "$OTHERS" = 0 ] || return 1
+    [[ ${COMMANDS^^} =~ ^(EHLO|HELO)\ QUIT$ ]] || departs "after 250 and without mail came: ${COMMANDS:-the end of the connection}"
+}
+judge_provider_5.2.1-h() {
+    empties
+    [ "$CODE" = 453 ] && passes 'no mail: 453'
+    [ "$CODE" = 250 ] || not_observable "$SAID: $ANSWER"
+    no_mail_after_250 || not_observable 'other mail is waiting'
+    passes 'no mail: 250, then QUIT after EHLO'
+}
+judge_provider_5.2.1-i() {
+    logs_in
+    gets_past "ATRN $FIRST" "$ATRN_CODES"
+    if [ "$CODE" = 250 ]; then leaves; logs_in; fi
+    asks "ATRN $FIRST" "$ATRN_CODES"
+    if [ "$CODE" = 450 ]; then passes 'the second ATRN in a row: 450'; fi
+    passes "the second ATRN in a row: $CODE"
+}
+judge_provider_5.2.1-j() {
+    injects "$FIRST"
+    logs_in
+    turns "$JUDGE_DOMAINS" || { [ "$CODE" != 450 ] || not_observable "$SAID: $ANSWER"; departs "mail waits, and $SAID: $ANSWER"; }
+    receives
+    passes
+}
+judge_provider_5.2.1-k() { not_observable 'that access cannot be verified cannot be brought about from here'; }
+judge_provider_5.2.1-l() {
+    local list
+    for list in "$FIRST," "$FIRST, $FIRST" "$FIRST $FIRST" ",$FIRST" localhost "-${FIRST}" "$FIRST/x"; do
+        logs_in
+        asked "ATRN $list" '4..|5..|closed' || departs "$SAID: $ANSWER"
+        [ "$CODE" != 453 ] || departs "$SAID: $ANSWER"
+        leaves
+    done
+    logs_in
+    asks "atrn a-b.1.$JUDGE_FOREIGN" 450
+    asks "ATRN ${FIRST^^}" '250|450|451|453'
+    passes
+}
+judge_provider_5.3-a() {
+    injects "$FIRST"
+    logs_in
+    turned
+    quiet 1 || departs "before the customer's greeting came: $HEARD"
+    receives
+    [ -n "$COMMANDS" ] || departs 'after the greeting it closed the connection'
+    passes
+}
+judge_provider_5.3-c() {
+    injects "$FIRST"
+    fetches
+    [[ ${COMMANDS^^} =~ ^(EHLO|HELO)\  ]] || departs "after the greeting came: $COMMANDS"
+    [[ ${RECIPIENTS,,} == *"<judge@${FIRST,,}>"* ]] || departs "the recipient judge@$FIRST has become$RECIPIENTS"
+    equal_lines <(sed '1,/^$/d' "$T/ours") 'A line.' '..a dot before it' '..' 'The end.' || departs 'the text of a message came out changed, or its dots were not doubled'
+    passes
+}
+equal_lines() { local file=$1; shift; [ "$(cat "$file")" = "$(printf '%s\n' "$@")" ]; }
+judge_provider_5.4-a() {
+    local command seen=
+    joins
+    for command in NOOP VRFY 'MAIL FROM:<>' TURN FROBNICATE; do
+        asked "$command" ... || true
+        seen+="${seen:+, }${command%% *} $CODE"
+        [ "$CODE" != closed ] || break
+    done
+    passes "$seen"
+}
+judge_provider_6-a() {
+    joins
+    gets_past 'AUTH CRAM-MD5' 334
+    [[ $ANSWER != *[[:blank:]] ]] || departs 'the base64 of its challenge has a blank behind it'
+    leaves
+    injects "$FIRST"
+    fetches
+    [[ " ${COMMANDS^^} " =~ ^\ (EHLO|HELO)\ .*MAIL\ RCPT\ .*QUIT\ $ ]] || departs "the commands of the reversed session: $COMMANDS"
+    passes
+}
+judge_provider_7-a() {
+    joins
+    asks ATRN 530
+    leaves
+    logs_in
+    asks "ATRN $JUDGE_FOREIGN" 450
+    leaves
+    empties
+    [[ $CODE =~ ^($ATRN_CODES)$ ]] || departs "ATRN: $ANSWER"
+    passes "530, 450 and $CODE were seen, each in its place"
+}
+judge_provider_8-a() { not_observable 'this is one address, and others are not tried'; }
+judge_provider_8-b() {
+    joins
+    offers AUTH || departs 'EHLO does not list AUTH and its mechanisms'
+    asks 'AUTH X-NO-SUCH-MECHANISM' '[45]..|closed'
+    passes
+}
+
+# ---- Judging a customer: the scripted provider ----
+#
+# Here the function of a row is the provider: it runs once for each connection. Where one run of the customer is
+# not enough the first ends with next_scene.
+
+next_scene() { : > "$T/scene.$SCENE"; exit 0; }
+
+# provides: the provider's part until a valid ATRN has come, in ATRN; false if the customer has left before, and
+# WENT tells after what. AUTH lists MECHANISMS; CHOSEN is the first command AUTH and RESPONSE the last response.
+# VERDICT_ON_AUTH refuses even the right one.
+provides() {
+    local lines
+    trap '' PIPE
+    : > "$T/connected"
+    CHOSEN='' RESPONSE='' WENT='it was connected' LOGGED_IN=
+    tells '220 judge.example ready'
+    for ((lines = 0; lines < 100; lines++)); do
+        hears || return 1
+        WENT="\"$HEARD\""
+        case ${HEARD^^} in
+        EHLO\ *) tells '250-judge.example'; tells "250-AUTH ${MECHANISMS:-CRAM-MD5}"; tells '250 ATRN' ;;
+        HELO\ *) tells '250 judge.example' ;;
+        AUTH\ *) CHOSEN=${CHOSEN:-$HEARD}; authenticates || return 1 ;;
+        ATRN | ATRN\ *) ATRN=$HEARD; [ -z "$LOGGED_IN" ] || return 0; TOO_EARLY=1; tells '530 Authentication required' ;;
+        QUIT) tells '221 judge.example'; return 1 ;;
+        NOOP* | RSET) tells '250 OK' ;;
+        *) tells '502 not known here' ;;
+        esac
+    done
+    return 1
+}
+authenticates() {
+    local challenge='<1896.697170952@judge.example>' mechanism=${HEARD#* }
+    if ! [[ ${mechanism^^} == CRAM-MD5 && " ${MECHANISMS:-CRAM-MD5} " == *' CRAM-MD5 '* ]]; then
+        tells '504 not here'
+        return 0
+    fi
+    tells "334 $(b64 "$challenge")"
+    hears || return 1
+    RESPONSE=$HEARD WENT='its response to CRAM-MD5'
+    if [ -z "${VERDICT_ON_AUTH:-}" ] && [ "$(unb64 "$RESPONSE" 2> /dev/null | tr -d '\0')" = "$JUDGE_USER $(keyed_md5 "$(secret)" "$challenge")" ]; then
+        LOGGED_IN=1
+        tells '235 now authenticated'
+    else
+        tells "${VERDICT_ON_AUTH:-535 not with this response}"
+    fi
+}
+asks_for_mail() { provides || not_observable "it left before ATRN, after $WENT"; }
+# reverses: up to the customer's greeting.
+reverses() {
+    asks_for_mail
+    tells '250 OK now reversing the connection'
+    answers
+    [ "$CODE" = 220 ] || not_observable "no greeting after 250: $ANSWER"
+}
+
+# ---- Judging a customer: the rows ----
+
+judge_customer_4-b() {
+    asks_for_mail
+    tells '250 OK now reversing the connection'
+    answers
+    [ "$CODE" = 220 ] || departs "after 250 came: $ANSWER"
+    asks 'EHLO judge.example' 250
+    asks 'MAIL FROM:<judge@example.edu>' 250
+    asked "RCPT TO:<judge@$FIRST>" 25. || passes "its server took no mail for judge@$FIRST: $ANSWER"
+    asks DATA 354
+    say 'Subject: a message of the judge'
+    say
+    say 'The end.'
+    asked . '2..' || passes "its server did not take the message: $ANSWER"
+    asks QUIT 221
+    passes
+}
+judge_customer_5-a() {
+    local TOO_EARLY=
+    if [ "$SCENE" = 1 ]; then
+        VERDICT_ON_AUTH='535 refused' provides || true
+        [ -n "$CHOSEN" ] || not_observable "it left before AUTH, after $WENT"
+        [ -z "$TOO_EARLY" ] || departs "AUTH was refused with 535, and it said \"$ATRN\""
+        next_scene
+    fi
+    asks_for_mail
+    tells '453 You have no mail'
+    if ! hears; then passes 'after 453 it closed the connection without QUIT'; fi
+    [[ $HEARD != 220* ]] || departs "after 453 it took the roles for reversed: $HEARD"
+    tells '221 judge.example'
+    passes
+}
+judge_customer_5-b() {
+    reverses
+    asks 'EHLO judge.example' 250
+    quiet 1 || departs "the provider had not said QUIT, and came: $HEARD"
+    asks QUIT 221
+    passes
+}
+judge_customer_5.1.2-a() {
+    provides || true
+    [ -n "$CHOSEN" ] || departs "it left without AUTH, after $WENT"
+    [[ ${CHOSEN^^} == 'AUTH CRAM-MD5' ]] || departs "CRAM-MD5 is offered, and it said \"$CHOSEN\""
+    base64_text "$(without_blanks "$RESPONSE")" || departs "its response is not base64: $RESPONSE"
+    passes
+}
+judge_customer_5.1.2-c() {
+    if provides; then passes; fi
+    [ -n "$CHOSEN" ] || departs "CRAM-MD5 is offered, and it left without AUTH, after $WENT"
+    [ -n "$LOGGED_IN" ] || departs "its response to CRAM-MD5 was not the right one: $(unb64 "$RESPONSE" 2> /dev/null | tr -d '\0')"
+    passes
+}
+judge_customer_5.1.2-d() {
+    local MECHANISMS='SCRAM-SHA-256 SCRAM-SHA-1 DIGEST-MD5 CRAM-MD5 PLAIN LOGIN EXTERNAL' chosen
+    provides || true
+    [ -n "$CHOSEN" ] || not_observable "it left without AUTH, after $WENT"
+    read -r _ chosen _ <<< "$CHOSEN"
+    passes "of $MECHANISMS, in the clear, it chose $chosen"
+}
+judge_customer_5.1.2-f() {
+    local MECHANISMS=EXTERNAL
+    provides || true
+    [ -z "$CHOSEN" ] || passes "\"${CHOSEN:0:13}\""
+    not_observable 'with EXTERNAL alone on offer, and nothing to show in the clear, it did not try'
+}
+judge_customer_5.2.1-c() {
+    asks_for_mail
+    quiet "$JUDGE_ATRN_WAIT" || departs "before $JUDGE_ATRN_WAIT s of silence after ATRN were over came: $HEARD"
+    tells '453 You have no mail'
+    [ "$JUDGE_ATRN_WAIT" -ge 600 ] && passes "silent for $JUDGE_ATRN_WAIT s, and it waited"
+    not_observable "silent for $JUDGE_ATRN_WAIT s, and it waited; --atrn-wait 600 decides"
+}
+judge_customer_5.2.1-l() {
+    local label='[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?'
+    local domain="$label(\.$label)+"
+    asks_for_mail
+    [[ $ATRN =~ ^[Aa][Tt][Rr][Nn](\ $domain(,$domain)*)?$ ]] || departs "it said \"$ATRN\""
+    passes "\"$ATRN\""
+}
+judge_customer_5.3-a() {
+    asks_for_mail
+    tells '250 OK now reversing the connection'
+    answers
+    [[ $CODE =~ ^[2-5] ]] || departs "after 250 came: $ANSWER"
+    asks 'EHLO judge.example' '...'
+    [[ $CODE == 250 ]] || asks 'HELO judge.example' 250
+    asks 'RSET' '250'
+    passes
+}
+# A server that waits for EHLO where it should greet answers when EHLO comes.
+judge_customer_5.3-b() {
+    asks_for_mail
+    tells '250 OK now reversing the connection'
+    if quiet "$PATIENCE"; then
+        tells 'EHLO judge.example'
+        answers
+        departs "$PATIENCE s after 250 no greeting had come; to EHLO it said: $ANSWER"
+    fi
+    [[ $HEARD =~ ^220([ -]|$) ]] || departs "after 250 came: $HEARD"
+    passes
+}
+judge_customer_6-a() {
+    local command
+    reverses
+    [[ $RESPONSE != *[[:blank:]] ]] || departs 'the base64 of its response has a blank behind it'
+    gets_past 'EHLO judge.example' 250
+    for command in 'MAIL FROM: <judge@example.edu>' "RCPT TO: <judge@$FIRST>"; do
+        asked "$command" '25.' && continue
+        departs_if_only_the_blank "$command" "$ANSWER"
+    done
+    passes
+}
+# departs_if_only_the_blank COMMAND REPLY: with the blank it was refused; without it, too?
+departs_if_only_the_blank() {
+    gets_past "${1/: </:<}" '25.'
+    departs "\"$1\": $2"
+}
+judge_customer_8-b() {
+    local MECHANISMS='X-STRONGER CRAM-MD5'
+    if provides; then passes; fi
+    departs "X-STRONGER and CRAM-MD5 are offered, and it left after $WENT"
+}
+
+# ---- Judging: one row, and the report ----
+
+# judge_row SIDE ID: in this process, in the scratch directory $T.
+judge_row() {
+    STARTED=()
+    trap 'kill -9 "${STARTED[@]}" 2> /dev/null; wait 2> /dev/null' EXIT
+    FIRST=${JUDGE_DOMAINS%%,*}
+    export FIRST
+    fail() { not_observable "the suite itself: $*"; }
+    if [ "$1" = provider ]; then ( "judge_provider_$2" ); else customer_faces "judge_customer_$2"; fi
+}
+# customer_faces FUNCTION: starts the customer, once for each scene, and waits for the verdict on it.
+customer_faces() {
+    local customer
+    export SCENE
+    for SCENE in 1 2; do
+        rm -f "$T/connected"
+        serve "$1"
+        start_customer &
+        customer=$!
+        wait_for_customer "$customer" $(((PATIENCE * 4 + JUDGE_ATRN_WAIT) * 20))
+        wait_for_customer "$customer" 20 gone
+        kill "$customer" 2> /dev/null
+        wait "$customer"
+        [ -e "$T/scene.$SCENE" ] || break
+    done
+    [ -e "$T/verdict" ] || [ -e "$T/connected" ] || not_observable "it did not connect; it said: $(tail -n 1 "$T/customer.log")"
+}
+# wait_for_customer PID TWENTIETHS [gone]: until the scene is over, or, then, until it has left by itself. When it has
+# left first, its peer has a moment to say what that means.
+wait_for_customer() {
+    local n grace=0
+    for ((n = 0; n < $2 && grace < 60; n++)); do
+        if [ -e "$T/verdict" ] || [ -e "$T/scene.$SCENE" ]; then [ -n "${3:-}" ] || return 0; fi
+        kill -0 "$1" 2> /dev/null || { [ -e "$T/connected" ] && [ -z "${3:-}" ] || return 0; grace=$((grace + 1)); }
+        sleep 0.05
+    done
+}
+start_customer() {
+    mkdir -p "$T/scratch"
+    export ODMR_HOST=127.0.0.1 ODMR_PORT=$PORT ODMR_ADDRESS=127.0.0.1:$PORT ODMR_USER=$JUDGE_USER ODMR_SECRET
+    export ODMR_SECRET_FILE=$JUDGE_SECRET_FILE ODMR_DOMAINS=$JUDGE_DOMAINS ODMR_SCRATCH=$T/scratch
+    ODMR_SECRET=$(secret)
+    exec timeout -k 1 $((PATIENCE * 5 + JUDGE_ATRN_WAIT)) sh -c "$JUDGE_CUSTOMER" > "$T/customer.log" 2>&1 < /dev/null
+}
+
+# requirements: id, level and who, as the guide has them.
+requirements() { sed -nE 's/^  ([4-8][0-9.]*-[a-z])  ([MNmp])  (provider|customer|both|site)$/\1 \2 \3/p' "$here/RFC2645.txt"; }
+# judged_here SIDE WHO
+judged_here() { [ "$2" = both ] || [ "$2" = "$1" ] || [ "$1 $2" = 'provider site' ]; }
+
+# judge_all SIDE: a line "level TAB id TAB verdict TAB text" for each requirement, or for each of JUDGE_ONLY.
+judge_all() {
+    local id level who dir
+    while read -r id level who <&3; do
+        [ -z "$JUDGE_ONLY" ] || [[ ,$JUDGE_ONLY, == *",$id,"* ]] || continue
+        if ! judged_here "$1" "$who"; then printf '%s\t%s\tn/a\tasked of the %s\n' "$level" "$id" "$who"; continue; fi
+        dir=$JUDGE_DIR/$id
+        mkdir "$dir"
+        timeout -k 2 $((PATIENCE * 8 + JUDGE_ATRN_WAIT)) bash "$self" --judge "$1" "$id" "$dir" > "$dir/log" 2>&1 < /dev/null
+        [ -s "$dir/verdict" ] || printf 'not observable\tit took too long, or the suite itself failed\n' > "$dir/verdict"
+        printf '%s\t%s\t%s\n' "$level" "$id" "$(cat "$dir/verdict")"
+        [ "$1" != customer ] || grep -q '^not observable.it did not connect' "$dir/verdict" || : > "$JUDGE_DIR/met"
+        [ "$1" != customer ] || [ -e "$JUDGE_DIR/met" ] || { cut -f 2 "$dir/verdict" > "$JUDGE_DIR/absent"; return; }
+    done 3< <(requirements)
+}
+
+# report TITLE FILE: what judge_all has found, the MUSTs apart from prose and from permitted choices.
+report() {
+    local class
+    if [ "$JUDGE_REPORT" = markdown ]; then echo "# $1"; else echo "$1"; fi
+    for class in MN p m; do
+        grep -q "^[$class]" "$2" || continue
+        echo
+        heading "$class"
+        while IFS=$'\t' read -r level id verdict text; do report_line "$level" "$id" "$verdict" "$text"; done < <(grep "^[$class]" "$2")
+    done
+    echo
+    awk -F '\t' '{ n[($1 == "N" ? "M" : $1), $3]++ } END {
+        printf "MUST and MUST NOT: %d pass, %d fail, %d not observable. ", n["M", "pass"], n["M", "fail"], n["M", "not observable"]
+        printf "Prose: %d pass, %d fail, %d not observable.\n", n["p", "pass"], n["p", "fail"], n["p", "not observable"] }' "$2"
+}
+heading() {
+    local -A text=([MN]='MUST and MUST NOT: a failure is a breach of the standard' [p]='Plain prose: a failure is a departure from what the standard describes'
+        [m]='MAY: permitted choices, and which was seen')
+    if [ "$JUDGE_REPORT" = markdown ]; then printf '## %s\n\n| id | level | verdict | seen |\n|---|---|---|---|\n' "${text[$1]}"; else echo "${text[$1]}"; fi
+}
+report_line() {
+    local -A level=([M]=MUST [N]='MUST NOT' [p]=prose [m]=MAY)
+    if [ "$JUDGE_REPORT" = markdown ]; then
+        printf '| %s | %s | %s | %s |\n' "$2" "${level[$1]}" "$3" "$(sed -e 's/[]\\`*_[|]/\\&/g' -e 's/&/\&amp;/g' -e 's/</\&lt;/g' <<< "$4")"
+    else
+        printf '%-8s %-9s %-15s%s\n' "$2" "${level[$1]}" "$3" "$4" | sed 's/ *$//'
+    fi
+}
+
+# reach_provider: exits if there is nobody to be judged.
+reach_provider() {
+    local code=0 greeting
+    greeting=$(timeout "$PATIENCE" bash -c 'exec 3<> "/dev/tcp/$0/$1" || exit 69; IFS= read -r -n 400 line <&3 || exit 75; echo "$line"' \
+        "$JUDGE_HOST" "$JUDGE_PORT" 2> /dev/null) || code=$?
+    if [ "$code" = 0 ] && [[ $greeting == 4* ]]; then code=75; elif [ "$code" = 0 ] && [[ $greeting == 5* ]]; then code=69; fi
+    case $code in
+    0) return ;;
+    69) echo "$JUDGE_HOST:$JUDGE_PORT cannot be reached${greeting:+: $(printed "$greeting")}" >&2; exit 69 ;;
+    *) echo "$JUDGE_HOST:$JUDGE_PORT does not serve us now${greeting:+: $(printed "$greeting")}" >&2; exit 75 ;;
+    esac
+}
+
+judge_usage() {
+    cat >&2 << END
+$self: $1
+usage: $0 [--list] [NAME...]
+       $0 --provider HOST:PORT --user NAME --secret-file FILE --domains A,B --foreign-domain C
+           [--inject COMMAND] [--only ID,...] [--report markdown]
+       $0 --customer COMMAND [--atrn-wait SECONDS] [--only ID,...] [--report markdown]
+README, "Judging another implementation", explains them.
+END
+    exit 64
+}
+# The options into JUDGE_ variables, which the rows' processes inherit.
+judge_options() {
+    local name='[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?' domain
+    domain="$name(\.$name)+"
+    export JUDGE_USER=example.org JUDGE_SECRET_FILE='' JUDGE_DOMAINS=example.org,example.com JUDGE_FOREIGN='' JUDGE_INJECT='' JUDGE_REPORT='' JUDGE_ONLY='' \
+        JUDGE_ATRN_WAIT=20 JUDGE_CUSTOMER='' JUDGE_HOST='' JUDGE_PORT='' JUDGE_DIR JUDGE_TOKEN="odmr-judge-$$-$RANDOM$RANDOM"
+    local given=' '
+    while [ $# -gt 0 ]; do
+        [ $# -gt 1 ] || judge_usage "$1 takes a value"
+        case $1 in
+        --provider) JUDGE_HOST=${2%:*} JUDGE_PORT=${2##*:}; JUDGE_HOST=${JUDGE_HOST#[}; JUDGE_HOST=${JUDGE_HOST%]}
+            [[ $JUDGE_HOST =~ ^[A-Za-z0-9.:_-]+$ && $JUDGE_PORT =~ ^[0-9]{1,5}$ ]] || judge_usage "$2 is no HOST:PORT" ;;
+        --customer) JUDGE_CUSTOMER=$2 ;;
+        --user) JUDGE_USER=$2 ;;
+        --secret-file) JUDGE_SECRET_FILE=$2; [ -s "$2" ] && [ -r "$2" ] || judge_usage "$2 cannot be read, or is empty" ;;
+        --domains) JUDGE_DOMAINS=$2; [[ $2 =~ ^$domain(,$domain)*$ ]] || judge_usage "$2 is no list of domains" ;;
+        --foreign-domain) JUDGE_FOREIGN=$2; [[ $2 =~ ^$domain$ ]] || judge_usage "$2 is no domain" ;;
+        --inject) JUDGE_INJECT=$2 ;;
+        --atrn-wait) JUDGE_ATRN_WAIT=$2; [[ $2 =~ ^[1-9][0-9]{0,4}$ ]] || judge_usage "$2 is no number of seconds" ;;
+        --only) JUDGE_ONLY=$2; [ -z "$(tr , '\n' <<< "$2" | grep -vxF "$(requirements | cut -d ' ' -f 1)")" ] || judge_usage "$2 are not ids of RFC2645.txt" ;;
+        --report) JUDGE_REPORT=$2; [ "$2" = markdown ] || judge_usage "$2 is no form of report" ;;
+        *) judge_usage "$1 is not known" ;;
+        esac
+        given+="$1 "
+        shift 2
+    done
+    local option need=' --user --secret-file --domains --foreign-domain ' not=' --atrn-wait '
+    [ -z "$JUDGE_CUSTOMER" ] || { not="$need --inject "; need=' '; }
+    for option in $need; do [[ $given == *" $option "* ]] || judge_usage "$option is missing"; done
+    for option in $not; do [[ $given != *" $option "* ]] || judge_usage "$option does not go with this"; done
+    [[ $given == *' --provider '* ]] || [[ $given == *' --customer '* ]] || judge_usage '--provider or --customer is missing'
+    [ -z "$JUDGE_CUSTOMER" ] || [ -z "$JUDGE_HOST" ] || judge_usage 'either --provider or --customer'
+}
+
+# judge OPTION...: the whole run; its exit status says whether a MUST or MUST NOT failed.
+judge() {
+    local side=provider title
+    judge_options "$@"
+    JUDGE_DIR=$(mktemp -d "${TMPDIR:-/tmp}/odmr-judge-XXXXXX")
+    trap 'rm -rf "$JUDGE_DIR"' EXIT
+    if [ -n "$JUDGE_CUSTOMER" ]; then
+        side=customer title="The customer $(printed "$JUDGE_CUSTOMER"), by RFC 2645"
+        JUDGE_SECRET_FILE=$JUDGE_DIR/secret
+        (umask 077; echo tanstaaf > "$JUDGE_SECRET_FILE")
+    else
+        title="The provider $JUDGE_HOST:$JUDGE_PORT, by RFC 2645"
+        reach_provider
+    fi
+    judge_all "$side" > "$JUDGE_DIR/rows"
+    if [ -e "$JUDGE_DIR/absent" ]; then printed "$(cat "$JUDGE_DIR/absent")" >&2; exit 69; fi
+    report "$title" "$JUDGE_DIR/rows"
+    ! grep -q $'^[MN]\t[^\t]*\tfail' "$JUDGE_DIR/rows"
+}
+
 # ---- The guide -------------------------------------------------------------------------------------------
 
 # ids: each requirement that is named in the text on standard input, once.
@@ -3268,13 +4133,14 @@ run_one() {
 
 main() {
     local name results tests=()
-    [ -x "$ODMR" ] || { echo "$ODMR is not there; run make first" >&2; exit 2; }
     case ${1:-} in
     --list) list_tests; exit ;;
+    --judge) T=$4; judge_row "$2" "$3"; exit ;;
     --one) run_one "$2"; exit ;;
     --peer) run_peer "$2" "$3"; exit ;;
-    -*) echo "usage: $0 [--list] [NAME...]" >&2; exit 64 ;;
+    -*) judge "$@"; exit ;;
     esac
+    [ -x "$ODMR" ] || { echo "$ODMR is not there; run make first" >&2; exit 2; }
     if [ $# -gt 0 ]; then
         for name; do
             declare -F "$name" > /dev/null || { echo "$name: no such test; see $0 --list" >&2; exit 64; }
