@@ -3758,7 +3758,8 @@ judge_customer_5.1.2-f() {
 }
 judge_customer_5.2.1-c() {
     asks_for_mail
-    quiet "$JUDGE_ATRN_WAIT" || departs "before $JUDGE_ATRN_WAIT s of silence after ATRN were over came: $HEARD"
+    SECONDS=0
+    quiet "$JUDGE_ATRN_WAIT" || departs "ATRN had no answer yet, and after $SECONDS s came: $HEARD"
     tells '453 You have no mail'
     [ "$JUDGE_ATRN_WAIT" -ge 600 ] && passes "silent for $JUDGE_ATRN_WAIT s, and it waited"
     not_observable "silent for $JUDGE_ATRN_WAIT s, and it waited; --atrn-wait 600 decides"
