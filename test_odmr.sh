@@ -3374,7 +3374,8 @@ judge_provider_5-a() {
     if ! responds closed 'a wrong secret'; then
         [ "$CODE" != 235 ] || departs 'a wrong secret: 235'
         asks ATRN '5..|421|closed'
-        [[ $CODE != 5* ]] || { asks QUIT 221; ends; }
+        [[ $CODE != 5* ]] || asks QUIT '221|421|closed'
+        [ "$CODE" != 221 ] || ends
     fi
     leaves
     logs_in
@@ -3487,16 +3488,18 @@ judge_provider_5.2-a() {
 }
 judge_provider_5.2.1-a() {
     local list
-    logs_in
     for list in '' "$FIRST" "$JUDGE_DOMAINS"; do
+        logs_in
         asks "ATRN${list:+ $list}" "$ATRN_CODES"
-        [ "$CODE" != 250 ] || { leaves; logs_in; }
+        leaves
     done
     passes
 }
 judge_provider_5.2.1-b() {
     joins
     asks ATRN 530
+    leaves
+    joins
     asks "ATRN $FIRST" 530
     passes
 }
@@ -3526,10 +3529,12 @@ judge_provider_5.2.1-e() {
     passes
 }
 judge_provider_5.2.1-f() {
-    logs_in
-    asks "ATRN $FIRST,$JUDGE_FOREIGN" 450
-    asks "ATRN $JUDGE_FOREIGN,$FIRST" 450
-    asks "ATRN $JUDGE_FOREIGN" 450
+    local list
+    for list in "$FIRST,$JUDGE_FOREIGN" "$JUDGE_FOREIGN,$FIRST" "$JUDGE_FOREIGN"; do
+        logs_in
+        asks "ATRN $list" 450
+        leaves
+    done
     passes
 }
 judge_provider_5.2.1-g() {
@@ -3557,7 +3562,8 @@ judge_provider_5.2.1-h() {
 judge_provider_5.2.1-i() {
     logs_in
     gets_past "ATRN $FIRST" "$ATRN_CODES"
-    if [ "$CODE" = 250 ]; then leaves; logs_in; fi
+    leaves
+    logs_in
     asks "ATRN $FIRST" "$ATRN_CODES"
     if [ "$CODE" = 450 ]; then passes 'the second ATRN in a row: 450'; fi
     passes "the second ATRN in a row: $CODE"
@@ -3673,7 +3679,8 @@ provides() {
     return 1
 }
 authenticates() {
-    local challenge mechanism=${HEARD#* }
+    local challenge mechanism
+    mechanism=$(without_blanks "${HEARD#* }")
     if ! [[ ${mechanism^^} == CRAM-MD5 && " ${MECHANISMS:-CRAM-MD5} " == *' CRAM-MD5 '* ]]; then
         tells '504 not here'
         return 0
@@ -3698,6 +3705,13 @@ reverses() {
     [ "$CODE" = 220 ] || not_observable "no greeting after 250: $ANSWER"
 }
 
+# hello: what any SMTP server answers.
+hello() {
+    asked 'EHLO judge.example' 250 && return
+    [[ $CODE == 5* ]] || departs "$SAID: $ANSWER"
+    asks 'HELO judge.example' 250
+}
+
 # ---- Judging a customer: the rows ----
 
 judge_customer_4-b() {
@@ -3705,7 +3719,7 @@ judge_customer_4-b() {
     tells '250 OK now reversing the connection'
     answers
     [ "$CODE" = 220 ] || departs "after 250 came: $ANSWER"
-    asks 'EHLO judge.example' 250
+    hello
     asks 'MAIL FROM:<judge@example.edu>' 250
     asked "RCPT TO:<judge@$FIRST>" 25. || passes "its server took no mail for judge@$FIRST: $ANSWER"
     asks DATA 354
@@ -3733,7 +3747,7 @@ judge_customer_5-a() {
 }
 judge_customer_5-b() {
     reverses
-    asks 'EHLO judge.example' 250
+    hello
     quiet 1 || departs "the provider had not said QUIT, and came: $HEARD"
     asks QUIT 221
     passes
@@ -3741,7 +3755,7 @@ judge_customer_5-b() {
 judge_customer_5.1.2-a() {
     provides || true
     [ -n "$CHOSEN" ] || departs "it left without AUTH, after $WENT"
-    [[ ${CHOSEN^^} == 'AUTH CRAM-MD5' ]] || departs "CRAM-MD5 is offered, and it said \"$CHOSEN\""
+    [[ ${CHOSEN^^} =~ ^AUTH\ CRAM-MD5\ *$ ]] || departs "CRAM-MD5 is offered, and it said \"$CHOSEN\""
     base64_text "$(without_blanks "$RESPONSE")" || departs "its response is not base64: $RESPONSE"
     passes
 }
@@ -3784,9 +3798,8 @@ judge_customer_5.3-a() {
     tells '250 OK now reversing the connection'
     answers
     [[ $CODE =~ ^[2-5] ]] || departs "after 250 came: $ANSWER"
-    asks 'EHLO judge.example' '...'
-    [[ $CODE == 250 ]] || asks 'HELO judge.example' 250
-    asks 'RSET' '250'
+    hello
+    asks RSET 250
     passes
 }
 # A server that waits for EHLO where it should greet answers when EHLO comes.
@@ -3805,7 +3818,7 @@ judge_customer_6-a() {
     local command
     reverses
     [[ $RESPONSE != *[[:blank:]] ]] || departs 'the base64 of its response has a blank behind it'
-    gets_past 'EHLO judge.example' 250
+    hello
     for command in 'MAIL FROM: <judge@example.edu>' "RCPT TO: <judge@$FIRST>"; do
         asked "$command" '25.' && continue
         departs_if_only_the_blank "$command" "$ANSWER"
@@ -3971,7 +3984,7 @@ judge_options() {
         case $1 in
         --provider) JUDGE_HOST=${2%:*} JUDGE_PORT=${2##*:}; JUDGE_HOST=${JUDGE_HOST#[}; JUDGE_HOST=${JUDGE_HOST%]}
             [[ $JUDGE_HOST =~ ^[A-Za-z0-9.:_-]+$ && $JUDGE_PORT =~ ^[0-9]{1,5}$ ]] || judge_usage "$2 is no HOST:PORT" ;;
-        --customer) JUDGE_CUSTOMER=$2 ;;
+        --customer) JUDGE_CUSTOMER=$2; [ -n "$2" ] || judge_usage 'there is no customer to start' ;;
         --user) JUDGE_USER=$2 ;;
         --secret-file) JUDGE_SECRET_FILE=$2; [ -s "$2" ] && [ -r "$2" ] || judge_usage "$2 cannot be read, or is empty" ;;
         --domains) JUDGE_DOMAINS=$2; [[ $2 =~ ^$domain(,$domain)*$ ]] || judge_usage "$2 is no list of domains" ;;
@@ -4093,6 +4106,7 @@ t_judge_options_and_exits() {
 --frob
 --user a
 --customer
+--customer ''
 --customer true --inject true
 --customer true --only 5.4-a,4
 --customer true --atrn-wait 0
@@ -4116,6 +4130,32 @@ t_judge_prints_nothing_raw() {
     equal "$(tr -d '\n -~' < "$T/out")" ''
 }
 peer_hostile() { say '220 x'; expect_line '^EHLO'; say '250-x'; say '250-AUTH CRAM-MD5'; say '250 ATRN'; expect_line '^ATRN$'; say $'503 \e[2J | <b>\\\xe9'; }
+
+# Mail that the judge has not sent is put off, and stays.
+t_judge_takes_only_its_own() {
+    provider
+    letter one | put 1.a a@example.edu eva@example.org
+    judged_provider 0 --only 4-e,5.2.1-g,5.2.1-h
+    equal "$(verdicts pass)" '4-e '
+    has "$T/out" '^5\.2\.1-g  prose     not observable other mail is waiting$'
+    equal "$(waiting)" 1
+}
+# Nobody is waited for without end, neither who is silent nor who never comes to an end.
+t_judge_waits_for_nobody_without_end() {
+    local JUDGE_PATIENCE=1
+    serve peer_mute
+    echo x > "$T/secret"
+    judged 0 --provider "127.0.0.1:$PORT" --user a --secret-file "$T/secret" --domains a.example --foreign-domain b.example --only 5.2.1-b
+    has "$T/out" '^5\.2\.1-b  MUST      not observable silent for 1 s after "EHLO a.example"$'
+    serve peer_endless
+    judged 0 --provider "127.0.0.1:$PORT" --user a --secret-file "$T/secret" --domains a.example --foreign-domain b.example --only 5.2.1-b
+    has "$T/out" '^5\.2\.1-b  MUST      not observable it took longer than 6 s$'
+    judged 0 --customer 'exec bash -c "exec 3<> /dev/tcp/$ODMR_HOST/$ODMR_PORT; sleep 100"' \
+        --only 5.1.2-c
+    has "$T/out" '^5\.1\.2-c  MUST      not observable silent for 1 s after "220 judge.example ready"$'
+}
+peer_mute() { say '220 x'; expect_line '^EHLO'; sleep 5; }
+peer_endless() { say '220 x'; expect_line '^EHLO'; while say 250-x 2> /dev/null; do sleep 0.1; done; }
 
 # mutant FROM TO [FROM TO]...: ODMR is a copy of our program in which each FROM, which must stand in odmr.c exactly once,
 # is TO. It is made anew only when something has changed: they are kept by the calling test and their number in it.
@@ -4228,7 +4268,7 @@ t_judge_a_lawful_stranger() {
     send_line(s, "250-AUTH%s", list);' 'send_line(s, "250-hello there"); send_line(s, "250-x-odd 1 2 3"); send_line(s, "250-atrn"); send_line(s, "250-PIPELINING"); send_line(s, "250-auth%s", list);' \
         'send_line(s, "250 ATRN");' 'send_line(s, "250 HELP");' \
         'send_line(s, "235 now authenticated as %s", account->name);' 'send_line(s, "235-2.7.0"); send_line(s, "235");' \
-        'refuse(s, "530 Authentication required");' 'refuse(s, "530");' \
+        'refuse(s, "530 Authentication required");' '{ refuse(s, "530"); return LATER; }' \
         'if (++s->auth_failures >= AUTH_FAILURES)' 'if (true)' \
         'refuse(s, "501 Authentication cancelled");' 'return refuse(s, "501 5.7.0 well then"), LATER;' \
         'verb_is(s, "NOOP") ||' 'false ||' \
