@@ -1,6 +1,7 @@
 # make            ./odmr                      make demo       a whole session on this machine
 # make check      the tests                   make install    PREFIX=/usr/local DESTDIR=
 # make check SANITIZE=address|thread          make bench      how fast it is
+# make torture    cuts, kills, failures, hostile peers; TIME=SECONDS for how long
 # make uninstall, make clean, make help
 
 CC       = cc
@@ -16,7 +17,7 @@ sanitizers = $(if $(filter address,$(SANITIZE)),address$(comma)undefined,$(SANIT
 comma    := ,
 
 .DELETE_ON_ERROR:
-.PHONY: all demo check bench install uninstall clean help build/odmr-provider.service build/odmr-customer.service
+.PHONY: all demo check torture bench install uninstall clean help build/odmr-provider.service build/odmr-customer.service
 
 all: odmr
 
@@ -121,6 +122,25 @@ build/proxy build/bench: build/%: .ci/%.c
 	@mkdir -p build
 	$(COMPILE) -o $@ $< $(LIBS)
 
+build/crowd: .ci/crowd.c
+	@mkdir -p build
+	$(COMPILE) -o $@ $< -lcrypto
+
+build/fail.so: .ci/fail.c
+	@mkdir -p build
+	$(COMPILE) -fPIC -shared -o $@ $<
+
+# odmr with the same in it, and watched: no leak, whatever fails.
+FAILING = accept4 calloc connect fclose fdopen fdopendir fflush flock fstat fstatat fsync futimens fwrite malloc mkdirat \
+  openat poll posix_spawnp pread pthread_create readdir realloc recv renameat send socket strdup tmpfile unlinkat
+build/failing: odmr.c odmr.h .ci/fail.c build/openssl
+	$(COMPILE) -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -DWRAPPED \
+	  $(FAILING:%=-Wl,--wrap=%) -o $@ odmr.c .ci/fail.c $(LIBS)
+
+# In a minute and a half, or in TIME seconds; TESTS: these parts only; SEED: of the random moments.
+torture: odmr build/proxy build/crowd build/fail.so build/failing
+	./test_odmr.sh --torture $(TIME) $(TESTS)
+
 ifdef SANITIZE
 check: odmr build/$(SANITIZE)/odmr build/proxy
 	SANITIZED=1 ODMR=build/$(SANITIZE)/odmr ./test_odmr.sh $(TESTS)
@@ -146,4 +166,4 @@ bench: odmr build/bench build/proxy
 	.ci/bench $(SCALE)
 
 help:
-	@sed -n '1,4s/^# //p' Makefile
+	@sed -n '1,5s/^# //p' Makefile

@@ -496,24 +496,26 @@ static long tls_bio_control(BIO *bio, int command, long number, void *pointer)
     return command == BIO_CTRL_FLUSH; /* nothing is kept back, so there is nothing to flush */
 }
 
+/* Made with the first of our contexts. Not with the first session: what fails once under pthread_once() has
+ * failed for good, and that moment's lack of memory would be the end of TLS. */
 static BIO_METHOD *tls_bio_method;
 
-static void make_tls_bio_method(void)
+static bool make_tls_bio_method(void)
 {
+    if (tls_bio_method)
+        return true;
     tls_bio_method = BIO_meth_new(BIO_TYPE_SOURCE_SINK | BIO_get_new_index(), "odmr stream");
-    if (tls_bio_method) {
-        BIO_meth_set_read(tls_bio_method, tls_bio_read);
-        BIO_meth_set_write(tls_bio_method, tls_bio_write);
-        BIO_meth_set_ctrl(tls_bio_method, tls_bio_control);
-    }
+    if (!tls_bio_method)
+        return false;
+    BIO_meth_set_read(tls_bio_method, tls_bio_read);
+    BIO_meth_set_write(tls_bio_method, tls_bio_write);
+    BIO_meth_set_ctrl(tls_bio_method, tls_bio_control);
+    return true;
 }
 
 static BIO *new_tls_bio(struct stream *s)
 {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    BIO *bio;
-    pthread_once(&once, make_tls_bio_method);
-    bio = tls_bio_method ? BIO_new(tls_bio_method) : NULL;
+    BIO *bio = BIO_new(tls_bio_method);
     if (bio) {
         BIO_set_data(bio, s);
         BIO_set_init(bio, 1);
@@ -1015,7 +1017,7 @@ static SSL_CTX *tls_context(const SSL_METHOD *method, const char *cert, const ch
     if (context)
         SSL_CTX_set_default_passwd_cb(context, no_pass_phrase);
     ERR_clear_error();
-    if (!context || SSL_CTX_set_min_proto_version(context, TLS1_2_VERSION) != 1) {
+    if (!make_tls_bio_method() || !context || SSL_CTX_set_min_proto_version(context, TLS1_2_VERSION) != 1) {
         explain_tls(why, size, "TLS");
     } else if (cert && SSL_CTX_use_certificate_chain_file(context, cert) != 1) {
         explain_tls(why, size, cert);
@@ -1506,7 +1508,7 @@ void envelope_open(struct envelope_reader *r, int fd)
     r->line[0] = '\0';
     r->rest = r->line;
     r->wrong = NULL;
-    r->failed = false;
+    r->unreadable = false;
 }
 
 /* The next line without its end; false at the end of the file, or when it cannot be read. */
@@ -1517,7 +1519,9 @@ static bool envelope_line(struct envelope_reader *r)
         char c;
         if (r->at == r->filled) {
             ssize_t got = pread(r->fd, r->data, sizeof r->data, r->next_read);
-            r->failed |= got < 0;
+            r->unreadable |= got < 0;
+            if (got < 0)
+                r->wrong = "the file cannot be read";
             if (got <= 0)
                 break;
             r->next_read += got;
@@ -1531,7 +1535,7 @@ static bool envelope_line(struct envelope_reader *r)
         if (c == '\n')
             break;
     }
-    if (n == 0 || r->failed)
+    if (n == 0 || r->unreadable)
         return false;
     r->line_size = (off_t)n;
     r->line_cut = n > sizeof r->line - 1;
@@ -1830,9 +1834,15 @@ bool clean_domain(void *context, int queue, const char *domain)
 
 static enum result message_hold(struct message *m, const char *why)
 {
-    if (!m->held)
-        m->held = why;
+    m->held = why;
     return REFUSED;
+}
+
+/* It may be a good message: that this machine has no memory or its disk no answer must never hold it. */
+static enum result message_trouble(struct message *m, const char *why)
+{
+    m->trouble = why;
+    return LATER;
 }
 
 /* First walk over the envelope: which field names the recipients, who is the sender, where the message
@@ -1854,8 +1864,8 @@ static enum result message_read_envelope(struct message *m)
             m->utf8 = !ascii(address);
         }
     }
-    if (r.failed)
-        return LATER;
+    if (r.unreadable)
+        return message_trouble(m, r.wrong);
     if (r.wrong)
         return message_hold(m, r.wrong);
     m->start = r.end;
@@ -1883,7 +1893,7 @@ static enum result message_read_recipients(struct message *m)
     struct envelope_reader r;
     m->fate = calloc(m->recipients, 1);
     if (!m->fate)
-        return LATER;
+        return message_trouble(m, "out of memory for its recipients");
     envelope_open(&r, m->fd);
     for (size_t i = 0; i < m->recipients && message_next_recipient(m, &r, address, sizeof address); i++) {
         const char *domain = mailbox_domain(address);
@@ -1896,8 +1906,8 @@ static enum result message_read_recipients(struct message *m)
             ours++;
         }
     }
-    if (r.failed)
-        return LATER;
+    if (r.unreadable)
+        return message_trouble(m, r.wrong);
     return ours > 0 ? DONE : message_hold(m, "its recipients belong to another domain");
 }
 
@@ -1909,9 +1919,9 @@ enum result message_open(struct message *m, int queue, const char *path)
     if (m->fd < 0 && (errno == ELOOP || errno == EISDIR || errno == ENXIO))
         return message_hold(m, "not a regular file");
     if (m->fd < 0)
-        return errno == ENOENT ? REFUSED : LATER;
+        return errno == ENOENT ? REFUSED : message_trouble(m, "it cannot be opened");
     if (fstat(m->fd, &st) < 0)
-        return LATER;
+        return message_trouble(m, "nothing can be learnt of it");
     if (!S_ISREG(st.st_mode))
         return message_hold(m, "not a regular file");
     m->size = st.st_size;
@@ -2007,19 +2017,17 @@ enum result message_claim(struct message *m, int queue, const char *path)
     enum result result = message_open(m, queue, path);
     if (result != DONE)
         return result;
-    if (flock(m->fd, LOCK_EX | LOCK_NB) < 0)
-        return LATER; /* another session is at work on it */
+    if (flock(m->fd, LOCK_EX | LOCK_NB) < 0) /* mostly because another session is at work on it */
+        return errno == EWOULDBLOCK ? LATER : message_trouble(m, "it cannot be locked");
     /* Claimed; but is this file still what the name stands for? Another session may have finished with it between
      * our open and our lock, and left in its place what is still owed. */
     if (fstatat(queue, path, &st, AT_SYMLINK_NOFOLLOW) < 0)
-        return errno == ENOENT ? REFUSED : LATER;
-    if (st.st_ino != m->inode || st.st_dev != m->device) {
-        errno = EWOULDBLOCK;
+        return errno == ENOENT ? REFUSED : message_trouble(m, "its name cannot be looked up");
+    if (st.st_ino != m->inode || st.st_dev != m->device)
         return LATER;
-    }
     result = message_read(m);
     if (result == DONE && !message_scan(m))
-        result = LATER;
+        result = message_trouble(m, "it cannot be read to its end");
     return result;
 }
 
@@ -2105,7 +2113,7 @@ static bool write_part(const struct message *m, bool refused, FILE *out)
         fwrite(data, 1, (size_t)n, out);
         at += n;
     }
-    return n == 0 && !r.failed && fflush(out) == 0 && !ferror(out) && fsync(fileno(out)) == 0;
+    return n == 0 && !r.wrong && fflush(out) == 0 && !ferror(out) && fsync(fileno(out)) == 0;
 }
 
 /* Written to tmp, under a name of its own, and on disk before the name leads to it, so that a crash leaves either
@@ -2381,6 +2389,7 @@ static enum result auth_succeeded(struct session *s, const struct account *accou
 
 static enum result auth_unavailable(struct session *s)
 {
+    log_event(s, "authentication is not possible just now: OpenSSL cannot compute");
     send_line(s, "454 Temporary authentication failure");
     return REFUSED;
 }
@@ -2414,8 +2423,9 @@ static enum result auth_cram_md5(struct session *s, const char *initial)
     *theirs++ = '\0';
     account = account_find(s->accounts, s->response);
     known = account && !account_verifier(account, &verifier);
-    if (cram_md5_digest(digest, known ? account->secret : NOBODYS_SECRET, text) &&
-        CRYPTO_memcmp(digest, theirs, 32) == 0 && known) {
+    if (!cram_md5_digest(digest, known ? account->secret : NOBODYS_SECRET, text))
+        return auth_unavailable(s);
+    if (CRYPTO_memcmp(digest, theirs, 32) == 0 && known) {
         s->io.line_records = true; /* it may be fetchmail, which knows no other mechanism */
         return auth_succeeded(s, account, "CRAM-MD5");
     }
@@ -2556,15 +2566,15 @@ static bool scram_client_first(struct session *s, struct scram_exchange *x)
 }
 
 /* "c=" header and channel "," "r=" nonce "," "p=" proof: the first two must be what they were, and the
- * proof must be made of the right secret. */
-static bool scram_proof_right(struct session *s, struct scram_exchange *x, const struct verifier *v)
+ * proof must be made of the right secret. LATER: OpenSSL failed, which says nothing about the secret. */
+static enum result scram_check_proof(struct session *s, struct scram_exchange *x, const struct verifier *v)
 {
     char bound[sizeof x->header + EVP_MAX_MD_SIZE], wanted[BASE64_SIZE(sizeof bound) + 1];
     char value[BASE64_SIZE(sizeof bound) + 1], *proof = strstr(s->response, ",p="), decoded[64];
     unsigned char client[32], stored[32];
     size_t n = strlen(x->header);
     if (!proof || strlen(s->response) != (size_t)s->response_len)
-        return false;
+        return REFUSED;
     *proof = '\0';
     memcpy(bound, x->header, n);
     memcpy(bound + n, x->binding, x->binding_len);
@@ -2572,12 +2582,13 @@ static bool scram_proof_right(struct session *s, struct scram_exchange *x, const
     if (!scram_attribute(s->response, 'c', value, sizeof value) || strcmp(value, wanted) != 0 ||
         !scram_attribute(s->response, 'r', value, sizeof value) || strcmp(value, x->nonce) != 0 ||
         (size_t)snprintf(x->auth_message, sizeof x->auth_message, "%s,%s,%s", x->bare, x->server_first,
-                         s->response) >= sizeof x->auth_message)
-        return false;
-    return base64_decode(decoded, sizeof decoded, proof + 3) == 32 &&
-           scram_mask(&v->keys, x->auth_message, (unsigned char *)decoded, client) &&
-           EVP_Digest(client, sizeof client, stored, NULL, EVP_sha256(), NULL) == 1 &&
-           CRYPTO_memcmp(stored, v->keys.stored, sizeof stored) == 0;
+                         s->response) >= sizeof x->auth_message ||
+        base64_decode(decoded, sizeof decoded, proof + 3) != 32)
+        return REFUSED;
+    if (!scram_mask(&v->keys, x->auth_message, (unsigned char *)decoded, client) ||
+        EVP_Digest(client, sizeof client, stored, NULL, EVP_sha256(), NULL) != 1)
+        return LATER;
+    return CRYPTO_memcmp(stored, v->keys.stored, sizeof stored) == 0 ? DONE : REFUSED;
 }
 
 /* Our half of the nonce, the salt and the count: the challenge. */
@@ -2612,9 +2623,10 @@ static enum result auth_scram(struct session *s, const char *initial, bool plus)
     got = challenge(s, x.server_first);
     if (got != DONE)
         return got;
-    if (!scram_proof_right(s, &x, &v) || !account_find(s->accounts, x.name))
+    got = scram_check_proof(s, &x, &v);
+    if (got == REFUSED || !account_find(s->accounts, x.name))
         return auth_failed(s, x.name);
-    if (!hmac_sha256(v.keys.server, sizeof v.keys.server, x.auth_message, signature))
+    if (got == LATER || !hmac_sha256(v.keys.server, sizeof v.keys.server, x.auth_message, signature))
         return auth_unavailable(s);
     base64_encode(final + 2, signature, sizeof signature);
     got = challenge(s, final);
@@ -2797,30 +2809,31 @@ static enum result claim_next(struct session *s, struct backlog *b, struct messa
 {
     enum result result = REFUSED;
     struct message *m = malloc(sizeof *m);
-    const char *path = NULL;
-    int problem = 0;
+    const char *busy = NULL;
     *claimed = NULL;
-    if (!m)
+    if (!m) {
+        log_event(s, "out of memory; the mail that waits stays queued");
         return LATER;
+    }
     while (b->next < b->count) {
-        enum result got = message_claim(m, b->queue, b->list[b->next].path);
-        problem = got == LATER ? errno : problem;
-        path = got == LATER || !path ? b->list[b->next].path : path;
-        b->next++;
+        enum result got = message_claim(m, b->queue, b->list[b->next++].path);
         if (got == DONE) {
             *claimed = m;
             return DONE;
         }
-        if (got == LATER)
-            result = LATER;
         if (m->held)
             log_event(s, "held %s: %s", m->path, m->held);
+        else if (m->trouble)
+            log_event(s, "cannot send %s now: %s (%s)", m->path, m->trouble, strerror(errno));
+        else if (got == LATER)
+            busy = m->path;
+        if (got == LATER)
+            result = LATER;
         message_close(m);
     }
     free(m);
-    if (result == LATER)
-        log_event(s, "%s is left for later: %s", path,
-                  problem == EWOULDBLOCK ? "another session is at work on it" : strerror(problem));
+    if (busy)
+        log_event(s, "%s is left for later: another session is at work on it", busy);
     return result;
 }
 
@@ -2992,7 +3005,7 @@ static bool for_each_refused(FILE *out, const struct session *s, const struct me
             return false;
         write_one(out, s, address, refusal);
     }
-    return !r.failed;
+    return !r.wrong;
 }
 
 static void write_plain_words(FILE *out, const struct session *s, const char *address, const char *refusal)
@@ -3557,6 +3570,8 @@ static void reversed_state(struct session *s)
 static bool tls_at_once(struct session *s)
 {
     SSL *tls = stream_offer_tls(&s->io, s->tls_context, NULL);
+    if (!tls)
+        stream_break(&s->io, "TLS cannot be set up");
     return tls && stream_start_tls(&s->io, tls, NULL);
 }
 
@@ -4181,10 +4196,12 @@ static void rcpt_command(struct receiver *rx)
         answer(rx, "550 5.7.1 Not a domain that was asked for");
     else if (rx->stranger && strcasecmp(mailbox, rx->stranger) == 0)
         answer(rx, "550 5.1.1 Nobody of that name here");
-    else if (rx->count == RECIPIENTS_MAX || too_many_domains(rx, domain) ||
-             !(rx->recipients[rx->count] = strdup(mailbox)))
+    else if (rx->count == RECIPIENTS_MAX || too_many_domains(rx, domain))
         answer(rx, "452 4.5.3 Too many recipients");
-    else {
+    else if (!(rx->recipients[rx->count] = strdup(mailbox))) {
+        log_event(rx->s, "out of memory for a recipient; the message stays with the provider");
+        answer(rx, "452 4.3.1 No memory for it now");
+    } else {
         rx->count++;
         answer(rx, "250 2.1.5 OK, recipient accepted");
     }
@@ -4480,7 +4497,7 @@ static int connect_to(const char *where, const char *default_port, int timeout, 
     problem = getaddrinfo(host, port, &hints, &list);
     if (problem) {
         log_event(NULL, "%s: %s", where, gai_strerror(problem));
-        *code = problem == EAI_AGAIN ? EX_TEMPFAIL : EX_NOHOST;
+        *code = problem == EAI_AGAIN || problem == EAI_MEMORY || problem == EAI_SYSTEM ? EX_TEMPFAIL : EX_NOHOST;
         return -1;
     }
     for (struct addrinfo *a = list; a && fd < 0; a = a->ai_next) {
@@ -4610,6 +4627,12 @@ static int client_verdict(struct session *s, struct reply *r)
     return r->code == 235 ? EX_OK : unwelcome(s, "AUTH", r, EX_NOPERM);
 }
 
+static int cannot_compute(const struct session *s)
+{
+    log_event(s, "%s: no response to it: OpenSSL cannot compute", s->peer);
+    return EX_SOFTWARE;
+}
+
 static int client_cram_md5(struct session *s, const struct customer *c, struct reply *r)
 {
     char digest[33], response[MAILBOX_MAX + 40], encoded[BASE64_SIZE(sizeof response) + 1];
@@ -4619,7 +4642,7 @@ static int client_cram_md5(struct session *s, const struct customer *c, struct r
     if (code != EX_OK)
         return code;
     if (!cram_md5_digest(digest, c->secret, s->response))
-        return EX_SOFTWARE;
+        return cannot_compute(s);
     snprintf(response, sizeof response, "%s %s", c->user, digest);
     base64_encode(encoded, response, strlen(response));
     send_line(s, "%s", encoded);
@@ -4722,25 +4745,25 @@ static bool client_scram_final(const struct customer *c, struct scram_exchange *
     return (size_t)snprintf(out + n, size - n, ",p=%s", encoded) < size - n;
 }
 
-/* Does the server know the account too? Only then is it the one we meant. */
-static bool server_signature_right(const struct scram_exchange *x, const struct verifier *v, const char *final)
+/* What only a server can say that knows the account too: only then is it the one we meant. */
+static bool server_final(const struct scram_exchange *x, const struct verifier *v, char final[64])
 {
     unsigned char signature[32];
-    char wanted[64] = "v=";
     if (!hmac_sha256(v->keys.server, sizeof v->keys.server, x->auth_message, signature))
         return false;
-    base64_encode(wanted + 2, signature, sizeof signature);
-    return strlen(final) == strlen(wanted) && CRYPTO_memcmp(final, wanted, strlen(wanted)) == 0;
+    memcpy(final, "v=", 2);
+    base64_encode(final + 2, signature, sizeof signature);
+    return true;
 }
 
 static int client_scram(struct session *s, const struct customer *c, struct reply *r, bool plus, bool plus_offered)
 {
     struct scram_exchange x = {.plus = plus};
     struct verifier v;
-    char message[2 * CHALLENGE_MAX], encoded[BASE64_SIZE(sizeof message) + 1];
+    char message[2 * CHALLENGE_MAX], encoded[BASE64_SIZE(sizeof message) + 1], final[64];
     int code;
     if (!client_scram_first(s, c, &x, plus_offered))
-        return EX_SOFTWARE;
+        return cannot_compute(s);
     base64_encode(encoded, message, (size_t)snprintf(message, sizeof message, "%s%s", x.header, x.bare));
     send_line(s, "AUTH %s %s", plus ? "SCRAM-SHA-256-PLUS" : "SCRAM-SHA-256", encoded);
     code = client_challenge(s, r);
@@ -4752,13 +4775,16 @@ static int client_scram(struct session *s, const struct customer *c, struct repl
         return read_reply(s, r) == DONE ? EX_NOPERM : lost(s);
     }
     if (!client_scram_final(c, &x, &v, message, sizeof message))
-        return EX_SOFTWARE;
+        return cannot_compute(s);
     base64_encode(encoded, message, strlen(message));
     send_line(s, "%s", encoded);
     code = client_challenge(s, r);
     if (code != EX_OK && r->code != 235)
         return code;
-    if (r->code == 235 || !server_signature_right(&x, &v, s->response)) {
+    if (!server_final(&x, &v, final))
+        return cannot_compute(s);
+    if (r->code == 235 || strlen(s->response) != strlen(final) ||
+        CRYPTO_memcmp(s->response, final, strlen(final)) != 0) {
         log_event(s, "%s has not proved that it knows the account; it is not the provider it claims to be", s->peer);
         stream_break(&s->io, "the provider did not authenticate itself");
         return EX_NOPERM;
@@ -5131,7 +5157,7 @@ static bool summarize_domain(int queue, const char *domain, bool list)
             if (got == DONE)
                 got = message_read(&m);
             if (got == LATER)
-                m.held = "this user cannot open it";
+                m.held = m.fd < 0 ? "this user cannot open it" : m.trouble;
             if (pass == 0) {
                 sum.messages += got == DONE;
                 sum.held += m.held != NULL; /* what is neither has just gone */
@@ -5463,6 +5489,7 @@ static void start_session(struct provider *p, int fd, const struct sockaddr_stor
     const char *why;
     pthread_t thread;
     if (!s) {
+        log_event(NULL, "a connection is turned away: out of memory");
         turn_away(fd, tls_at_once, "421", p->name, "out of memory, closing connection");
         return;
     }

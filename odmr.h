@@ -185,8 +185,8 @@ struct envelope_reader {
     off_t end;          /* where the block ends, as far as was read */
     enum field field;   /* the field under way */
     const char *wrong;  /* why the block cannot be used; NULL: it can */
-    bool failed;        /* the file could not be read; errno says why */
     char *rest;         /* of line: addresses not yet returned */
+    bool unreadable; /* the disk failed: wrong says so, and it is nothing that the block can help */
     bool line_cut, line_nul;
     size_t at, filled;
     char data[1024], line[1024];
@@ -221,6 +221,7 @@ struct message {
     unsigned char *fate; /* one octet a recipient */
     char sender[MAILBOX_MAX + 2];
     const char *held;  /* why it is not sent; NULL: it is */
+    const char *trouble; /* why it cannot be sent now, if that is not another session's claim */
     uint64_t wire_size; /* octets of content with CRLF line ends */
     bool eight_bit;    /* octets over 127, anywhere */
     bool utf8, utf8_recipients; /* in the sender's address or in the header; in a recipient's address */
@@ -484,7 +485,7 @@ struct accounts *accounts_load(const char *path, char *why, size_t why_size);
 enum field envelope_field(const char *line, size_t *value);
 /* Starts at the top of the file. */
 void envelope_open(struct envelope_reader *r, int fd);
-/* The next address and the field it stands in; NO_FIELD at the end of the block, or r->wrong or r->failed says why. */
+/* The next address and the field it stands in; NO_FIELD at the end of the block, or r->wrong says why. */
 enum field envelope_next(struct envelope_reader *r, char *address, size_t size);
 
 /* The Maildir queue */
@@ -499,9 +500,10 @@ bool for_each_domain(int queue, bool (*visit)(void *context, int queue, const ch
 bool clean_domain(void *context, int queue, const char *domain);
 /* The next recipient, whatever its fate; false: no more. */
 bool message_next_recipient(const struct message *m, struct envelope_reader *r, char *address, size_t size);
-/* Opens a message without claiming it. REFUSED: held (m->held says why) or gone. Close it in any case. */
+/* Opens a message without claiming it. REFUSED: held (m->held says why) or gone. LATER: m->trouble, and errno. Close
+ * it in any case. */
 enum result message_open(struct message *m, int queue, const char *path);
-/* Reads the envelope. REFUSED: held. LATER: it could not be read; errno says why. */
+/* Reads the envelope. REFUSED: held. LATER: it could not be read now; m->trouble, and errno. */
 enum result message_read(struct message *m);
 /* Fills in wire_size, eight_bit and utf8. False: it could not be read; errno. */
 bool message_scan(struct message *m);

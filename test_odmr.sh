@@ -6,6 +6,7 @@
 #   ./test_odmr.sh --list       every test with the requirements it shows
 #   ./test_odmr.sh --provider HOST:PORT ...    judges any provider, requirement by requirement, and
 #   ./test_odmr.sh --customer COMMAND ...      any customer; see "Judging another implementation" in README
+#   ./test_odmr.sh --torture    cuts, kills, failures, hostile peers; see there
 #
 # A test is a function named t_ and the requirement that it shows, if it is one of RFC2645.txt; a comment
 # "# shows: ID..." above it names all. It runs in a shell of its own with a scratch directory $T, fails by
@@ -59,6 +60,7 @@ run() {
 accounts() { printf '%s\n' 'example.org:example.org,example.com:tanstaaf' '# a comment' \
     'other:other.example:another secret: with colons' > "$T/accounts"; chmod 600 "$T/accounts"; }
 
+AROUND=() # what runs it
 # provider [OPTION...]: starts one on a free port, queue in $T/queue; sets PORT and PROVIDER.
 provider() {
     local log=$T/provider${N_PROVIDERS:=0}.log
@@ -72,7 +74,7 @@ provider() {
         set -- -l 127.0.0.1:0 "$@"
     fi
     [ -f "$T/sendmail" ] || sendmail_stub
-    "$ODMR" provider -q "$T/queue" -a "$T/accounts" -n example.net --sendmail "$T/sendmail" "$@" 2> "$log" &
+    "${AROUND[@]}" "$ODMR" provider -q "$T/queue" -a "$T/accounts" -n example.net --sendmail "$T/sendmail" "$@" 2>> "$log" &
     PROVIDER=$!
     LOG=$log
     STARTED+=("$PROVIDER")
@@ -4390,6 +4392,9 @@ t_readme_what_the_judge_says_of_fetchmail() {
 t_readme_ten_experiments() {
     does 'Ten experiments'
 }
+t_readme_proof_that_nothing_is_lost() {
+    does 'Proof that nothing is lost'
+}
 # As root on a machine of its own: other users, another /etc, /usr/local and /var, another network.
 t_readme_provider_and_customer() {
     needs adduser runuser
@@ -4409,6 +4414,622 @@ t_bench_prints_its_table() {
     equal "$(grep -cE ' +[0-9.]+ s +[0-9.]+ s +[0-9]+\.[0-9]{2} ' "$T/out")" 6 'rows that compare'
     equal "$(grep -cE '^(10 messages, 200 ms: round trips|polls a second|memory of|reply to ATRN|first octet).* [0-9]+\.?[0-9]*' "$T/out")" 9 'other rows'
 }
+
+# ---- Torture: proof that nothing is lost -------------------------------------------------------------------
+#
+# make torture; at length with TIME=SECONDS, in part with TESTS=NAME... Each part is a function torture_NAME. It
+# goes on until all has been done or its share of the time is over, in an order that covers evenly whatever part
+# of the whole there is time for; it says in $T/covered how much that was, and fails as any test does.
+#
+# What must hold after whatever was done: each message is, for each of its recipients, in the provider's queue, or
+# in the customer's Maildir, or its sender has been told, and it is whole wherever it is.
+
+TORTURE_SECONDS=90
+out_of_time() { [ "$SECONDS" -ge "${SHARE:-10}" ]; }
+
+# Mail of every fate: taken; refused for its content, and its sender told or, without a sender, set aside; for a
+# recipient whom our customer can be told of only with SMTPUTF8; for one who is somebody else's and stays.
+mail_of_every_fate() {
+    letter one | put 1700000001.a s@example.edu eva@example.org
+    { seq 101 | sed 's/.*/Received: x/'; letter loop; } | put 1700000002.a s@example.edu eva@example.org
+    printf 'Subject: dots\n\n.\n..\n.a\nb.\n.\n\xff\n' | put 1700000003.a '' eva@example.org bob@example.org
+    letter foreign | put 1700000004.a s@example.edu eva@example.org x@elsewhere.example
+    letter utf8 | put 1700000005.a s@example.edu $'zo\xc3\xab@example.org' eva@example.org
+    { seq 101 | sed 's/.*/Received: x/'; letter bounce; } | put 1700000006.a '' bob@example.org
+    letter domain | put 1700000007.a s@example.edu eva@example.com
+    { letter last; for ((i = 0; i < ${1:-5}; i++)); do printf '%079d\n' "$i"; done; } | put 1700000008.a s@example.edu eva@example.org
+    begin_audit
+}
+# A single letter: whatever keeps it, the reply must not be that there is no mail.
+mail_of_one_fate() {
+    letter one | put 1700000001.a s@example.edu eva@example.org
+    begin_audit
+}
+begin_audit() {
+    cp -r "$T/queue" "$T/master"
+    printf '#!/bin/sh\nexec cat > "%s/notice.$$"\n' "$T" > "$T/sendmail"
+    start_auditor
+}
+
+# The auditor, a process of its own because it is asked so often. It is told
+#   fresh    make the queue as it was, with nothing anywhere else
+#   safe     what must hold
+#   tidy     besides, nothing is left in tmp
+#   exact    besides, by the traces of both sides, nothing is in two places but what was stored and not
+#            acknowledged, and (but for exact_but_tmp) nothing is left in tmp
+#   done     nothing is left but what is somebody else's
+# and answers "ok" or what is wrong.
+start_auditor() {
+    coproc AUDITOR { exec perl -e '
+        use strict; my ($dir) = @ARGV; $| = 1; my (%text, %order, @pairs);
+        sub slurp { local $/; open my $in, "<", $_[0] or return ""; <$in> // "" }
+        sub envelope { my ($text) = @_; my @to; while ($text =~ s/\A(Return-Path|Delivered-To): (.*)\n//) { push @to, $2 if $1 eq "Delivered-To" } ($text, @to) }
+        sub subject { $_[0] =~ /^Subject: (\w+)\n/m ? $1 : "nothing" }
+        my @master = glob "$dir/master/*/new/*";
+        for my $file (@master) {
+            my ($text, @to) = envelope(slurp($file)); my $name = subject($text); $text{$name} = $text;
+            ($order{$name}) = $file =~ m{(\d+)[^/]*$}; push @pairs, map { [$name, $_] } @to;
+        }
+        my (@good, @loops); push @{$text{$_} =~ /^(Received: x\n){101}/ ? \@loops : \@good}, $_ for sort { $order{$a} <=> $order{$b} } keys %text;
+        sub fresh {
+            unlink glob("$dir/queue/*/{,.Undeliverable/}{new,cur,tmp}/* $dir/mail/*/{new,cur,tmp}/* $dir/notice.*");
+            for my $file (@master) { (my $to = $file) =~ s/master/queue/; open my $out, ">", $to or die; print $out slurp($file); close $out or die }
+            "ok" }
+        sub see { my ($into, $strip, @files) = @_;
+            for my $file (@files) {
+                my ($text, @to) = envelope(slurp($file)); $text =~ s/\AReceived: from .*\n(\t.*\n)*// if $strip;
+                my $name = subject($text); die "$file is not whole\n" unless defined $text{$name} && $text{$name} eq $text;
+                $into->{$name}{$_}++ for @to;
+            } }
+        sub audit { my ($mode, $log) = @_; my (%owed, %has, %told);
+            see(\%owed, 0, glob "$dir/queue/*/{new,cur}/*");
+            see(\%has, 1, glob "$dir/mail/*/{new,cur}/*");
+            see(\%told, 0, glob "$dir/queue/*/.Undeliverable/new/*");
+            for (map { slurp($_) } glob "$dir/notice.*") {
+                my ($name) = /^Subject: (?!Undelivered)(\w+)\n/m or next; $told{$name}{$_}++ for /^Final-Recipient: [^;]*; (.*)$/mg;
+            }
+            my $trace = slurp($log);
+            my $acked = () = $trace =~ /C: 250 2\.0\.0 OK, message stored$/mg; my $refused = () = $trace =~ /C: 554 5\.4\.6/mg;
+            my $stored = () = slurp("$dir/err") =~ /C: 250 2\.0\.0 OK, message stored$/mg;
+            my %settled = map { $_ => 1 } @good[0 .. $acked - 1], @loops[0 .. $refused - 1];
+            my %stored = map { $_ => 1 } @good[0 .. $stored - 1];
+            for (@pairs) {
+                my ($name, $to) = @$_; my ($owed, $has, $told) = map { $_->{$name}{$to} // 0 } \%owed, \%has, \%told;
+                my $what = "$name for $to: owed $owed, delivered $has, told $told";
+                if ($to =~ /elsewhere/) { die "$what, but is for somebody else\n" if $owed != 1 || $has || $told; next }
+                die "$what: LOST\n" if !$owed && !$has && !$told;
+                die "$what: it was left behind\n" if $mode eq "done" && $owed;
+                next if $mode !~ /^exact/;
+                die "$what: twice\n" if $owed > 1 || $has > 1 || $told > 1 || ($told && ($owed || $has));
+                die "$what, but $acked were acknowledged and $refused refused\n" if !$told && ($settled{$name} xor !$owed);
+                die "$what, but $stored were stored\n" if !$told && $stored{$name} && !$has;
+            }
+            my @debris = glob "$dir/{queue,mail}/*/{,.Undeliverable/}tmp/*";
+            die "left in tmp: @debris\n" if $mode =~ /^(exact|tidy)$/ && @debris;
+            "ok" }
+        while (<STDIN>) { my @words = split; my $verdict = eval { $words[0] eq "fresh" ? fresh() : audit(@words) } // $@; chomp $verdict; print "$verdict\n" }
+    ' "$T"; }
+    STARTED+=("$AUDITOR_PID")
+}
+asked() { echo "$*" >&"${AUDITOR[1]}"; IFS= read -r -t "$PATIENCE" VERDICT <&"${AUDITOR[0]}"; [ "$VERDICT" = ok ]; }
+audit() { asked "$1" "$LOG" || { cat "$LOG" "$T/err" >&2; fail "${WHAT:-}: $VERDICT"; }; }
+fresh_mail() {
+    asked fresh || fail "$VERDICT"
+    : > "$LOG"
+}
+
+AROUND_CUSTOMER=()
+# fetch [OPTION...] PORT: our customer; its exit code in CODE.
+fetch() {
+    CODE=0
+    ODMR_SECRET=tanstaaf "${AROUND_CUSTOMER[@]}" "$ODMR" customer -u example.org -q "$T/mail" -n example.org -t \
+        --timeout "$PATIENCE" "${@:1:$#-1}" "127.0.0.1:${*: -1}" 2> "$T/err" || CODE=$?
+}
+# content FILE, into CONTENT, and a moment's pause: without a process, for there are many.
+content() { IFS= read -r -d '' CONTENT < "$1"; }
+moment() { IFS= read -r -t 0.01 <&"${AUDITOR[0]}"; }
+# over LEAST: the provider has ended every session that it began, and at least so many.
+over() {
+    local ended begun
+    content "$LOG"
+    ended=${CONTENT//' disconnected'/} begun=${CONTENT//' connected'$'\n'/}
+    ended=$(((${#CONTENT} - ${#ended}) / 13)) begun=$(((${#CONTENT} - ${#begun}) / 11))
+    [ "$ended" -ge "$1" ] && [ "$ended" = "$begun" ]
+}
+all_over() {
+    local n
+    for ((n = 0; n < PATIENCE * 100; n++)); do
+        if over "${1:-1}"; then return; fi
+        moment
+    done
+    cat "$LOG" >&2
+    fail "$WHAT: the provider does not end the session"
+}
+# drain [OPTION...] PORT: one more session gets the rest.
+drain() {
+    : > "$LOG"
+    fetch "$@"
+    [[ $CODE == [01] ]] || { cat "$LOG" "$T/err" >&2; fail "$WHAT: exit $CODE from the session after"; }
+    all_over
+    audit 'done'
+}
+
+# ---- Cut anywhere ----
+
+# plan WORDS: what the proxy does to the next connection.
+plan() { echo "$*" > "$T/plan"; }
+# start_proxy [OPTION...] PORT: PROXY leads there.
+start_proxy() {
+    plan none
+    "$here/build/proxy" --plan "$T/plan" --tally "$T/tally" "${@:1:$#-1}" "127.0.0.1:${*: -1}" > "$T/proxy" &
+    STARTED+=($!)
+    until_true [ -s "$T/proxy" ]
+    PROXY=$(< "$T/proxy")
+}
+
+# evenly TOTAL: STEP, such that STEP, 2 STEP, 3 STEP... modulo TOTAL meets every number, and any beginning of it
+# is spread evenly.
+evenly() {
+    local a b
+    STEP=$(($1 * 618 / 1000 + 1))
+    while a=$STEP b=$1; do
+        while [ "$b" -gt 0 ]; do set -- "$1" $((a % b)); a=$b b=$2; done
+        [ "$a" -gt 1 ] || break
+        STEP=$((STEP + 1))
+    done
+}
+
+# cut_everywhere LEAST [PROXY OPTION...] -- [CUSTOMER OPTION...]: the line is cut after every octet, in both
+# directions, by an end of file and by a reset.
+cut_everywhere() {
+    local least=$1 proxied=() total out in at i=0
+    shift
+    while [ "$1" != -- ]; do proxied+=("$1"); shift; done
+    shift
+    start_proxy "${proxied[@]}" "$TORTURED"
+    mail_of_every_fate
+    WHAT='no cut'
+    fresh_mail
+    fetch "$@" "$PROXY"
+    equal "$CODE" 0 "$(cat "$T/err")"
+    all_over
+    audit exact
+    audit 'done'
+    until_true [ -s "$T/tally" ]
+    read -r out in < "$T/tally"
+    total=$((2 * (out + in)))
+    evenly "$total"
+    while [ "$i" -lt "$total" ] && { [ "$i" -lt "$least" ] || ! out_of_time; }; do
+        i=$((i + 1)) at=$((i * STEP % total))
+        WHAT=end
+        if [ $((at % 2)) = 1 ]; then WHAT=reset; fi
+        at=$((at / 2))
+        if [ "$at" -lt "$out" ]; then WHAT="out $at $WHAT"; else WHAT="in $((at - out)) $WHAT"; fi
+        fresh_mail
+        plan "$WHAT"
+        fetch "$@" "$PROXY"
+        all_over
+        # once QUIT has come the customer's part is over; else the session has failed, and must say so
+        content "$T/err"
+        if [[ $CONTENT == *'] P: QUIT'* ]]; then equal "$CODE" 0 "exit at $WHAT"; else equal "$CODE" 75 "exit at $WHAT"; fi
+        audit exact
+        drain "$@" "$TORTURED"
+    done
+    echo "$i of $total cuts" > "$T/covered"
+}
+
+# share: 9
+torture_cut_chunking() {
+    provider --trace; TORTURED=$PORT
+    cut_everywhere 20 --strip SMTPUTF8 --
+}
+# share: 9
+torture_cut_pipelining() {
+    provider --trace; TORTURED=$PORT
+    cut_everywhere 20 --strip CHUNKING --strip SMTPUTF8 -- --mechanism CRAM-MD5
+}
+# share: 9
+torture_cut_plain() {
+    provider --trace; TORTURED=$PORT
+    cut_everywhere 20 --strip CHUNKING --strip PIPELINING --strip SMTPUTF8 -- --mechanism CRAM-MD5
+}
+# share: 9
+torture_cut_tls() {
+    tls_provider --trace; TORTURED=$TLS_PORT
+    cut_everywhere 20 -- --tls --ca "$T/ca.crt"
+}
+# share: 9
+torture_cut_starttls() {
+    tls_provider --trace; TORTURED=$PORT
+    cut_everywhere 20 -- --ca "$T/ca.crt" --require-tls
+}
+
+# ---- Kill anywhere ----
+
+# Our customer, in the background.
+depart() {
+    ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org -q "$T/mail" -n example.org -t "127.0.0.1:$PORT" 2> "$T/err" &
+    CUSTOMER=$!
+    STARTED+=($!)
+}
+debris() { find queue mail -path '*/tmp/*' -type f 2> /dev/null; }
+# What a killed writer leaves in tmp goes once it is old: the customer's in its next session, the provider's as
+# soon as there is one again.
+debris_goes() {
+    debris | xargs touch -d '3 days ago'
+    kill -9 "$PROVIDER"; wait "$PROVIDER"
+    provider --trace
+    letter later | put 1700000009.a s@example.edu eva@example.org
+    fetch "$PORT"
+    equal "$CODE" 0 "$WHAT, and with old debris"
+    until_true eval '[ -z "$(debris)" ]'
+}
+
+# kill_rounds LEAST WHO...: SIGKILL at a random moment of a session.
+kill_rounds() {
+    local least=$1 session i=0 pause who left=0
+    shift
+    RANDOM=${SEED:=$RANDOM}
+    provider --trace
+    mail_of_every_fate 4000
+    fresh_mail
+    WHAT='no kill'
+    session=${EPOCHREALTIME/./}
+    depart
+    wait "$CUSTOMER"; equal $? 0 "$WHAT"
+    session=$((${EPOCHREALTIME/./} - session))
+    all_over
+    audit 'done'
+    while [ "$i" -lt "$least" ] || ! out_of_time; do
+        i=$((i + 1))
+        fresh_mail
+        pause=$((session * (RANDOM % 1100) / 1000))
+        WHAT="$* after $pause us, SEED=$SEED, round $i"
+        depart
+        sleep "$(printf '%d.%06d' $((pause / 1000000)) $((pause % 1000000)))"
+        for who; do kill -9 "${!who}" 2> /dev/null; done
+        wait "$CUSTOMER" 2> /dev/null
+        if [[ $* == *PROVIDER* ]]; then
+            wait "$PROVIDER" 2> /dev/null
+            audit safe
+            provider --trace
+        else
+            all_over 0
+            audit exact_but_tmp
+        fi
+        drain "$PORT"
+        if [ "$left" -lt 3 ] && [ -n "$(debris)" ]; then
+            left=$((left + 1))
+            debris_goes
+        fi
+    done
+    echo "$i rounds in sessions of $((session / 1000)) ms, SEED=$SEED; debris in $left" > "$T/covered"
+}
+
+# share: 7
+torture_kill_customer() {
+    kill_rounds 10 CUSTOMER
+}
+# share: 7
+torture_kill_provider() {
+    kill_rounds 10 PROVIDER
+}
+# share: 7
+torture_kill_both() {
+    kill_rounds 10 PROVIDER CUSTOMER
+}
+
+# ---- Fail anywhere ----
+#
+# .ci/fail.c makes the n-th call of a function fail, for each n that there is in a session, and each function, on
+# either side. The mail is then safe, the failure is told in the log of the side that has it, and the session after
+# is as if nothing had been.
+
+# errors_of FUNCTION: what it may fail with.
+errors_of() {
+    case $1 in
+    malloc | calloc | realloc | strdup | fdopen | fdopendir | poll) echo ENOMEM ;;
+    accept4 | socket | tmpfile) echo EMFILE ;;
+    openat) echo EMFILE EIO ;;
+    fwrite | fflush | fclose | renameat | mkdirat) echo ENOSPC ;;
+    fsync) echo ENOSPC EIO ;;
+    flock) echo ENOLCK ;;
+    recv | send | connect) echo ECONNRESET ;;
+    pthread_create | posix_spawnp) echo EAGAIN ;;
+    any) echo KILL ;;
+    *) echo EIO ;;
+    esac
+}
+
+# fault FUNCTION N ERROR FROM: in FAULT what makes a program fail so.
+fault() {
+    FAULT=(env FAIL="$1" FAIL_AT="$2" FAIL_ERRNO="$3" FAIL_FROM="$4" FAIL_LOG="$T/fired")
+    [ -n "${WRAPPED:-}" ] || FAULT+=("LD_PRELOAD=$here/build/fail.so")
+    : > "$T/fired"
+}
+failing_provider() {
+    fault "$1" "$2" "$3" accept4
+    AROUND=("${FAULT[@]}")
+    "${START[@]}"
+    AROUND=()
+    TORTURED=${TLS_PORT:-$PORT}
+}
+failing_customer() {
+    fault "$1" "$2" "$3" socket
+    AROUND_CUSTOMER=("${FAULT[@]}")
+    fetch "${OPTIONS[@]}" "$TORTURED"
+    AROUND_CUSTOMER=()
+}
+end_provider() {
+    local code=0
+    kill "$PROVIDER"
+    wait "$PROVIDER" || code=$?
+    content "$LOG"
+    [[ $code == 0 && $CONTENT != *Sanitizer* ]] || { cat "$LOG" >&2; fail "$WHAT: exit $code of the provider"; }
+}
+
+# session_with SIDE FUNCTION N ERROR: one session in which that fails.
+session_with() {
+    fresh_mail
+    if [ "$1" = provider ]; then
+        failing_provider "${@:2}"
+        fetch "${OPTIONS[@]}" "$TORTURED"
+    else
+        failing_customer "${@:2}"
+    fi
+    content "$T/fired"
+    if [[ "$1 $4 $CONTENT" == 'provider KILL '*fired* ]]; then wait "$PROVIDER" 2> /dev/null; else all_over 0; fi
+}
+
+# The log without what differs from session to session.
+plain_log() { sed -E -e '/^\[/d' -e 's/[0-9]+/N/g' "$1" | sort -u; }
+log_of() { if [ "$1" = provider ]; then echo "$LOG"; else echo "$T/err"; fi; }
+
+# told_clearly SIDE: if something stayed behind, its log has a line that a session without failure has not.
+told_clearly() {
+    if [ "$CODE" = 0 ] && asked 'done' "$LOG"; then return; fi
+    [ -n "$(plain_log "$(log_of "$1")" | comm -23 - "$T/normal")" ] || {
+        cat "$LOG" "$T/err" >&2; fail "$WHAT: exit $CODE, and not a word in the log of the $1"; }
+}
+
+# fail_once SIDE CODES FUNCTION N ERROR: the customer's exit code is one of these, whatever happens.
+fail_once() {
+    local side=$1 codes=$2
+    WHAT="$side, $3 call $4: $5"
+    session_with "$side" "${@:3}"
+    content "$T/fired"
+    [[ $CONTENT == *fired* ]] || return 1
+    [ "$5" = KILL ] || told_clearly "$side"
+    [[ $5 == KILL || " $codes " == *" $CODE "* ]] || { cat "$LOG" "$T/err" >&2; fail "$WHAT: exit $CODE"; }
+    content "$T/err"
+    [[ ! $CONTENT =~ ']'' P: '(453|5..)' ' ]] || { cat "$LOG" "$T/err" >&2; fail "$WHAT: a wrong reply"; }
+    [[ $CONTENT != *Sanitizer* ]] || { cat "$T/err" >&2; fail "$WHAT"; }
+    if [ "$3" = unlinkat ] || [ "$5" = KILL ]; then audit safe; else audit tidy; fi
+    # what may not be on the disk is not acknowledged, and waits
+    [ "$side $3" != 'customer fsync' ] || ! asked 'done' "$LOG" || fail "$WHAT: acknowledged"
+    if [ "$side $5" = 'provider KILL' ]; then
+        "${START[@]}"
+        TORTURED=${TLS_PORT:-$PORT}
+    fi
+    drain "${OPTIONS[@]}" "$TORTURED"
+}
+
+# The first two calls of each function, then what touches files and sockets, then memory.
+in_good_order() {
+    awk '$2 <= 2' "$1" | sort -s -n -k 2,2
+    awk '$2 > 2 && $1 !~ /alloc$/' "$1" | spread
+    awk '$2 > 2 && $1 ~ /alloc$/' "$1" | spread
+}
+spread() {
+    local lines i
+    mapfile -t lines
+    [ ${#lines[@]} -gt 0 ] || return 0
+    evenly ${#lines[@]}
+    for ((i = 1; i <= ${#lines[@]}; i++)); do echo "${lines[i * STEP % ${#lines[@]}]}"; done
+}
+
+# fail_everywhere SIDE LEAST CODES FUNCTION...: all of them, or those named; OPTIONS are the customer's, START starts
+# the provider.
+fail_everywhere() {
+    local side=$1 least=$2 codes=$3 total i=0 fired=0 n f e points
+    shift 3
+    "${START[@]}"
+    TORTURED=${TLS_PORT:-$PORT}
+    "mail_of_${FATE:-every}_fate"
+    WHAT='no failure'
+    if [ "$side" = provider ]; then end_provider; fi
+    session_with "$side" none 0 EIO
+    equal "$CODE" 0 "$(cat "$T/err")"
+    plain_log "$(log_of "$side")" > "$T/normal"
+    if [ "$side" = provider ]; then end_provider; plain_log "$LOG" > "$T/normal"; fi
+    while read -r f n; do
+        [ $# = 0 ] || [[ " $* " == *" $f "* ]] || continue
+        for e in $(errors_of "$f"); do seq -f "$f %g $e" "$n"; done
+    done < <(grep -v '^fired\|^any' "$T/fired"; [ "${1:-}" != any ] || grep '^any' "$T/fired") > "$T/points"
+    mapfile -t points < <(in_good_order "$T/points")
+    total=${#points[@]}
+    [ "$total" -gt 0 ] || fail 'nothing to fail'
+    while [ "$i" -lt "$total" ] && { [ "$i" -lt "$least" ] || ! out_of_time; }; do
+        # shellcheck disable=SC2086
+        if fail_once "$side" "$codes" ${points[i]}; then fired=$((fired + 1)); fi
+        i=$((i + 1))
+        if [ "$side" = provider ]; then end_provider; fi
+    done
+    [ $((fired * 10)) -ge $((i * 8)) ] || fail "only $fired of $i calls came about"
+    echo "$fired of $total calls" > "$T/covered"
+}
+
+START=(provider --trace)
+OPTIONS=(--mechanism CRAM-MD5) # SCRAM's PBKDF2 asks OpenSSL for memory 35,000 times
+# share: 10
+torture_fail_provider() {
+    fail_everywhere provider 10 '0 75'
+}
+# share: 4
+torture_fail_to_claim() {
+    FATE=one
+    fail_everywhere provider 20 '0 75' openat fdopendir readdir fstat fstatat flock pread calloc realloc malloc
+}
+# share: 8
+torture_fail_customer() {
+    fail_everywhere customer 10 '0 70 71 73 75'
+}
+# share: 4
+torture_fail_memory_under_tls() {
+    START=(tls_provider --trace) OPTIONS+=(--tls --ca "$T/ca.crt")
+    fail_everywhere provider 10 '0 75 76' malloc calloc realloc
+}
+# share: 3
+torture_fail_memory_of_scram() {
+    OPTIONS=()
+    fail_everywhere provider 10 '0 75' malloc
+}
+# share: 6
+torture_fail_provider_sanitized() {
+    WRAPPED=1 ODMR=$here/build/failing
+    fail_everywhere provider 4 '0 75'
+}
+# share: 4
+torture_fail_customer_sanitized() {
+    WRAPPED=1 ODMR=$here/build/failing
+    fail_everywhere customer 4 '0 70 71 73 75'
+}
+# Not at random moments but before each call that leaves the process.
+# share: 6
+torture_kill_provider_at_each_call() {
+    fail_everywhere provider 10 '' any
+}
+# share: 6
+torture_kill_customer_at_each_call() {
+    fail_everywhere customer 10 '' any
+}
+
+# ---- Hostile peers ----
+#
+# Slow ones, deaf ones, floods and a crowd, as .ci/crowd.c plays them. Meanwhile another customer, at ::1, polls: a
+# session of his takes at most twice as long as in peace, by the medians of one run. Each of the others is
+# ended in bounded time, and the memory that they all cost is bounded too.
+
+# hostile [OPTION...]: a provider with mail, listening for the hostile on $PORT and for the other on $POLLED.
+hostile() {
+    ulimit -n 12000 2> /dev/null || skip 'needs 12000 descriptors'
+    provider -l '[::1]:0' "$@"
+    until_true counted 2 'listening on' "$LOG"
+    POLLED=$(sed -n 's/.*listening on \[::1\]:\([0-9]*\)$/\1/p' "$LOG")
+    crowd "$POLLED" poll 20 > /dev/null
+    BEFORE=$(rss "$PROVIDER")
+}
+crowd() { "$here/build/crowd" "$@" || fail "crowd $*"; }
+# mail N KILOBYTES: so much of it waits.
+mail() {
+    local i
+    { letter large; head -c "$(($2 * 1024))" /dev/zero | tr '\0' x | fold -w 99; } > "$T/large"
+    for ((i = 0; i < $1; i++)); do put "$i.a" s@example.edu eva@example.org < "$T/large"; done
+}
+
+# others_are_served SETTLE COMMAND...: it brings on the hostile, in the background, who are there SETTLE seconds later.
+# One of three runs must do, for this machine may have been slow for another reason in one or two.
+others_are_served() {
+    local run quiet during settle=$1
+    shift
+    for run in 1 2 3; do
+        quiet=$(crowd "$POLLED" poll 101)
+        "$@" > "$T/crowd" 2>&1 &
+        STARTED+=($!)
+        HOSTILE=$!
+        sleep "$settle"
+        during=$(crowd "$POLLED" poll 101)
+        kill -0 "$HOSTILE" 2> /dev/null || fail "the hostile were gone before the others were done: $(< "$T/crowd")"
+        RATIO="$during us against $quiet us"
+        [ "$during" -gt $((quiet * 2)) ] || return 0
+        wait "$HOSTILE"
+        until_true settled
+    done
+    fail "a session takes $RATIO"
+}
+# it_survives MILLISECONDS KILOBYTES: the crowd was ended in time, and the provider is as it was.
+it_survives() {
+    local took grown
+    wait "$HOSTILE" || fail "the crowd: $(< "$T/crowd")"
+    until_true settled
+    took=$(sed -n 's/.* ended, \([0-9]*\) ms/\1/p' "$T/crowd" | sort -n | tail -n 1)
+    [ "${took:-0}" -le "$1" ] || fail "ended after $took ms only"
+    grown=$(($(rss "$PROVIDER") - BEFORE))
+    [ "$grown" -le "$2" ] || fail "$grown kB of memory more"
+    crowd "$POLLED" poll 5 > /dev/null
+    stop_provider
+    echo "$RATIO, $grown kB more memory${took:+, ended after $took ms}" > "$T/covered"
+}
+
+# An octet now and then keeps nobody's line open: a line has --timeout, a login --login-timeout.
+torture_hostile_slow() {
+    hostile --timeout 3 --login-timeout 3 --max-per-address 500
+    mail 20 1
+    others_are_served 0.3 slow_crowd
+    it_survives 12000 8192
+    equal "$(waiting)" 20
+}
+slow_crowd() {
+    local what pids=()
+    for what in silent drip-command drip-response; do crowd "$PORT" "$what" 40 & pids+=($!); done
+    for what in drip-greeting drip-reply; do crowd "$PORT" "$what" 10 & pids+=($!); done
+    for what in "${pids[@]}"; do wait "$what" || exit 1; done
+}
+
+# Who takes nothing, or answers nothing, is waited for no longer than --timeout, and costs no memory for his mail.
+torture_hostile_deaf() {
+    hostile --timeout 3
+    mail 6 8192
+    others_are_served 0.7 deaf_crowd
+    it_survives 12000 4096
+    equal "$(waiting)" 6
+    [ "$(grep -c 'disconnected: the peer kept us waiting too long' "$LOG")" -ge 6 ] || fail 'they went by themselves'
+}
+deaf_crowd() {
+    crowd "$PORT" unread 3 &
+    crowd "$PORT" unanswered 3
+    wait $!
+}
+
+# What has no end is given one: lines at 64 MB, replies at 128 lines, bad commands at ten.
+torture_hostile_floods() {
+    hostile
+    mail 3 1
+    others_are_served 0.1 flood_crowd
+    it_survives 10000 4096
+    equal "$(waiting)" 3
+    has "$LOG" 'disconnected: the peer sent a line without an end'
+}
+flood_crowd() {
+    local what end=$((SECONDS + 3))
+    for what in endless-command endless-commands endless-lines endless-reply endless-replies; do crowd "$PORT" "$what" 1; done
+    while [ "$SECONDS" -lt "$end" ]; do crowd "$PORT" endless-command 1; crowd "$PORT" endless-commands 1; done
+}
+
+# 5,000 at once where 1,000 may be: they get what there is, the others a 421, and who comes from elsewhere is served.
+torture_hostile_burst() {
+    hostile --max-sessions 1010 --max-per-address 1000
+    others_are_served 2 crowd "$PORT" hold 5000 6
+    it_survives 0 70000
+    match "$(< "$T/crowd")" '^1000 greeted, [1-9][0-9]* turned away, ' # the kernel may have lost some of the rest
+    echo "$(< "$T/covered"); $(< "$T/crowd")" > "$T/covered.new"; mv "$T/covered.new" "$T/covered"
+}
+
+# The other way round: providers that never come to an end, and our customer, in bounded time and memory.
+torture_hostile_provider() {
+    local how start=$SECONDS
+    for how in endless_greeting endless_lines drip endless_command; do
+        serve "peer_$how"
+        ( ulimit -v 300000; PATIENCE=5 customer "$([ $how = endless_lines ] && echo 76 || echo 75)" --timeout 3 "127.0.0.1:$PORT" ) ||
+            fail "$how: not as it should end"
+    done
+    echo "4 providers, $((SECONDS - start)) s" > "$T/covered"
+}
+without_end() { tr '\0' x < /dev/zero 2> /dev/null | head -c 1000000000 2> /dev/null; }
+peer_endless_greeting() { printf '220 '; without_end; }
+peer_endless_lines() { say '220 x'; expect_line '^EHLO'; yes $'250-x\r' 2> /dev/null; }
+peer_drip() { while printf 2 2> /dev/null; do sleep 0.1; done; }
+peer_endless_command() { reverse; without_end; }
 
 # ---- The runner --------------------------------------------------------------------------------------
 
@@ -4431,7 +5052,7 @@ run_one() {
     ) > "$T/.output" 2>&1 < /dev/null
     local code=$?
     case $code in
-    0) echo "ok      $1" ;;
+    0) echo "ok      $1$([ ! -e "$T/covered" ] || sed 's/^/: /' "$T/covered")" ;;
     77) echo "skipped $1: $(cat "$T/skipped")" ;;
     *)  echo "FAILED  $1"; sed 's/^/        /' "$T/.output" | tail -n 40
         [ -z "${KEEP:-}" ] || { cp -r "$T" "$KEEP/"; } ;;
@@ -4440,12 +5061,41 @@ run_one() {
     return $code
 }
 
+# torture [SECONDS] [NAME...]: what makes the machine busy shares it, JOBS at a time; the hostile peers, whose
+# measure is time, come last and one by one.
+torture() {
+    local name results jobs=2 total parts=() scratch=${TMPDIR:-/dev/shm}
+    unset OVER_TLS
+    export SSL_CERT_FILE=/dev/null SSL_CERT_DIR=/dev/null # to read the system's authorities takes longer than a session
+    [ -w "$scratch" ] || scratch=/tmp # what is asked is where the files are, not how a disk keeps them
+    [[ ${1:-} != [0-9]* ]] || { TORTURE_SECONDS=$1; shift; }
+    mapfile -t parts < <(if [ $# -gt 0 ]; then printf '%s\n' "$@"; else sed -n 's/^\(torture_[^ ()]*\)() {$/\1/p' "$self"; fi)
+    for name in "${parts[@]}"; do
+        [[ $name == torture_?* ]] && declare -F "$name" > /dev/null || { echo "$name: no such part of the torture" >&2; exit 64; }
+    done
+    total=$(for name in "${parts[@]}"; do share_of "$name"; done | awk '{ n += $1 } END { print n + 0 }')
+    [ ${#parts[@]} -gt 1 ] || jobs=1
+    results=$(mktemp)
+    for name in "${parts[@]}"; do
+        [[ $name == torture_hostile* ]] || echo "$name $((TORTURE_SECONDS * jobs * $(share_of "$name") / total))"
+    done | TMPDIR=$scratch xargs -r -P "$jobs" -L 1 bash -c 'SHARE=$2 exec timeout --foreground $(($2 * 3 + 180)) bash "$0" --one "$1"' "$self" |
+        tee "$results"
+    for name in "${parts[@]}"; do [[ $name != torture_hostile* ]] || bash "$self" --one "$name"; done | tee -a "$results"
+    local passed
+    passed=$(grep -c '^ok ' "$results")
+    rm -f "$results"
+    echo "$passed passed, $((${#parts[@]} - passed)) failed"
+    [ "$passed" = "${#parts[@]}" ]
+}
+share_of() { grep -B 1 "^$1() {" "$self" | sed -n 's/^# share: //p'; }
+
 main() {
     local name results tests=()
     case ${1:-} in
     --list) list_tests; exit ;;
     --one) run_one "$2"; exit ;;
     --peer) run_peer "$2" "$3"; exit ;;
+    --torture) shift; torture "$@"; exit ;;
     -*) judge "$@"; exit ;;
     esac
     [ -x "$ODMR" ] || { echo "$ODMR is not there; run make first" >&2; exit 2; }

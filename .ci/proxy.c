@@ -3,7 +3,10 @@
  *   --delay MS          every octet takes so long, in each direction;
  *   --strip KEYWORD     the connecting side's lines "250-KEYWORD..." do not arrive, as if it did not offer that;
  *   --cut-out N         after N octets from the connecting side the line is gone,
- *   --cut-in N          or after N octets to it; --reset: with a reset, not an end of file.
+ *   --cut-in N          or after N octets to it; --reset: with a reset, not an end of file;
+ *   --plan FILE         all this anew for each connection: FILE says "out N", "in N" or "none", and "reset" or
+ *                       "end" behind it;
+ *   --tally FILE        holds, once a connection is over, how many octets it has passed: out, then in.
  *
  * It listens on a free port of 127.0.0.1, prints the port, and serves until it is killed, each connection in a
  * process of its own. What one side does not read yet is kept in memory, without a limit. */
@@ -33,6 +36,7 @@ static struct {
     int64_t delay;
     long long cut[2]; /* by direction: 0 out, from the connecting side; 1 in. -1: never */
     bool reset;
+    const char *plan, *tally;
     const char *strip[STRIPS];
     int strips;
 } options = {.cut = {-1, -1}};
@@ -48,6 +52,7 @@ struct piece {
 struct direction {
     int from, to;
     long long left; /* octets until the cut; -1: no cut */
+    long long passed;
     bool ended;     /* from has said all */
     struct piece *first, **last;
     char line[LONGEST_LINE];
@@ -138,6 +143,7 @@ static bool write_some(struct direction *d)
         if (n < 0)
             return errno == EAGAIN || errno == EINTR;
         p->at += (size_t)n;
+        d->passed += n;
         d->left -= d->left >= 0 ? n : 0;
         if (d->left == 0)
             return false;
@@ -151,6 +157,32 @@ static bool write_some(struct direction *d)
     if (d->ended && !d->first)
         shutdown(d->to, SHUT_WR);
     return true;
+}
+
+/* What is to become of this connection. */
+static void read_plan(void)
+{
+    char what[8] = "", how[8] = "";
+    long long after = 0;
+    FILE *plan = fopen(options.plan, "r");
+    if (!plan || fscanf(plan, "%7s %lld %7s", what, &after, how) < 1)
+        die("proxy: no plan");
+    fclose(plan);
+    options.cut[0] = strcmp(what, "out") == 0 ? after : -1;
+    options.cut[1] = strcmp(what, "in") == 0 ? after : -1;
+    options.reset = strcmp(how, "reset") == 0;
+}
+
+/* Whole at once, for somebody waits for it. */
+static void write_tally(const struct direction d[2])
+{
+    char name[4096];
+    FILE *tally;
+    snprintf(name, sizeof name, "%s.new", options.tally);
+    tally = fopen(name, "w");
+    if (!tally || fprintf(tally, "%lld %lld\n", d[0].passed, d[1].passed) < 0 || fclose(tally) != 0 ||
+        rename(name, options.tally) < 0)
+        die("proxy: no tally");
 }
 
 static void serve(int client, int server)
@@ -182,6 +214,8 @@ static void serve(int client, int server)
     }
     for (int i = 0; i < 2 && options.reset; i++)
         setsockopt(d[i].from, SOL_SOCKET, SO_LINGER, &at_once, sizeof at_once);
+    if (options.tally)
+        write_tally(d);
     _exit(0);
 }
 
@@ -224,7 +258,8 @@ static void read_options(int argc, char **argv)
     static const struct option known[] = {
         {"delay", required_argument, NULL, 'd'}, {"strip", required_argument, NULL, 's'},
         {"cut-out", required_argument, NULL, 'o'}, {"cut-in", required_argument, NULL, 'i'},
-        {"reset", no_argument, NULL, 'r'}, {0}};
+        {"reset", no_argument, NULL, 'r'}, {"plan", required_argument, NULL, 'p'},
+        {"tally", required_argument, NULL, 't'}, {0}};
     int option;
     while ((option = getopt_long(argc, argv, "", known, NULL)) != -1)
         switch (option) {
@@ -232,6 +267,8 @@ static void read_options(int argc, char **argv)
         case 'o': options.cut[0] = atoll(optarg); break;
         case 'i': options.cut[1] = atoll(optarg); break;
         case 'r': options.reset = true; break;
+        case 'p': options.plan = optarg; break;
+        case 't': options.tally = optarg; break;
         case 's':
             if (options.strips < STRIPS) {
                 options.strip[options.strips++] = optarg;
@@ -240,7 +277,8 @@ static void read_options(int argc, char **argv)
         default: exit(64);
         }
     if (optind + 1 != argc) {
-        fputs("usage: proxy [--delay MS] [--strip KEYWORD] [--cut-out N] [--cut-in N] [--reset] HOST:PORT\n", stderr);
+        fputs("usage: proxy [--delay MS] [--strip KEYWORD] [--cut-out N] [--cut-in N] [--reset] [--plan FILE] "
+              "[--tally FILE] HOST:PORT\n", stderr);
         exit(64);
     }
 }
@@ -257,6 +295,8 @@ int main(int argc, char **argv)
             continue;
         if (fork() == 0) {
             close(listener);
+            if (options.plan)
+                read_plan();
             server = connect_to(argv[optind]);
             if (server < 0)
                 _exit(1);
