@@ -3196,7 +3196,10 @@ asks() {
 }
 gets_past() { asked "$@" || not_observable "cannot get past $SAID: $ANSWER"; }
 # ends: the other side closes.
-ends() { quiet "$PATIENCE" && departs "after $SAID the connection stayed open for $PATIENCE s"; [ "$HEARD" = 'the end of the connection' ] || departs "after $SAID came: $HEARD"; }
+ends() {
+    quiet "$PATIENCE" && departs "after $SAID the connection stayed open for $PATIENCE s"
+    [ "$HEARD" = 'the end of the connection' ] || departs "after $SAID came: $HEARD"
+}
 # Is it base64? Blanks at the end are the business of 6-a.
 base64_text() { [[ $1 =~ ^[A-Za-z0-9+/]*={0,2}$ && $((${#1} % 4)) = 0 ]]; }
 without_blanks() { local text=$1; while [[ $text == *[[:blank:]] ]]; do text=${text%?}; done; echo "$text"; }
@@ -3605,7 +3608,8 @@ judge_provider_5.3-c() {
     fetches
     [[ ${COMMANDS^^} =~ ^(EHLO|HELO)\  ]] || departs "after the greeting came: $COMMANDS"
     [[ ${RECIPIENTS,,} == *"<judge@${FIRST,,}>"* ]] || departs "the recipient judge@$FIRST has become$RECIPIENTS"
-    equal_lines <(sed '1,/^$/d' "$T/ours") 'A line.' '..a dot before it' '..' 'The end.' || departs 'the text of a message came out changed, or its dots were not doubled'
+    equal_lines <(sed '1,/^$/d' "$T/ours") 'A line.' '..a dot before it' '..' 'The end.' ||
+        departs 'the text of a message came out changed, or its dots were not doubled'
     passes
 }
 equal_lines() { local file=$1; shift; [ "$(cat "$file")" = "$(printf '%s\n' "$@")" ]; }
@@ -3884,7 +3888,10 @@ start_customer() {
 }
 
 # requirements: REQUIREMENTS, "id level who" of each, as the guide has them.
-requirements() { [ -v REQUIREMENTS ] || mapfile -t REQUIREMENTS < <(sed -nE 's/^  ([4-8][0-9.]*-[a-z])  ([MNmp])  (provider|customer|both|site)$/\1 \2 \3/p' "$here/RFC2645.txt"); }
+requirements() {
+    local entry='^  ([4-8][0-9.]*-[a-z])  ([MNmp])  (provider|customer|both|site)$'
+    [ -v REQUIREMENTS ] || mapfile -t REQUIREMENTS < <(sed -nE "s/$entry/\1 \2 \3/p" "$here/RFC2645.txt")
+}
 # judged_here SIDE WHO
 judged_here() { [ "$2" = both ] || [ "$2" = "$1" ] || [ "$1 $2" = 'provider site' ]; }
 
@@ -3929,7 +3936,8 @@ report() {
     [ "${count[MN fail]:-0}" = 0 ]
 }
 heading() {
-    local -A text=([MN]='MUST and MUST NOT: a failure is a breach of the standard' [p]='Plain prose: a failure is a departure from what the standard describes'
+    local -A text=([MN]='MUST and MUST NOT: a failure is a breach of the standard'
+        [p]='Plain prose: a failure is a departure from what the standard describes'
         [m]='MAY: permitted choices, and which was seen')
     if [ "$JUDGE_REPORT" = markdown ]; then
         printf '\n## %s\n\n| id | level | verdict | seen |\n|---|---|---|---|\n' "${text[$1]}"
@@ -3978,7 +3986,8 @@ judge_options() {
     local name='[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?' domain id
     requirements
     domain="$name(\.$name)+"
-    export PATIENCE JUDGE_USER=example.org JUDGE_SECRET_FILE='' JUDGE_DOMAINS=example.org,example.com JUDGE_FOREIGN='' JUDGE_INJECT='' JUDGE_REPORT='' JUDGE_ONLY='' \
+    export PATIENCE JUDGE_USER=example.org JUDGE_SECRET_FILE='' JUDGE_DOMAINS=example.org,example.com JUDGE_FOREIGN='' \
+       JUDGE_INJECT='' JUDGE_REPORT='' JUDGE_ONLY='' \
         JUDGE_ATRN_WAIT=20 JUDGE_CUSTOMER='' JUDGE_HOST='' JUDGE_PORT='' JUDGE_DIR JUDGE_TOKEN="odmr-judge-$$-$RANDOM$RANDOM"
     local given=' '
     while [ $# -gt 0 ]; do
@@ -4144,20 +4153,20 @@ t_judge_takes_only_its_own() {
 }
 # Nobody is waited for without end, neither who is silent nor who never comes to an end.
 t_judge_waits_for_nobody_without_end() {
-    local JUDGE_PATIENCE=1
+    local JUDGE_PATIENCE=3
     serve peer_mute
     echo x > "$T/secret"
     judged 0 --provider "127.0.0.1:$PORT" --user a --secret-file "$T/secret" --domains a.example --foreign-domain b.example --only 5.2.1-b
-    has "$T/out" '^5\.2\.1-b  MUST      not observable silent for 1 s after "EHLO a.example"$'
+    has "$T/out" '^5\.2\.1-b  MUST      not observable silent for 3 s after "EHLO a.example"$'
     serve peer_endless
     judged 0 --provider "127.0.0.1:$PORT" --user a --secret-file "$T/secret" --domains a.example --foreign-domain b.example --only 5.2.1-b
-    has "$T/out" '^5\.2\.1-b  MUST      not observable it took longer than 6 s$'
+    has "$T/out" '^5\.2\.1-b  MUST      not observable it took longer than 18 s$'
     judged 0 --customer 'exec bash -c "exec 3<> /dev/tcp/$ODMR_HOST/$ODMR_PORT; sleep 100"' \
         --only 5.1.2-c
-    has "$T/out" '^5\.1\.2-c  MUST      not observable silent for 1 s after "220 judge.example ready"$'
+    has "$T/out" '^5\.1\.2-c  MUST      not observable silent for 3 s after "220 judge.example ready"$'
 }
-peer_mute() { say '220 x'; expect_line '^EHLO'; sleep 5; }
-peer_endless() { say '220 x'; expect_line '^EHLO'; while say 250-x 2> /dev/null; do sleep 0.1; done; }
+peer_mute() { say '220 x'; expect_line '^EHLO'; sleep 10; }
+peer_endless() { say '220 x'; expect_line '^EHLO'; while say 250-x 2> /dev/null; do sleep 0.3; done; }
 
 # mutant FROM TO [FROM TO]...: ODMR is a copy of our program in which each FROM, which must stand in odmr.c exactly once,
 # is TO. It is made anew only when something has changed: they are kept by the calling test and their number in it.
@@ -4169,7 +4178,11 @@ mutant() {
     mkdir -p "$dir"
     rm -f "$dir"/*
     perl -0777 -e 'my $c = <STDIN>;
-        while (my ($from, $to) = splice @ARGV, 0, 2) { (my $n = () = $c =~ /\Q$from\E/g) == 1 or die "$n times in odmr.c: $from\n"; $c =~ s/\Q$from\E/$to/ }
+        while (my ($from, $to) = splice @ARGV, 0, 2) {
+            my $n = () = $c =~ /\Q$from\E/g;
+            $n == 1 or die "$n times in odmr.c: $from\n";
+            $c =~ s/\Q$from\E/$to/;
+        }
         print $c' "$@" < "$here/odmr.c" > "$T/mutant.c" || fail 'an edit that breaks odmr.c no longer fits it'
     ${CC:-cc} -std=gnu11 -O0 -w -I "$here" -o "$ODMR" "$T/mutant.c" -lssl -lcrypto -pthread || fail "does not compile: $*"
     echo "$sum" > "$dir/sum"
@@ -4226,7 +4239,8 @@ t_mutants_of_the_provider() {
     provider_caught 5-a,5-b,5.1.2-a,5.1.2-b,5.2.1-l,6-a,8-b \
         'CRYPTO_memcmp(digest, theirs, 32) == 0 && known)' 'known)' \
         'if (!mechanism_offered(s, m)) {' 'if (!mechanism_offered(s, m) && m != NO_MECHANISM) {' \
-        'if (s->argument && !domain_list_valid(s->argument)) {' 'if (s->argument && !domain_list_valid(s->argument)) s->argument = NULL; if (false) {' \
+        'if (s->argument && !domain_list_valid(s->argument)) {' \
+        'if (s->argument && !domain_list_valid(s->argument)) s->argument = NULL; if (false) {' \
         'if (settle_down_to(&x, 0) == DONE && !s->io.broken) {' 'if (false) {'
     provider_caught 5.1.2-c,5.1.3-a,5.2.1-a,5.3-a \
         'for (enum mechanism m = NO_MECHANISM + 1; m < MECHANISMS; m++)' 'for (enum mechanism m = NO_MECHANISM + 1; false; m++)' \
@@ -4267,7 +4281,8 @@ t_judge_a_lawful_stranger() {
     local ODMR
     mutant 'send_line(s, "220 %s on-demand mail relay server ready", s->name);' 'send_line(s, "220-%s"); send_line(s, "220 come in");' \
         'send_line(s, "250-%s", s->name);
-    send_line(s, "250-AUTH%s", list);' 'send_line(s, "250-hello there"); send_line(s, "250-x-odd 1 2 3"); send_line(s, "250-atrn"); send_line(s, "250-PIPELINING"); send_line(s, "250-auth%s", list);' \
+    send_line(s, "250-AUTH%s", list);' 'send_line(s, "250-hello there"); send_line(s, "250-x-odd 1 2 3");
+            send_line(s, "250-atrn"); send_line(s, "250-PIPELINING"); send_line(s, "250-auth%s", list);' \
         'send_line(s, "250 ATRN");' 'send_line(s, "250 HELP");' \
         'send_line(s, "235 now authenticated as %s", account->name);' 'send_line(s, "235-2.7.0"); send_line(s, "235");' \
         'refuse(s, "530 Authentication required");' '{ refuse(s, "530"); return LATER; }' \
@@ -4372,7 +4387,7 @@ does() {
     ports=$((2000 + RANDOM % 1100)) # README's 3660 to 3669 are somebody else's, when tests run side by side
     { echo 'trap "kill \$(jobs -p) 2> /dev/null; wait" EXIT'; typed "$@"; } | sed "s/\b366\([0-9]\)\b/$ports\1/g" > "$T/script"
     sed -i "s/\b366\([0-9]\)\b/$ports\1/g" "$T"/expected.*
-    (cd "$T/tree" && PATH="$(dirname "$ODMR"):$PATH" timeout 60 "${SHELL_FOR_README[@]}" bash "$T/script" > "$T/said" 2>&1) || code=$?
+    (cd "$T/tree" && PATH="$(dirname "$ODMR"):$PATH" timeout $((PATIENCE * 6)) "${SHELL_FOR_README[@]}" bash "$T/script" > "$T/said" 2>&1) || code=$?
     comes_true "$T/said"
     [ "$code" = 0 ] || [ "$code" = 143 ] || { cat "$T/said" >&2; fail "exit $code"; }
 }
