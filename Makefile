@@ -2,6 +2,7 @@
 # make check      the tests                   make install    PREFIX=/usr/local DESTDIR=
 # make check SANITIZE=address|thread          make bench      how fast it is
 # make torture    cuts, kills, failures, hostile peers; TIME=SECONDS for how long
+# make fuzz       TIME=SECONDS or RUNS=N, TARGETS="provider message ..." of .ci/fuzz.c; needs clang
 # make uninstall, make clean, make help
 
 CC       = cc
@@ -17,7 +18,8 @@ sanitizers = $(if $(filter address,$(SANITIZE)),address$(comma)undefined,$(SANIT
 comma    := ,
 
 .DELETE_ON_ERROR:
-.PHONY: all demo check torture bench install uninstall clean help build/odmr-provider.service build/odmr-customer.service
+.PHONY: all demo check torture fuzz bench install uninstall clean help
+.PHONY: build/odmr-provider.service build/odmr-customer.service
 
 all: odmr
 
@@ -149,6 +151,16 @@ check: odmr build/proxy
 	./test_odmr.sh $(TESTS)
 endif
 
+# odmr.c and a world in memory, with libFuzzer; each target is a name of the same program. The macros that stand in
+# for calls leave parameters unused.
+build/fuzz/odmr: .ci/fuzz.c .ci/fuzz.h odmr.c odmr.h build/openssl
+	@mkdir -p build/fuzz
+	clang -std=gnu11 $(WARNINGS) -Wno-shadow -Wno-unused-parameter -O2 -g -fno-omit-frame-pointer -fno-sanitize-recover=all \
+	  -fsanitize=fuzzer,address,undefined -fno-sanitize-coverage=trace-cmp -o $@ .ci/fuzz.c $(LIBS)
+
+fuzz: build/fuzz/odmr
+	@TIME='$(TIME)' RUNS='$(RUNS)' .ci/fuzz $(TARGETS)
+
 install: odmr build/odmr-provider.service build/odmr-customer.service
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(UNITS)
 	install -m 755 odmr $(DESTDIR)$(PREFIX)/bin/odmr
@@ -166,4 +178,4 @@ bench: odmr build/bench build/proxy
 	.ci/bench $(SCALE)
 
 help:
-	@sed -n '1,5s/^# //p' Makefile
+	@sed -n '1,6s/^# //p' Makefile

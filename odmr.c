@@ -831,11 +831,16 @@ static bool reply_line_valid(const char *line, size_t len)
            (line[3] == '\0' || line[3] == ' ' || line[3] == '-');
 }
 
+/* What it answers has left before: a reply that lies here already, from a peer that did not wait for the command, is
+ * not believed while the command, or a message, has not gone out and perhaps never will. */
 enum result read_reply(struct session *s, struct reply *r)
 {
     size_t used = 0;
     r->code = 0;
+    r->cut = false;
     r->text[0] = '\0';
+    if (s->io.broken || (s->io.out_end > 0 && !stream_flush(&s->io)))
+        return LATER;
     for (int lines = 0; lines < REPLY_LINES; lines++) {
         enum result got = read_line(s);
         int code;
@@ -851,8 +856,10 @@ enum result read_reply(struct session *s, struct reply *r)
         r->code = code;
         used += (size_t)snprintf(r->text + used, sizeof r->text - used, "%s%s", lines ? "\n" : "",
                                  s->line_len > 4 ? s->line + 4 : "");
-        if (used >= sizeof r->text)
+        if (used >= sizeof r->text) {
             used = sizeof r->text - 1;
+            r->cut = true;
+        }
         if (s->line[3] != '-')
             return DONE;
     }
@@ -1578,7 +1585,7 @@ static bool cut_address(char **rest, char *address, size_t size)
 
 enum field envelope_next(struct envelope_reader *r, char *address, size_t size)
 {
-    for (;;) {
+    while (!r->wrong) { /* after a failure no walk goes on, for it could go on in the middle of a line */
         size_t value = 0;
         enum field field;
         if (r->field != NO_FIELD && r->field != DELIVERY_DATE && cut_address(&r->rest, address, size))
@@ -1599,6 +1606,7 @@ enum field envelope_next(struct envelope_reader *r, char *address, size_t size)
         r->rest = r->line + value;
         r->end += r->line_size;
     }
+    return NO_FIELD;
 }
 
 /* ==== The Maildir queue ===============================================================================
@@ -1908,6 +1916,8 @@ static enum result message_read_recipients(struct message *m)
     }
     if (r.unreadable)
         return message_trouble(m, r.wrong);
+    if (r.wrong)
+        return message_hold(m, r.wrong);
     return ours > 0 ? DONE : message_hold(m, "its recipients belong to another domain");
 }
 
@@ -1940,8 +1950,9 @@ enum result message_read(struct message *m)
     return result == DONE ? message_read_recipients(m) : result;
 }
 
-/* Is there an octet over 127 in the header, so that it takes SMTPUTF8 to send it (RFC 6531, 3.6)? */
-static bool header_is_ascii(const struct message *m)
+/* Is there an octet over 127 in the header, so that it takes SMTPUTF8 to send it (RFC 6531, 3.6)? False: it could not
+ * be read. */
+static bool scan_header(struct message *m)
 {
     char data[1024];
     bool line_start = true;
@@ -1951,13 +1962,12 @@ static bool header_is_ascii(const struct message *m)
         for (ssize_t i = 0; i < n; i++) {
             if (data[i] == '\n' && line_start)
                 return true;
-            if (!isascii((unsigned char)data[i]))
-                return false;
+            m->utf8 |= !isascii((unsigned char)data[i]);
             line_start = data[i] == '\n' || (line_start && data[i] == '\r');
         }
         at += n;
     }
-    return true;
+    return n == 0;
 }
 
 /* What there is in some octets of content. */
@@ -2007,8 +2017,7 @@ bool message_scan(struct message *m)
     m->wire_size = (uint64_t)(at - m->start) - t.cr - t.lf + 2 * (t.cr + t.lf - t.crlf);
     m->wire_size += last != '\n' && last != '\r' ? 2 : 0;
     m->eight_bit = t.all > 127;
-    m->utf8 |= m->eight_bit && !header_is_ascii(m);
-    return n == 0;
+    return n == 0 && (!m->eight_bit || scan_header(m));
 }
 
 enum result message_claim(struct message *m, int queue, const char *path)
@@ -3417,7 +3426,8 @@ static bool customer_cannot_take(const struct sender *x, const struct message *m
     return true;
 }
 
-static void refuse_beforehand(struct sender *x, struct message *m)
+/* False: the envelope could not be read to its end, so that nobody knows whether it may be sent. */
+static bool refuse_beforehand(struct sender *x, struct message *m)
 {
     char address[MAILBOX_MAX + 2];
     struct envelope_reader r;
@@ -3426,6 +3436,9 @@ static void refuse_beforehand(struct sender *x, struct message *m)
     for (size_t i = 0; i < m->recipients && message_next_recipient(m, &r, address, sizeof address); i++)
         if (m->fate[i] == OWED && customer_cannot_take(x, m, address, &why))
             note_verdict(x, m, i, &why);
+    if (r.wrong)
+        log_event(x->s, "%s: %s; it stays", m->path, r.wrong);
+    return !r.wrong;
 }
 
 /* The next recipient that is owed the message; *next is then the number behind it. */
@@ -3475,10 +3488,11 @@ static enum result send_message(struct sender *x, struct message *m)
     struct envelope_reader r;
     size_t next = 0;
     enum result result = DONE;
+    bool sound;
     m->holders = 1;
-    refuse_beforehand(x, m);
+    sound = refuse_beforehand(x, m);
     envelope_open(&r, m->fd);
-    while (result == DONE && next_owed(m, &r, &next, address, sizeof address)) {
+    while (sound && result == DONE && next_owed(m, &r, &next, address, sizeof address)) {
         struct transaction *t = calloc(1, sizeof *t);
         if (!t) {
             stream_break(&x->s->io, "out of memory");
@@ -3517,7 +3531,7 @@ static enum result greet_customer(struct sender *x)
     if (read_reply(s, &r) != DONE || r.code != 220)
         return LATER;
     send_line(s, "EHLO %s", s->name);
-    if (read_reply(s, &r) != DONE)
+    if (read_reply(s, &r) != DONE || r.cut) /* mail that it can take must not be returned for a keyword we lost */
         return LATER;
     if (reply_result(&r) == DONE) {
         read_capabilities(x, &r);

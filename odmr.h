@@ -147,6 +147,7 @@ struct stream {
 
 struct reply {
     int code;
+    bool cut; /* there was more text than fits */
     char text[2048]; /* without code; lines separated by \n */
 };
 

@@ -163,12 +163,12 @@ login() {
 
 declare -A ANSWERS=()
 OFFER=
-# answer COMMAND DEFAULT: says it, and leaves it in $reply; true if it was a yes, or a go-ahead.
+# answer COMMAND DEFAULT: true if it was a yes, or a go-ahead.
 answer() {
-    reply=${ANSWERS[$1]:-${ANSWERS[${1%% *}]:-$2}}
+    local reply=${ANSWERS[$1]:-${ANSWERS[${1%% *}]:-$2}}
     if [ "$reply" = CLOSE ]; then hang_up; return 1; fi
     say "$reply"
-    [[ $reply == [23]* ]]
+    [[ $reply == 2* || ($1 == DATA && $reply == 3*) ]]
 }
 offer_extensions() {
     local word last=example.org
@@ -191,10 +191,9 @@ take_content() {
         printf '%s' "$line" > "$T/content"
     fi
     if [ "$ACCEPTED" = 0 ]; then say '554 no valid recipients'; return 0; fi
-    if answer CONTENT '250 OK' && [[ $reply == 2* ]]; then keep_message; fi
+    if answer CONTENT '250 OK'; then keep_message; fi
 }
 take_mail() {
-    local reply
     N_GOT=0 ENVELOPE='' ACCEPTED=0
     mkdir -p "$T/got"
     : > "$T/heard"
@@ -203,9 +202,9 @@ take_mail() {
         echo "$HEARD" >> "$T/heard"
         case $HEARD in
         EHLO*) if [ -n "${ANSWERS[EHLO]:-}" ]; then answer EHLO; else offer_extensions; fi ;;
-        MAIL*) ACCEPTED=0 ENVELOPE=$HEARD$'\n'; answer "$HEARD" '250 OK' && [[ $reply == 2* ]] || ENVELOPE= ;;
+        MAIL*) ACCEPTED=0 ENVELOPE=$HEARD$'\n'; answer "$HEARD" '250 OK' || ENVELOPE= ;;
         RCPT*) if [ -z "$ENVELOPE" ]; then say '503 MAIL first'
-               elif answer "$HEARD" '250 OK' && [[ $reply == 2* ]]; then ENVELOPE+=$HEARD$'\n'; ACCEPTED=$((ACCEPTED + 1)); fi ;;
+               elif answer "$HEARD" '250 OK'; then ENVELOPE+=$HEARD$'\n'; ACCEPTED=$((ACCEPTED + 1)); fi ;;
         DATA | BDAT*) if [ -z "$ENVELOPE" ] && [ "$HEARD" = DATA ]; then say '503 MAIL first'; else take_content; fi ;;
         QUIT) say '221 example.org closing connection'; return 0 ;;
         *) answer "$HEARD" '250 OK' ;;
@@ -782,6 +781,15 @@ t_5.3-c_helo_where_ehlo_is_unknown() {
     equal "$(sed 's/:.*//' "$T/heard" | tr '\n' ' ')" 'EHLO example.net HELO example.net MAIL FROM RCPT TO DATA QUIT '
 }
 
+# An EHLO response of more text than we keep: what it offers is not known, so nothing is sent, and nothing returned.
+t_5.3-c_endless_offer() {
+    provider
+    printf 'Subject: a\n\n\374\n' | put 1.a a@example.edu eva@example.org
+    OFFER="$(printf 'X%0900d ' 1 2 3) 8BITMIME" turn
+    until_true settled
+    equal "$N_GOT $(waiting) $(notices)" '0 1 0'
+}
+
 # DATA or BDAT has left before it is known that nobody is accepted: a 354 is then honoured with no content
 # (RFC 2920, 3.1), the octets of a BDAT are there already, and the next message is not troubled by either.
 t_pipelining_when_nobody_is_accepted() {
@@ -798,6 +806,17 @@ t_pipelining_when_nobody_is_accepted() {
         has "$T/got/1" 'Text of two'
         until_true claimable "$T/queue/example.org/new/1.a"
     done
+}
+
+# A customer that says yes to everything beforehand, then nonsense: what has left the queue did go over the line.
+t_replies_before_their_commands() {
+    provider
+    letter one | put 1.a a@example.edu eva@example.org
+    login
+    printf '%s\r\n' ATRN '220 a' '250 a' '250 ok' '250 ok' '354 go on' '250 ok' nonsense >&"$LINE"
+    timeout "$PATIENCE" cat <&"$LINE" > "$T/line"
+    until_true settled
+    [ "$(waiting)" = 1 ] || has "$T/line" '^Text of one'
 }
 
 # A reply to DATA that is neither 354 nor a refusal is no delivery, and 503 is about commands, not mail.
@@ -1864,9 +1883,10 @@ outcomes() {
         outcome "$all" '' '' DATA CLOSE
         outcome "$all" '' '' DATA '250 nonsense'
     }
-    outcome "$all" '' '' CONTENT '354 go on'
     outcome "$all" '' '' MAIL '354 go on'
+    outcome "$all" '' '' RCPT '354 go on'
     outcome eva '' 'bob zoe' "$eva" '354 go on'
+    outcome "$all" '' '' CONTENT '354 go on'
     outcome "$all" '' '' CONTENT 'no reply at all'
     outcome "$all" '' '' GREETING '554 no service'
     outcome "$all" '' '' GREETING '450 later'
