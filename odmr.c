@@ -3506,6 +3506,11 @@ static enum result send_message(struct sender *x, struct message *m)
         t->open = false;
         transaction_release(x, t);
     }
+    if (result == DONE && r.unreadable) { /* a QUIT now would say that this was all */
+        settle_down_to(x, 0);
+        stream_break(&x->s->io, "the envelope of a message in the queue could not be read to its end");
+        result = LATER;
+    }
     message_release(x, m);
     return result;
 }
