@@ -4905,6 +4905,12 @@ torture_fail_to_claim() {
     FATE=one
     fail_everywhere provider 20 '0 75' openat fdopendir readdir fstat fstatat flock pread calloc realloc malloc
 }
+# A message that cannot be read while it is being sent is not ended as if it were whole.
+# share: 3
+torture_fail_to_read() {
+    FATE=one
+    fail_everywhere provider 20 '0 75' pread
+}
 # share: 8
 torture_fail_customer() {
     fail_everywhere customer 10 '0 70 71 73 75'
