@@ -3023,17 +3023,17 @@ static void write_plain_words(FILE *out, const struct session *s, const char *ad
     fprintf(out, "  <%s>\n      %s\n\n", address, strncmp(refusal, "000", 3) == 0 ? refusal + 10 : refusal);
 }
 
-/* The header of what is returned, not its body (RFC 3461, 6.3 lets us choose). */
-static void write_original_header(FILE *out, const struct message *m)
+/* The header of what is returned, not its body (RFC 3461, 6.3 lets us choose). False: it cannot be read now. */
+static bool write_original_header(FILE *out, const struct message *m)
 {
     char data[1024];
     bool line_start = true;
     off_t at = m->start;
-    ssize_t n;
+    ssize_t n = 0;
     while (at - m->start < NOTICE_HEADER_MAX && (n = pread(m->fd, data, sizeof data, at)) > 0) {
         for (ssize_t i = 0; i < n; i++) {
             if (data[i] == '\n' && line_start)
-                return;
+                return true;
             if (data[i] != '\r')
                 fputc(data[i], out);
             line_start = data[i] == '\n' || (line_start && data[i] == '\r');
@@ -3041,6 +3041,7 @@ static void write_original_header(FILE *out, const struct message *m)
         at += n;
     }
     fputc('\n', out);
+    return n >= 0;
 }
 
 static void write_notice_top(FILE *out, const char *host, const struct message *m, const char *boundary, bool utf8)
@@ -3077,7 +3078,7 @@ static bool write_notice(FILE *out, const char *host, const struct session *s, c
     done = for_each_refused(out, s, m, write_recipient_fields) && done;
     fprintf(out, "\n--%s\nContent-Type: %s\n%s\n", boundary, utf8 ? "message/global-headers" : "text/rfc822-headers",
             eight_bit);
-    write_original_header(out, m);
+    done = write_original_header(out, m) && done;
     fprintf(out, "\n--%s--\n", boundary);
     return done && fflush(out) == 0 && !ferror(out);
 }
