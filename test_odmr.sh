@@ -4905,9 +4905,14 @@ torture_fail_to_claim() {
     FATE=one
     fail_everywhere provider 20 '0 75' openat fdopendir readdir fstat fstatat flock pread calloc realloc malloc
 }
-# A message that cannot be read while it is being sent is not ended as if it were whole.
-# share: 3
+# A message that cannot be read while it is being sent is not ended as if it were whole: what follows would be
+# taken for a part of it.
+# share: 5
 torture_fail_to_read() {
+    fail_everywhere provider 20 '0 75' pread
+}
+# share: 3
+torture_fail_to_read_the_only_one() {
     FATE=one
     fail_everywhere provider 20 '0 75' pread
 }
