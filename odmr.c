@@ -1981,6 +1981,7 @@ struct tally {
 static void count_octets(struct tally *t, char data[COPY_SIZE], size_t len)
 {
     enum { PIECE = 128 };
+    _Static_assert(COPY_SIZE % PIECE == 0, "there is room for the last piece");
     size_t whole = (len + PIECE - 1) / PIECE * PIECE;
     memset(data + len, 0, whole - len);
     for (const char *p = data; p < data + whole; p += PIECE) {

@@ -1299,6 +1299,7 @@ int LLVMFuzzerInitialize(int *argc, char ***argv)
     pthread_mutex_init(&the_provider.lock, NULL);
     read_accounts();
     make_certificate();
+    make_tls_bio_method(); /* as the first context would */
     write_letters();
     return 0;
 }

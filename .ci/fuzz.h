@@ -49,7 +49,7 @@
 
 /* Limits that a few hundred octets of input can reach, and buffers that a short message fills. */
 #undef COPY_SIZE
-#define COPY_SIZE 64
+#define COPY_SIZE 128
 #undef ENDLESS_LINE
 #define ENDLESS_LINE 50000
 #undef REPLIES_IN_FLIGHT
@@ -191,11 +191,15 @@ static int world_poll(struct pollfd *p, nfds_t n, int patience)
     return shutting_down;
 }
 
-static ssize_t world_recv(int fd, void *data, size_t size)
+static ssize_t world_recv(int fd, void *data, size_t size, int flags)
 {
     size_t n = event_at < event_count ? directions[event_at].at - peer_at : peer_len - peer_at;
     must(fd == PEER_FD);
-    must(!event_now()); /* nobody reads without having waited */
+    if (event_now() && (flags & MSG_DONTWAIT)) {
+        errno = EAGAIN;
+        return -1;
+    }
+    must(!event_now()); /* nobody blocks in here: to wait is poll()'s affair */
     n = n < size ? n : size;
     n = piece && piece < n ? piece : n;
     memcpy(data, peer + peer_at, n);
@@ -621,7 +625,7 @@ static ssize_t log_write(void *cookie, const char *data, size_t size)
 #undef stderr
 #define stderr log_file
 #define poll(p, n, ms) world_poll(p, n, ms)
-#define recv(fd, data, size, flags) world_recv(fd, data, size)
+#define recv(fd, data, size, flags) world_recv(fd, data, size, flags)
 #define send(fd, data, size, flags) world_send(fd, data, size)
 #define shutdown(fd, how) ((void)(fd))
 #define close(fd) world_close(fd)
@@ -631,7 +635,7 @@ static ssize_t log_write(void *cookie, const char *data, size_t size)
 #define gethostname(out, size) ((int)snprintf(out, size, "host"))
 #define isatty(fd) 0
 #define openat(dir, path, flags, ...) world_openat(dir, path, flags)
-#define mkdirat(dir, path, mode) (fails(ENOSPC) ? -1 : 0)
+#define mkdirat(dir, path, mode) (errno = fails(ENOSPC) ? ENOSPC : EEXIST, -1) /* all are there already */
 #define pread(fd, data, size, at) world_pread(fd, data, size, at)
 #define fstat(fd, st) ((fd) < HANDLES_FROM ? -1 : world_fstat(handle_of(fd)->file, st))
 #define fstatat(dir, path, st, flags) world_fstat(file_named(whole_path(dir, path)), st)
