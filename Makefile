@@ -143,11 +143,14 @@ build/failing: odmr.c odmr.h .ci/fail.c build/openssl
 torture: odmr build/proxy build/crowd build/fail.so build/failing
 	./test_odmr.sh --torture $(TIME) $(TESTS)
 
+build/vectors: .ci/vectors.c odmr.c odmr.h build/openssl
+	$(COMPILE) -o $@ $< $(LIBS)
+
 ifdef SANITIZE
-check: odmr build/$(SANITIZE)/odmr build/proxy
+check: odmr build/$(SANITIZE)/odmr build/proxy build/vectors
 	SANITIZED=1 ODMR=build/$(SANITIZE)/odmr ./test_odmr.sh $(TESTS)
 else
-check: odmr build/proxy
+check: odmr build/proxy build/vectors
 	./test_odmr.sh $(TESTS)
 endif
 

@@ -2483,6 +2483,26 @@ t_scram_by_hand() {
     ask "AUTH SCRAM-SHA-256 $(b64 n,,n=x,r=y)" '^503 '
 }
 
+# RFC 2195's example: what its customer answered to its challenge, ours answers.
+t_cram_md5_of_the_rfc() {
+    serve rfc2195
+    run 1 env ODMR_SECRET=tanstaaftanstaaf "$ODMR" customer -u tim -q "$T/mail" --mechanism CRAM-MD5 "127.0.0.1:$PORT"
+    peer_ok
+}
+rfc2195() {
+    offer_mechanisms CRAM-MD5
+    expect_line '^AUTH CRAM-MD5$'
+    say "334 $(b64 '<1896.697170952@postoffice.reston.mci.net>')"
+    expect_line "^$(b64 'tim b913a602c7eda7a495b4e6e7334d3890')\$"
+    say '235 welcome'; no_mail
+}
+# RFC 7677's: both sides' functions, in .ci/vectors.c, which can be given nonces.
+t_scram_of_the_rfc() {
+    make -s -C "$here" build/vectors || fail 'not built'
+    run 0 "$here/build/vectors"
+    equal "$(grep -c '^ok ' "$T/out")" 9
+}
+
 t_scram_attacks() {
     provider
     scram_by_hand example.org wrong n,,; expect '^535 '
@@ -2532,10 +2552,13 @@ t_customer_and_scram_impostors() {
     customer 1 "127.0.0.1:$PORT"
     peer_ok
 }
+# The scripted provider up to AUTH, with these mechanisms; from ATRN on; and when the customer gives up.
+offer_mechanisms() { say '220 example.net ready'; expect_line '^EHLO '; say '250-example.net'; say "250-AUTH $*"; say '250 ATRN'; }
+no_mail() { expect_line '^ATRN$'; say '453 no mail'; goodbye; }
+goodbye() { expect_line '^QUIT$'; say '221 bye'; }
 # scram_serve CHALLENGE: with NONCE in it for the customer's; the customer's final message in FINAL.
 scram_serve() {
-    say '220 example.net ready'; expect_line '^EHLO '
-    say '250-example.net'; say '250-AUTH SCRAM-SHA-256 CRAM-MD5 PLAIN'; say '250 ATRN'
+    offer_mechanisms SCRAM-SHA-256 CRAM-MD5 PLAIN
     expect_line '^AUTH SCRAM-SHA-256 '
     BARE=$(unb64 "${HEARD##* }"); BARE=${BARE#n,,}
     CHALLENGE=${1//NONCE/${BARE##*r=}}
@@ -2543,8 +2566,9 @@ scram_serve() {
     hear || fail 'no answer to the challenge'
     FINAL=$(unb64 "$HEARD")
 }
-scram_refused() { scram_serve "$1"; equal "$HEARD" '*'; say '501 cancelled'; expect_line '^QUIT$'; say '221 bye'; }
-scram_old_nonce() { scram_refused 'r=abc,s=QSXCR+Q6sek8bf92,i=4096'; }
+scram_refused() { scram_serve "$1"; equal "$HEARD" '*'; say '501 cancelled'; goodbye; }
+# As long as ours with the provider's half behind it, but drawn by somebody else.
+scram_old_nonce() { scram_refused 'r=fyko+d2lbbFgONRv9qkxdawLfyko+d2lbbFgONRv9,s=QSXCR+Q6sek8bf92,i=4096'; }
 scram_own_nonce() { scram_refused 'r=NONCE,s=QSXCR+Q6sek8bf92,i=4096'; }
 scram_few_rounds() { scram_refused 'r=NONCEx,s=QSXCR+Q6sek8bf92,i=1'; }
 scram_many_rounds() { scram_refused 'r=NONCEx,s=QSXCR+Q6sek8bf92,i=1000001'; }
@@ -2561,7 +2585,7 @@ scram_honest() {
     equal "${FINAL##*,p=}" "$(scram_proof tanstaaf "$BARE" "$CHALLENGE" "${FINAL%,p=*}")"
     say "334 $(b64 "v=$(scram_signature tanstaaf "$BARE" "$CHALLENGE" "${FINAL%,p=*}")")"
     expect_line '^$'
-    say '235 welcome'; expect_line '^ATRN$'; say '453 no mail'; expect_line '^QUIT$'; say '221 bye'
+    say '235 welcome'; no_mail
 }
 
 # ---- EXTERNAL ----
