@@ -267,6 +267,10 @@ provide() {
 expect_line() { hear || fail "the connection ended, but expected $1"; match "$HEARD" "$1" line; }
 # reverse: provide, and the customer's greeting and EHLO.
 reverse() { provide; expect '^220 '; ask 'EHLO example.net' '^250'; }
+# The same in parts: up to AUTH, with these mechanisms; from ATRN on; when the customer gives up.
+offer_mechanisms() { say '220 example.net ready'; expect_line '^EHLO '; say '250-example.net'; say "250-AUTH $*"; say '250 ATRN'; }
+no_mail() { expect_line '^ATRN$'; say '453 no mail'; goodbye; }
+goodbye() { expect_line '^QUIT$'; say '221 bye'; }
 mailbox() { find "$T/mail/${1:-example.org}/new" -type f 2> /dev/null | wc -l; }
 # The content of the only message in the customer's Maildir, without what the customer put on top.
 stored() { sed '1,/^Received: /d' "$T/mail/${1:-example.org}/new"/* | sed '1,2d'; }
@@ -2346,6 +2350,18 @@ t_starttls_stripped() {
     equal "$(mailbox)" 1
 }
 
+# A provider that has nothing else, in the clear: then there is no session, and no secret on the line.
+t_plain_never_leaves_in_the_clear() {
+    serve only_plain
+    customer 77 --trace "127.0.0.1:$PORT"
+    peer_ok
+    customer 77 --trace --insecure "127.0.0.1:$PORT"
+    peer_ok
+    has "$T/err" 'offers no mechanism'
+    hasnt "$T/err" 'C: AUTH'
+}
+only_plain() { offer_mechanisms PLAIN; goodbye; }
+
 t_certificates_that_do_not_verify() {
     authority
     certificate other_ca '/CN=Another CA'
@@ -2432,6 +2448,31 @@ t_scram_downgrade() {
     provider
     scram_by_hand example.org tanstaaf y,,
     expect '^334'; ask '' '^235 '
+}
+
+# What the customer says of channel binding: y inside TLS where -PLUS was not offered, so that a provider that did
+# offer it notices; n where it cannot bind, or was told not to.
+t_customer_says_whether_it_could_bind() {
+    OVER_TLS=1 serve flag_y
+    customer 77 --tls --ca "$T/ca.crt" "localhost:$PORT"
+    peer_ok
+    serve flag_n
+    customer 77 "localhost:$PORT"
+    peer_ok
+    OVER_TLS=1 serve flag_n_though_plus
+    customer 77 --tls --ca "$T/ca.crt" --mechanism SCRAM-SHA-256 "localhost:$PORT"
+    peer_ok
+}
+flag_y() { hear_flag y SCRAM-SHA-256; }
+flag_n() { hear_flag n SCRAM-SHA-256; }
+flag_n_though_plus() { hear_flag n SCRAM-SHA-256 SCRAM-SHA-256-PLUS; }
+hear_flag() {
+    local flag=$1
+    shift
+    offer_mechanisms "$@"
+    expect_line '^AUTH SCRAM-SHA-256 '
+    match "$(unb64 "${HEARD##* }")" "^$flag,,n=example.org,r="
+    say '535 no'; goodbye
 }
 
 # ---- SCRAM by hand: openssl computes, bash talks ----
@@ -2525,6 +2566,21 @@ t_scram_bad_first_messages() {
     done
 }
 
+# Who has read the accounts file still cannot log in with a verifier: nothing of it serves as CRAM-MD5's secret.
+t_verifier_is_no_secret() {
+    local verifier part
+    accounts; echo s3cret | run 0 "$ODMR" account --scram verifier example.org
+    cat "$T/out" >> "$T/accounts"
+    provider
+    verifier=$(cut -d: -f3 "$T/out")
+    for part in "$verifier" "${verifier#*\}}" $(tr '},' '  ' <<< "$verifier"); do
+        dial; expect '^220'; ask 'EHLO x' '^250'
+        ask 'AUTH CRAM-MD5' '^334 '; ask "$(cram_response verifier "$part" "${ANSWER#334 }")" '^535 '
+        DIALLED=1 scram_by_hand verifier "$part" n,,; expect '^535 '
+        hang_up
+    done
+}
+
 # A proof that is bound to another channel than this one.
 t_scram_wrong_channel() {
     tls_provider
@@ -2552,10 +2608,6 @@ t_customer_and_scram_impostors() {
     customer 1 "127.0.0.1:$PORT"
     peer_ok
 }
-# The scripted provider up to AUTH, with these mechanisms; from ATRN on; and when the customer gives up.
-offer_mechanisms() { say '220 example.net ready'; expect_line '^EHLO '; say '250-example.net'; say "250-AUTH $*"; say '250 ATRN'; }
-no_mail() { expect_line '^ATRN$'; say '453 no mail'; goodbye; }
-goodbye() { expect_line '^QUIT$'; say '221 bye'; }
 # scram_serve CHALLENGE: with NONCE in it for the customer's; the customer's final message in FINAL.
 scram_serve() {
     offer_mechanisms SCRAM-SHA-256 CRAM-MD5 PLAIN
