@@ -2202,14 +2202,14 @@ t_trace_ladder() {
 
 # ---- TLS and the mechanisms --------------------------------------------------------------------------
 
-# certificate NAME SUBJECT [SAN [ISSUER]]: $T/NAME.crt, and $T/NAME.pem with its key; signed by ISSUER, or
+# certificate NAME SUBJECT [SAN [ISSUER [PURPOSE]]]: $T/NAME.crt, and $T/NAME.pem with its key; signed by ISSUER, or
 # by itself: then it is an authority.
 certificate() {
     local kind=FALSE
     [ -n "${4:-}" ] || kind=TRUE
     openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 30 -subj "$2" \
         -config <(printf '[req]\ndistinguished_name=dn\n[dn]\n') -addext "basicConstraints=critical,CA:$kind" \
-        ${3:+-addext "subjectAltName=$3"} ${4:+-CA "$T/$4.crt" -CAkey "$T/$4.pem"} \
+        ${3:+-addext "subjectAltName=$3"} ${5:+-addext "extendedKeyUsage=$5"} ${4:+-CA "$T/$4.crt" -CAkey "$T/$4.pem"} \
         -keyout "$T/$1.pem" -out "$T/$1.crt" 2> "$T/$1.err" || { cat "$T/$1.err" >&2; fail "no certificate $1"; }
     cat "$T/$1.crt" >> "$T/$1.pem"
 }
@@ -2386,15 +2386,71 @@ t_certificates_that_do_not_verify() {
     customer 78 --ca "$T/nothing" "localhost:$PORT"
 }
 refuses_certificate() {
+    local host=${3:-localhost}
     tls_provider --cert "$T/$1.pem"
-    customer 77 --trace --ca "$T/ca.crt" "localhost:$PORT"
+    customer 77 --trace --ca "$T/ca.crt" "$host:$PORT"
     has "$T/err" "$2"
     hasnt "$T/err" 'C: \(AUTH\|ATRN\)'
-    customer 77 --trace --ca "$T/ca.crt" --tls "localhost:$TLS_PORT"
-    customer 1 --trace --insecure "localhost:$PORT"
-    customer 77 --trace --insecure --mechanism PLAIN "localhost:$PORT"
+    customer 77 --trace --ca "$T/ca.crt" --tls "$host:$TLS_PORT"
+    customer 1 --trace --insecure "$host:$PORT"
+    customer 77 --trace --insecure --mechanism PLAIN "$host:$PORT"
     hasnt "$T/err" 'C: AUTH'
     stop_provider
+}
+
+# Certificates that verify, but are not this server's, or no server's, or signed by one who may not sign.
+t_certificates_for_something_else() {
+    authority
+    certificate address /CN=127.0.0.1 IP:127.0.0.2 ca
+    certificate names /CN=127.0.0.1 DNS:localhost,DNS:127.0.0.1 ca
+    certificate client /CN=localhost DNS:localhost ca clientAuth
+    certificate leaf /CN=elsewhere.example DNS:elsewhere.example ca
+    certificate by_leaf /CN=localhost DNS:localhost leaf
+    cat "$T/leaf.crt" >> "$T/by_leaf.pem"
+    certificate nul /CN=localhost "$(name_with_nul localhost)" ca
+    refuses_certificate address 'IP address mismatch' 127.0.0.1
+    refuses_certificate names 'IP address mismatch' 127.0.0.1
+    refuses_certificate client 'unsuitable certificate purpose'
+    refuses_certificate by_leaf 'invalid CA certificate'
+    refuses_certificate nul 'hostname mismatch'
+}
+# name_with_nul NAME: a DNS name that reads as NAME up to its NUL octet, in DER, which is the only way to write it.
+name_with_nul() {
+    local octets
+    octets=$(printf '%s\0.example' "$1" | hex)
+    printf 'DER:30%02x82%02x%s' $((${#octets} / 2 + 2)) $((${#octets} / 2)) "$octets"
+}
+
+# --ca stands instead of the system's authorities, not beside them.
+t_ca_replaces_the_system_s() {
+    tls_provider
+    certificate other_ca '/CN=Another CA'
+    SSL_CERT_FILE=$T/ca.crt customer 1 "localhost:$PORT"
+    SSL_CERT_FILE=$T/ca.crt customer 77 --trace --ca "$T/other_ca.crt" "localhost:$PORT"
+    hasnt "$T/err" 'C: AUTH'
+}
+
+# Below TLS 1.2 neither side goes, whatever this machine's OpenSSL would.
+t_tls_versions() {
+    printf '%s\n' 'openssl_conf = o' '[o]' 'ssl_conf = s' '[s]' 'system_default = d' '[d]' 'MinProtocol = TLSv1' \
+        'CipherString = DEFAULT@SECLEVEL=0' > "$T/lax.cnf"
+    export OPENSSL_CONF=$T/lax.cnf
+    tls_provider
+    handshake -starttls smtp -tls1_2 || fail 'TLS 1.2 was refused'
+    ! handshake -starttls smtp -tls1_1 || fail 'TLS 1.1 was accepted'
+    ! handshake -starttls smtp -tls1 || fail 'TLS 1.0 was accepted'
+    old_server
+    handshake -tls1_1 || fail 'there is no TLS 1.1 to refuse'
+    customer 76 --timeout 5 --tls --ca "$T/ca.crt" "localhost:$PORT"
+    has "$T/err" 'TLS handshake failed'
+}
+handshake() { timeout "$PATIENCE" openssl s_client -connect "127.0.0.1:$PORT" "$@" < /dev/null > "$T/s_client" 2>&1; }
+# A server that knows nothing newer than TLS 1.1.
+old_server() {
+    openssl s_server -accept 127.0.0.1:0 -tls1_1 -cert "$T/server.pem" -key "$T/server.pem" -www > "$T/s_server" 2>&1 &
+    STARTED+=($!)
+    until_true grep -q '^ACCEPT' "$T/s_server"
+    PORT=$(sed -n 's/^ACCEPT .*:\([0-9]*\)$/\1/p' "$T/s_server")
 }
 
 # Each mechanism brings the mail, and the TLS session stays through the reversal (5.1.2-d).
