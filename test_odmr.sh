@@ -2736,6 +2736,27 @@ t_5.1.2-f_external() {
 }
 external() { local code=$1 name=$2; shift 2; run "$code" "$ODMR" customer --trace --ca "$T/ca.crt" --cert "$T/$name.pem" -q "$T/mail" "$@" "localhost:$PORT"; }
 
+# Certificates that somebody has, signed by the right authority in the end, and still no login: for servers only; signed
+# by a customer's; with a name that reads as an account's up to a NUL octet.
+t_external_takes_no_other_certificate() {
+    authority
+    certificate me /CN=somebody DNS:example.org ca clientAuth
+    certificate server_only /CN=example.org DNS:example.org ca serverAuth
+    certificate leaf /CN=x DNS:other ca
+    certificate by_leaf /CN=example.org DNS:example.org leaf
+    cat "$T/leaf.crt" >> "$T/by_leaf.pem"
+    certificate nul /CN=x "$(name_with_nul example.org)" ca
+    tls_provider --client-ca "$T/ca.crt"
+    external 1 me
+    external 77 server_only; has "$T/err" 'offers no mechanism'
+    external 77 by_leaf; has "$T/err" 'offers no mechanism'
+    external 77 nul; has "$T/err" '535 '
+    tunnel "$T/me.pem"
+    dial; expect '^220'; ask 'EHLO x' EXTERNAL
+    ask "AUTH EXTERNAL $(encoded 'example.org\0x')" '^535 '
+    ask "AUTH EXTERNAL $(b64 example.org)" '^235 '
+}
+
 # ---- Clients that we did not write ----
 
 t_swaks_authenticates() {
@@ -2817,6 +2838,50 @@ t_auth_responses_that_are_not_base64() {
     ask 'AUTH' '^501 '; ask 'AUTH ROT13' '^504 '
 }
 
+# encoded FORMAT: what printf makes of it, NUL octets and all, in base64.
+# shellcheck disable=SC2059
+encoded() { printf "$1" | openssl base64 -A; }
+
+# PLAIN is for the account itself, and what it says is not in the provider's trace either.
+t_plain_by_hand() {
+    local response
+    tls_provider --trace
+    tunnel
+    for response in '\0example.org\0tanstaaf' 'example.org\0example.org\0tanstaaf'; do
+        plain_by_hand "$response" '^235 now authenticated as example.org$'
+    done
+    for response in 'other\0example.org\0tanstaaf' '\0example.org\0tanstaaf\0x' '\0example.org\0wrong' '\0example.org' ''; do
+        plain_by_hand "$response" '^535 '
+    done
+    equal "$(grep -c 'C: AUTH PLAIN (response not shown)$' "$LOG") $(grep -c 'C: (response not shown)$' "$LOG")" '7 7'
+}
+# The same as initial response and as the answer to an empty challenge.
+plain_by_hand() {
+    local response
+    response=$(encoded "$1")
+    dial; expect '^220'; ask 'EHLO x' '^250'
+    ask "AUTH PLAIN ${response:-=}" "$2"
+    hang_up
+    dial; expect '^220'; ask 'EHLO x' '^250'
+    ask 'AUTH PLAIN' '^334 $'; ask "$response" "$2"
+    hang_up
+    [ -z "$response" ] || ! grep -qF "$response" "$LOG" || fail "$response is in the trace"
+}
+
+# A NUL octet ends no response early.
+t_responses_with_a_nul_octet() {
+    local bare=n=example.org,r=abc challenge final
+    provider
+    dial; expect '^220'; ask 'EHLO x' '^250'
+    ask 'AUTH CRAM-MD5' '^334 '
+    ask "$(encoded "example.org $(hmac_md5 tanstaaf "$(unb64 "${ANSWER#334 }")")\0x")" '^535 '
+    ask "AUTH SCRAM-SHA-256 $(encoded "n,,$bare\0x")" '^535 '
+    ask "AUTH SCRAM-SHA-256 $(b64 "n,,$bare")" '^334 '
+    challenge=$(unb64 "${ANSWER#334 }")
+    final="c=biws,${challenge%%,*}"
+    ask "$(encoded "$final,p=$(scram_proof tanstaaf "$bare" "$challenge" "$final")\0x")" '^535 '
+}
+
 # An unknown name, a wrong secret and an account that has a verifier only cannot be told apart: by the challenge, by
 # the verdict's code and text, or by time. The verifier's 200000 rounds, which then are everybody's, make a PBKDF2
 # that somebody is spared stand out from the noise.
@@ -2865,7 +2930,7 @@ verdict() {
 }
 # Up to the challenge; the wrong response, well-formed like a right one, in RESPONSE.
 wrong_CRAM-MD5() { ask 'AUTH CRAM-MD5' '^334 '; RESPONSE=$(cram_response "$1" wrong "${ANSWER#334 }"); }
-wrong_PLAIN() { ask 'AUTH PLAIN' '^334 $'; RESPONSE=$(printf '\0%s\0wrong' "$1" | openssl base64 -A); }
+wrong_PLAIN() { ask 'AUTH PLAIN' '^334 $'; RESPONSE=$(encoded "\0$1\0wrong"); }
 wrong_SCRAM-SHA-256() {
     local nonce salt rounds
     ask "AUTH SCRAM-SHA-256 $(b64 "n,,n=$1,r=abc")" '^334 '
