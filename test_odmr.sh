@@ -2838,6 +2838,18 @@ t_auth_responses_that_are_not_base64() {
     ask 'AUTH' '^501 '; ask 'AUTH ROT13' '^504 '
 }
 
+# The 421 after the third failure is the end of the TLS session too, and says so: a client can tell it from a line that
+# was cut.
+t_421_ends_tls_properly() {
+    local wrong
+    wrong="AUTH PLAIN $(encoded '\0example.org\0wrong')"
+    tls_provider
+    s_client "EHLO x\n$wrong\n$wrong\n$wrong\n" -starttls smtp -state || fail "exit $? of openssl: $(cat "$T/s_client.err")"
+    equal "$(grep -c '^535 ' "$T/s_client") $(tail -n 1 "$T/s_client" | cut -c1-4)" '3 421 '
+    has "$T/s_client.err" '^SSL3 alert read:warning:close notify'
+    hasnt "$T/s_client.err" 'unexpected eof'
+}
+
 # encoded FORMAT: what printf makes of it, NUL octets and all, in base64.
 # shellcheck disable=SC2059
 encoded() { printf "$1" | openssl base64 -A; }
@@ -2976,6 +2988,44 @@ certificate_shown() {
     SHOWN=$(echo QUIT | timeout "$PATIENCE" openssl s_client -starttls smtp -connect "127.0.0.1:$PORT" 2> /dev/null | openssl x509 -noout -subject)
 }
 
+# Nobody sits there to be asked for a pass phrase, not even where a terminal is.
+t_encrypted_key() {
+    needs unbuffer # expect comes with it; that name is ours here
+    authority
+    openssl pkey -in "$T/server.pem" -aes256 -passout pass:phrase -out "$T/encrypted.key"
+    mkdir "$T/queue"; accounts
+    env expect > "$T/tty" 2>&1 <<END || fail "exit $?: $(cat "$T/tty")"
+set timeout $PATIENCE
+spawn $ODMR provider -l 127.0.0.1:0 -q $T/queue -a $T/accounts --cert $T/server.crt --key $T/encrypted.key
+expect eof
+lassign [wait] pid id failed code
+exit [expr {\$failed || \$code != 78}]
+END
+    has "$T/tty" 'encrypted.key: '
+    hasnt "$T/tty" 'pass phrase'
+    cp "$T/server.pem" "$T/live.key"
+    provider --cert "$T/server.crt" --key "$T/live.key"
+    cp "$T/encrypted.key" "$T/live.key"
+    kill -HUP "$PROVIDER"; until_true grep -q 'stay as they were' "$LOG"
+    certificate_shown; equal "$SHOWN" 'subject=CN = example.net'
+}
+
+# TLS that cannot be had just now, here because there is no memory for it: 454, and the session goes on in the clear.
+t_starttls_not_available() {
+    [ -z "${SANITIZED:-}" ] || skip 'a sanitizer wants to be loaded first'
+    echo 'void *SSL_new(void *context) { (void)context; return 0; }' | cc -shared -fPIC -o "$T/no_tls.so" -xc -
+    LD_PRELOAD=$T/no_tls.so tls_provider
+    dial; expect '^220'; ask 'EHLO x' STARTTLS
+    ask STARTTLS '^454 '
+    ask NOOP '^250 '
+    hang_up
+    login
+    ask ATRN '^453 '
+    hang_up
+    customer 75 --trace --ca "$T/ca.crt" "localhost:$PORT"
+    hasnt "$T/err" 'C: AUTH'
+}
+
 # Handshakes that stand still, and one that is no handshake, hold up nobody.
 t_slow_handshakes() {
     local i before
@@ -3010,6 +3060,28 @@ expect "me:example.org:hidden"
 expect eof
 END
     equal "$(grep -c hidden "$T/tty")" 1
+}
+
+# The count of a verifier has the bounds that the customer's side has, and all its parts must be what they are.
+t_verifiers_in_the_accounts_file() {
+    local salt key bad
+    salt=$(b64 'sixteen octets..')
+    key=$(head -c 32 /dev/zero | openssl base64 -A)
+    mkdir "$T/queue"
+    for bad in "4095,$salt,$key,$key" "1000001,$salt,$key,$key" "10000000,$salt,$key,$key" "-4096,$salt,$key,$key" \
+        "4096x,$salt,$key,$key" ",$salt,$key,$key" "4096,,$key,$key" "4096,$salt,$key" "4096,$salt,$key," "4096,$salt,,$key" \
+        "4096,$salt,$key,$key," "4096,$salt,$key,$key x" "4096,$salt=,$key,$key" "4096,****,$key,$key" \
+        "4096,$(head -c 65 /dev/zero | openssl base64 -A),$key,$key" "4096,$salt,$(b64 short),$key" \
+        "4096,$salt,$key,$(b64 short)" "4096,$salt,$(head -c 33 /dev/zero | openssl base64 -A),$key" \
+        "4096,$salt,$key,$(head -c 33 /dev/zero | openssl base64 -A)" ''; do
+        accounts; echo "verifier:example.org:{SCRAM-SHA-256}$bad" >> "$T/accounts"
+        run 78 "$ODMR" provider -l 127.0.0.1:0 -q "$T/queue" -a "$T/accounts"
+        has "$T/err" 'accounts:4: not a verifier'
+    done
+    accounts
+    printf '%s:example.org:{SCRAM-SHA-256}%s\n' least "4096,$salt,$key,$key" most "1000000,$salt,$key,$key" >> "$T/accounts"
+    provider
+    stop_provider
 }
 
 # So do 100,000 recipients of one message; each of them is asked for once.
