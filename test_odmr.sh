@@ -2996,8 +2996,8 @@ t_encrypted_key() {
     mkdir "$T/queue"; accounts
     env expect > "$T/tty" 2>&1 <<END || fail "exit $?: $(cat "$T/tty")"
 set timeout $PATIENCE
-spawn $ODMR provider -l 127.0.0.1:0 -q $T/queue -a $T/accounts --cert $T/server.crt --key $T/encrypted.key
-expect eof
+set provider [spawn $ODMR provider -l 127.0.0.1:0 -q $T/queue -a $T/accounts --cert $T/server.crt --key $T/encrypted.key]
+expect timeout { exec kill -9 \$provider; exit 1 } eof
 lassign [wait] pid id failed code
 exit [expr {\$failed || \$code != 78}]
 END
