@@ -4722,8 +4722,9 @@ t_readme_what_the_judge_says_of_fetchmail() {
     needs fetchmail smtp-sink socat
     does 'What the judge says of fetchmail 6.4'
 }
+# In the shell of the section before, which has left the ports free.
 t_readme_ten_experiments() {
-    does 'Ten experiments'
+    does 'TLS and the mechanisms' 'Ten experiments'
 }
 t_readme_proof_that_nothing_is_lost() {
     does 'Proof that nothing is lost'
