@@ -467,14 +467,18 @@ static void find_owed(const struct file *f, const struct letter *l, bool owed[CR
         }
 }
 
-/* Was it set aside? Mail from the null sender has nobody to be told. */
+/* Was it set aside, under whatever name? Mail from the null sender has nobody to be told. */
 static bool set_aside(const struct letter *l)
 {
-    const struct file *f;
-    char path[300];
-    snprintf(path, sizeof path, "%.*s/.Undeliverable/new%s", (int)strcspn(l->path, "/"), l->path, strrchr(l->path, '/'));
-    f = file_named(path);
-    return f && f->synced && f->durable;
+    const char *content = l->text + l->start;
+    size_t len = l->text_len - l->start, n;
+    char folder[300];
+    n = (size_t)snprintf(folder, sizeof folder, "%.*s/.Undeliverable/new/", (int)strcspn(l->path, "/"), l->path);
+    for (const struct file *f = files; f < files + file_count; f++)
+        if (f->there && f->synced && f->durable && strncmp(f->path, folder, n) == 0 && f->len >= len &&
+            memcmp(f->data + f->len - len, content, len) == 0)
+            return true;
+    return false;
 }
 
 static void judge_queue(const struct referee *x)
