@@ -2254,16 +2254,16 @@ static enum result stop_waiting(struct session *s)
     return s->io.woken ? hang_up(s, "this server is shutting down") : LATER;
 }
 
-/* A line that is no command. It is answered all the same; ATRN as it always is, whatever stands behind it. */
-static void refuse_octets(struct session *s)
+/* ATRN is answered as it always is, whatever stands behind it (5.2.1-b, 5.2.1-l): what is no text is no domain. */
+static bool command_readable(struct session *s)
 {
-    trace_command(s);
-    if (strncasecmp(s->line, "ATRN ", 5) != 0)
-        refuse(s, "500 A command consists of printable US-ASCII");
-    else if (s->state == INITIAL)
-        refuse(s, "530 Authentication required");
-    else
-        refuse(s, "501 ATRN takes domains, with commas and without blanks between them");
+    bool readable = printable(s->line, s->line_len);
+    if (readable || strncasecmp(s->line, "ATRN ", 5) != 0)
+        return readable;
+    for (size_t i = 0; i < s->line_len; i++)
+        if (!printable(s->line + i, 1))
+            s->line[i] = '?';
+    return true;
 }
 
 /* Reads the next command and splits it: the verb in s->line, s->argument (NULL when there is none). Lines that
@@ -2282,12 +2282,13 @@ static enum result read_command(struct session *s)
         if (got == REFUSED || command_too_long(s)) {
             trace_line(s, CUSTOMER, "(a line that is too long)");
             refuse(s, "500 Line too long");
-        } else if (!printable(s->line, s->line_len)) {
-            refuse_octets(s);
         } else {
             trace_command(s);
-            split_command(s);
-            return DONE;
+            if (command_readable(s)) {
+                split_command(s);
+                return DONE;
+            }
+            refuse(s, "500 A command consists of printable US-ASCII");
         }
     }
 }
