@@ -973,11 +973,11 @@ bool mailbox_valid(const char *mailbox)
         return false;
     for (const char *p = mailbox; *p; p++) {
         unsigned char c = (unsigned char)*p;
-        if (c < 0x20 || c == 0x7f)
+        if (c < 0x20 || c == 0x7f || (c == '"' && at && p >= at))
             return false;
         if (c == '"')
             quoted = !quoted;
-        else if (quoted && c == '\\' && (p[1] < 0x20 && p[1] >= 0))
+        else if (quoted && c == '\\' && ((p[1] < 0x20 && p[1] >= 0) || p[1] == 0x7f))
             return false;
         else if (quoted && c == '\\')
             p++;

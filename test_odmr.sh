@@ -920,6 +920,8 @@ t_why_mail_is_held() {
     printf 'Return-Path: a<b@example.edu\nDelivered-To: x@example.org\n\nx\n' > "$box/6.its Return-Path is not a mailbox"
     printf 'Delivered-To: %01100d@example.org\n\nx\n' 1 > "$box/7.a line of its envelope is too long"
     printf 'Delivered-To: x@example.org\0\n\nx\n' > "$box/8.a NUL octet in its envelope"
+    printf 'Delivered-To: "x\\\177y"@example.org\n\nx\n' > "$box/11.a recipient in its envelope is not a mailbox"
+    printf 'Return-Path: <a@b"> c"d>\nDelivered-To: x@example.org\n\nx\n' > "$box/12.its Return-Path is not a mailbox"
     mkdir "$box/9.not a regular file"
     ln -s "1.no recipient in its envelope" "$box/10.not a regular file"
     provider
@@ -929,7 +931,7 @@ t_why_mail_is_held() {
         has "$LOG" "held example.org/new/$why: ${why#*.}\$"
     done
     run 0 "$ODMR" queue -q "$T/queue" -l
-    equal "$(grep -c '^      held: ' "$T/out")" 10
+    equal "$(grep -c '^      held: ' "$T/out")" 12
     equal "$(sed -n 's/^  [^ ].*  example.org.new.[0-9]*\.//p' "$T/out" | sort)" "$(sed -n 's/^      held: //p' "$T/out" | sort)"
 }
 
