@@ -1273,7 +1273,8 @@ bool verifier_parse(const char *text, struct verifier *v)
     char salt[BASE64_SIZE(SALT_MAX) + 1], stored[64], server[64], decoded[SALT_MAX + 48];
     int end = 0;
     ssize_t len;
-    if (sscanf(text, "%7d,%88[^,],%63[^,],%63[^,]%n", &v->iterations, salt, stored, server, &end) != 4 || text[end])
+    if (!isdigit((unsigned char)text[0]) || /* sscanf() would forgive blanks and a sign */
+        sscanf(text, "%7d,%88[^,],%63[^,],%63[^,]%n", &v->iterations, salt, stored, server, &end) != 4 || text[end])
         return false;
     if (v->iterations < SCRAM_ITERATIONS_LEAST || v->iterations > SCRAM_ITERATIONS_MOST)
         return false;

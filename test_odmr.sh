@@ -1220,10 +1220,11 @@ t_8-a_prefixes() {
 }
 
 t_accounts_file() {
-    local bad
+    local bad key=AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=
     mkdir "$T/queue"
     for bad in 'no colons' 'name:example.org' ':example.org:x' 'a:org:x' 'a:example.org, example.com:x' 'a:example.org:' \
-        $'a:example.org:x\na:example.com:y' 'a:../x.org:y'; do
+        $'a:example.org:x\na:example.com:y' 'a:../x.org:y' "a:example.org:{SCRAM-SHA-256} 4096,MDEy,$key,$key" \
+        "a:example.org:{SCRAM-SHA-256}+4096,MDEy,$key,$key"; do
         printf '# first\n%s\n' "$bad" > "$T/accounts"
         chmod 600 "$T/accounts"
         run 78 "$ODMR" provider -l 127.0.0.1:0 -q "$T/queue" -a "$T/accounts"
