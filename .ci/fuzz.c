@@ -642,28 +642,36 @@ static void check_promises(void)
     must(promised <= durable);
 }
 
-/* The file that must be there for this domain: the oldest that no other message has. */
+/* Is this file the message as the domain's Maildir must have it: envelope, trace fields, content? */
+static bool is_delivery(const struct mailbox_referee *x, size_t d, const struct file *f)
+{
+    struct text t = {f->data, f->len - x->len}, line;
+    size_t fields = 0;
+    if (f->len < x->len || memcmp(f->data + t.len, x->content, x->len) != 0)
+        return false;
+    if (!cut_line(&t, &line) || !begins(line, "Return-Path: <"))
+        return false;
+    while (cut_line(&t, &line) && begins(line, "Delivered-To: "))
+        fields++;
+    if (fields != x->count[d] || !begins(line, "Received: from "))
+        return false;
+    for (int more = 0; more < 2; more++)
+        if (!cut_line(&t, &line) || line.at[0] != '\t')
+            return false;
+    return t.len == 0;
+}
+
+/* The oldest such file that belongs to no other message. */
 static void find_delivery(struct mailbox_referee *x, size_t d)
 {
     char box[DOMAIN_MAX + 8];
-    size_t n = (size_t)snprintf(box, sizeof box, "%s/new/", x->domains[d]), i = 0, fields = 0;
-    struct text t, line;
+    size_t n = (size_t)snprintf(box, sizeof box, "%s/new/", x->domains[d]), i = 0;
     while (i < file_count && !(files[i].there && !x->taken[i] && strncmp(files[i].path, box, n) == 0 &&
-                               files[i].len >= x->len &&
-                               memcmp(files[i].data + files[i].len - x->len, x->content, x->len) == 0))
+                               is_delivery(x, d, &files[i])))
         i++;
     must(i < file_count);
     x->taken[i] = true;
     must(files[i].synced && files[i].durable);
-    t = (struct text){files[i].data, files[i].len - x->len};
-    must(cut_line(&t, &line) && begins(line, "Return-Path: <"));
-    while (cut_line(&t, &line) && begins(line, "Delivered-To: "))
-        fields++;
-    must(fields == x->count[d]);
-    must(begins(line, "Received: from "));
-    for (int more = 0; more < 2; more++)
-        must(cut_line(&t, &line) && line.at[0] == '\t');
-    must(t.len == 0);
 }
 
 static void forget_message(struct mailbox_referee *x)
@@ -847,14 +855,19 @@ static void fuzz_receiver(void)
 
 /* ---- customer: its client half, against any provider ---- */
 
-/* The secret does not leave, be it as it is or in base64, but inside TLS whose certificate verified. */
+/* As it is, or in base64 in any of its three positions. */
+static bool has_secret(const char *text, size_t len)
+{
+    return memmem(text, len, "tanstaaf", 8) || memmem(text, len, "dGFuc3RhYW", 10) || memmem(text, len, "RhbnN0YW", 8) ||
+           memmem(text, len, "0YW5zdGFhZ", 10);
+}
+
+/* The secret does not leave, but inside TLS whose certificate verified. (Who says it in a nonce hears it again.) */
 static void check_secrecy(const struct session *s)
 {
     if (s->io.tls && verify_result == X509_V_OK && peer_has_certificate)
         return;
-    must(!memmem(said, said_len, "tanstaaf", 8));
-    must(!memmem(said, said_len, "dGFuc3RhYW", 10) && !memmem(said, said_len, "RhbnN0YW", 8) &&
-         !memmem(said, said_len, "0YW5zdGFhZ", 10));
+    must(!has_secret(said, said_len) || has_secret(peer, peer_at));
 }
 
 static bool was_said(const char *line)
@@ -973,6 +986,7 @@ static size_t list_recipients(const struct message *m, char *out, size_t size)
         must(mailbox_valid(address) && strlen(address) <= MAILBOX_MAX && strchr(address, '@'));
         for (const char *p = address; *p; p++)
             must((unsigned char)*p >= 0x20 && *p != 0x7f);
+        must(!strchr(strrchr(address, '@'), '"'));
         if (count < m->recipients && m->fate[count] != DELIVERED)
             n += (size_t)snprintf(out + n, size - n, "%s\n", address);
         must(n < size);
