@@ -112,6 +112,16 @@ put() {
 }
 
 letter() { printf 'From: a@example.edu\nTo: b@example.org\nSubject: %s\n\nText of %s.\n' "$1" "$1"; }
+# put_many N [RECIPIENT]: letters 1 to N for the queue, named 1.a to N.a; %d in RECIPIENT is the number.
+put_many() {
+    mkdir -p "$T/queue/example.org"/{new,cur,tmp}
+    perl -e 'my ($dir, $n, $to) = @ARGV;
+        for my $i (1 .. $n) {
+            open my $out, ">", "$dir/$i.a" or die; (my $recipient = $to) =~ s/%d/$i/;
+            print $out "Return-Path: <a\@example.edu>\nDelivered-To: $recipient\n",
+                "From: a\@example.edu\nTo: b\@example.org\nSubject: $i\n\nText of $i.\n"; close $out or die;
+        }' "$T/queue/example.org/new" "$1" "${2:-eva@example.org}"
+}
 waiting() { find "$T/queue/" -path '*/new/*' -o -path '*/cur/*' | wc -l; }
 
 # ---- The protocol by hand, over bash's /dev/tcp ----
@@ -958,13 +968,13 @@ t_round_trips() {
     local i waits
     provider
     for OFFER in 'PIPELINING CHUNKING' PIPELINING; do
-        for i in {1..100}; do letter "$i" | put "$i.a" a@example.edu eva@example.org; done
+        put_many 100
         turn
         equal "$N_GOT" 100
         waits=$(sed -n 's/.*refused; \([0-9]*\) waits.*/\1/p' "$LOG" | tail -n 1)
         if [ "$OFFER" = PIPELINING ]; then [ "$waits" -le 110 ] || fail "$waits waits with PIPELINING"; fi
     done
-    for i in {1..100}; do letter "$i" | put "$i.a" a@example.edu eva@example.org; done
+    put_many 100
     customer 0 "127.0.0.1:$PORT"
     until_true counted 3 '100 messages.* waits' "$LOG"
     waits=$(sed -n 's/.*refused; \([0-9]*\) waits.*/\1/p' "$LOG" | tail -n 1)
@@ -974,7 +984,7 @@ t_round_trips() {
 # Two providers on one queue, six customers at once, 600 messages: each arrives exactly once.
 t_exactly_once() {
     local i ports=() pids=()
-    for i in {1..600}; do letter "$i" | put "$i.a" a@example.edu "r$i@example.org"; done
+    put_many 600 r%d@example.org
     provider; ports[0]=$PORT
     provider; ports[1]=$PORT
     for i in {1..6}; do
@@ -1061,7 +1071,7 @@ t_no_time_without_end() {
 t_sigterm_while_sending() {
     local i got
     provider
-    for i in {1..500}; do letter "$i" | put "$i.a" a@example.edu eva@example.org; done
+    put_many 500
     login
     ask ATRN '^250 '
     ( until_true [ -e "$T/got/3" ]; kill -TERM "$PROVIDER" ) &
@@ -1616,13 +1626,13 @@ t_receiver_by_smtp_and_exec() {
     local i
     sink
     provider
-    for i in {1..20}; do letter "$i" | put "$i.a" a@example.edu eva@example.org; done
+    put_many 20
     run 0 env ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org --trace --smtp "127.0.0.1:$SINK" "127.0.0.1:$PORT"
     has "$T/err" '20 messages, .* handed on'
     has "$T/err" '^\[[0-9]*\] P: \.\.\. [0-9]* octets of message \.\.\.$'
     equal "$(cat "$T"/sink/* | grep -c '^Text of')" 20
     run 1 env ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org --smtp "127.0.0.1:$SINK" "127.0.0.1:$PORT"
-    for i in {1..20}; do letter "$i" | put "$i.a" a@example.edu eva@example.org; done
+    put_many 20
     needs socat
     run 0 env ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org --exec "socat - TCP:127.0.0.1:$SINK" "127.0.0.1:$PORT"
     equal "$(cat "$T"/sink/* | grep -c '^Text of')" 40
