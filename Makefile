@@ -176,9 +176,9 @@ uninstall:
 clean:
 	rm -rf odmr build
 
-# Ratios of times, each measured in one run; SCALE=N: of everything the N-th part.
+# Ratios of times, each measured in one run; SCALE=N: the N-th part of all work; PARTS: of .ci/bench.
 bench: odmr build/bench build/proxy
-	.ci/bench $(SCALE)
+	.ci/bench '$(SCALE)' '$(PARTS)'
 
 help:
 	@sed -n '1,6s/^# //p' Makefile

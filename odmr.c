@@ -3734,6 +3734,9 @@ static bool box_synced(const struct delivery *d, size_t last)
 bool deliveries_store(struct delivery *d, size_t count)
 {
     int problem = 0;
+    for (size_t i = 0; i < count; i++) /* all are on their way before the first is waited for: Linux starts writing */
+        if (delivery_written(&d[i]))
+            posix_fadvise(fileno(d[i].file), 0, 0, POSIX_FADV_DONTNEED);
     for (size_t i = 0; i < count; i++) {
         d[i].safe = delivery_sync(&d[i]) && delivery_publish(&d[i]);
         problem = d[i].safe || problem ? problem : errno;
