@@ -5399,6 +5399,8 @@ all_tests() {
     sed -n -e "${OVER_TLS:+/^# ---- TLS and the mech/,/^# ---- Real mail/d;}" -e 's/^\(t_[^ ()]*\)() {$/\1/p' "$self" |
         if [ -z "${SANITIZED:-}${OVER_TLS:-}" ]; then cat; else grep -v "^t_memory_\\|^t_mutants_\\|^t_judge_\\|^t_bench_${OVER_TLS:+\\|^t_limits_\\|^t_8-a_\\|^t_4-a_\\|^t_listening_\\|^t_guide_}"; fi
 }
+# So that none of them runs alone at the end.
+long_ones_first() { awk '/bench|mutants|judge|readme|_fills_|fetchmail|megabytes|exactly|4-e_mail|memory/ { print; next } { rest = rest $0 "\n" } END { printf "%s", rest }'; }
 list_tests() { awk '/^# shows:/ { ids = substr($0, 10) } /^t_[^ ]*\(\) \{$/ { sub(/\(\).*/, ""); printf "%-58s%s\n", $0, ids; ids = "" }' "$self"; }
 
 # Runs one test in this process; its verdict is the exit code.
@@ -5465,7 +5467,7 @@ main() {
             tests+=("$name")
         done
     else
-        mapfile -t tests < <(all_tests)
+        mapfile -t tests < <(all_tests | long_ones_first)
     fi
     results=$(mktemp)
     printf '%s\n' "${tests[@]}" | xargs -P "$JOBS" -I NAME bash "$self" --one NAME | tee "$results"
