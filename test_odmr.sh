@@ -1038,10 +1038,12 @@ t_5.2.1-k_the_log_says_why() {
 
 # Signals in any number and at any moment: the caretaker's thread stays, and so does the provider.
 t_a_storm_of_sighups() {
-    local i
+    local i storm=()
     provider
-    for i in 1 2; do ( SECONDS=0; while [ "$SECONDS" -lt 2 ]; do kill -HUP "$PROVIDER"; done ) & done
-    wait %2 %3
+    for i in 1 2; do
+        ( SECONDS=0; while [ "$SECONDS" -lt 2 ]; do kill -HUP "$PROVIDER"; done ) & storm+=($!)
+    done
+    wait "${storm[@]}"
     until_true grep -q 'accounts read again' "$LOG"
     login; ask ATRN '^453 '; ask QUIT '^221 '; closed
     until_true settled
@@ -5470,7 +5472,8 @@ main() {
         mapfile -t tests < <(all_tests | long_ones_first)
     fi
     results=$(mktemp)
-    printf '%s\n' "${tests[@]}" | xargs -P "$JOBS" -I NAME bash "$self" --one NAME | tee "$results"
+    printf '%s\n' "${tests[@]}" | xargs -P "$JOBS" -I NAME bash -c 'timeout -k 10 600 bash "$0" --one NAME
+        [ $? != 124 ] || echo "FAILED  NAME: not over after ten minutes"' "$self" | tee "$results"
     local passed failed skipped
     passed=$(grep -c '^ok ' "$results"); skipped=$(grep -c '^skipped ' "$results")
     failed=$((${#tests[@]} - passed - skipped))
