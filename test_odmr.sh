@@ -1038,18 +1038,20 @@ t_5.2.1-k_the_log_says_why() {
 
 # Signals in any number and at any moment: the caretaker's thread stays, and so does the provider.
 t_a_storm_of_sighups() {
-    local i storm=()
+    local i threads storm=()
     provider
+    poll_for_nothing
+    threads=$(ls "/proc/$PROVIDER/task" | wc -l)
     for i in 1 2; do
         ( SECONDS=0; while [ "$SECONDS" -lt 2 ]; do kill -HUP "$PROVIDER"; done ) & storm+=($!)
     done
     wait "${storm[@]}"
     until_true grep -q 'accounts read again' "$LOG"
-    login; ask ATRN '^453 '; ask QUIT '^221 '; closed
-    until_true settled
-    equal "$(ls "/proc/$PROVIDER/task" | wc -l)" 2
+    poll_for_nothing
+    equal "$(ls "/proc/$PROVIDER/task" | wc -l)" "$threads"
     stop_provider
 }
+poll_for_nothing() { login; ask ATRN '^453 '; ask QUIT '^221 '; closed; hang_up; until_true settled; }
 
 # Who is in the middle of an AUTH exchange is told like everybody else.
 t_421_in_the_middle_of_auth() {
