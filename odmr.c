@@ -748,11 +748,11 @@ static int start_program(char *const argv[], int in, int out, pid_t *pid)
     posix_spawnattr_setsigmask(&attributes, &none);
     posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSIGMASK);
     posix_spawn_file_actions_init(&actions);
-    if (in >= 0)
-        posix_spawn_file_actions_adddup2(&actions, in, STDIN_FILENO);
-    if (out >= 0)
-        posix_spawn_file_actions_adddup2(&actions, out, STDOUT_FILENO);
-    problem = posix_spawnp(pid, argv[0], &actions, &attributes, argv, environ);
+    problem = in >= 0 ? posix_spawn_file_actions_adddup2(&actions, in, STDIN_FILENO) : 0;
+    if (!problem && out >= 0)
+        problem = posix_spawn_file_actions_adddup2(&actions, out, STDOUT_FILENO);
+    if (!problem) /* or it would read and write something else than what we have for it */
+        problem = posix_spawnp(pid, argv[0], &actions, &attributes, argv, environ);
     posix_spawn_file_actions_destroy(&actions);
     posix_spawnattr_destroy(&attributes);
     return problem;
@@ -3510,7 +3510,7 @@ static enum result send_message(struct sender *x, struct message *m)
         t->open = false;
         transaction_release(x, t);
     }
-    if (result == DONE && r.unreadable) { /* a QUIT now would say that this was all */
+    if (result == DONE && (!sound || r.unreadable)) { /* a QUIT now would say that this was all */
         settle_down_to(x, 0);
         stream_break(&x->s->io, "the envelope of a message in the queue could not be read to its end");
         result = LATER;
