@@ -3733,7 +3733,8 @@ static bool box_synced(const struct delivery *d, size_t last)
 
 bool deliveries_store(struct delivery *d, size_t count)
 {
-    int problem = 0;
+    int problem = 0; /* of the first that failed */
+    bool all = true;
     for (size_t i = 0; i < count; i++) /* all are on their way before the first is waited for: Linux starts writing */
         if (delivery_written(&d[i]))
             posix_fadvise(fileno(d[i].file), 0, 0, POSIX_FADV_DONTNEED);
@@ -3744,9 +3745,10 @@ bool deliveries_store(struct delivery *d, size_t count)
     for (size_t i = 0; i < count; i++) {
         d[i].safe = d[i].safe && box_synced(d, i);
         problem = d[i].safe || problem ? problem : errno;
+        all = all && d[i].safe;
     }
     errno = problem;
-    return problem == 0;
+    return all;
 }
 
 /* ==== The customer, after the reversal: the server ====================================================
