@@ -16,20 +16,30 @@
 set -u
 export LC_ALL=C
 unset ODMR_SECRET
-self=$(readlink -f "$0")
-here=$(dirname "$self")
-ODMR=$(readlink -f "${ODMR:-$here/odmr}")
+umask 022
+self=$0
+[[ $self == /* && ! -L $self ]] || self=$(readlink -f "$0")
+here=${self%/*}
+ODMR=${ODMR:-$here/odmr}
+[[ $ODMR == /* ]] || ODMR=$(readlink -f "$ODMR")
 JOBS=${JOBS:-8}
 PATIENCE=${PATIENCE:-20}   # seconds any one thing may take
 
 # ---- Helpers: what every test may use ----------------------------------------------------------------
+#
+# Most of the time that the tests take goes into starting processes, so what is called often starts none.
 
 fail() { echo "FAILED: $*" >&2; exit 1; }
 skip() { echo "$*" > "$T/skipped"; exit 77; }
 needs() { local p; for p; do PATH=$PATH:/usr/sbin:/sbin command -v "$p" > /dev/null || skip "$p is not installed"; done; }
 
+# content FILE, into CONTENT; a moment's pause.
+content() { CONTENT=; [ ! -e "$1" ] || IFS= read -r -d '' CONTENT < "$1" || true; }
+moment() { [ -n "${NEVER:-}" ] || exec {NEVER}<> <(:); IFS= read -r -t "${1:-0.03}" <&"$NEVER"; }
+
 equal() { [ "$1" = "$2" ] || fail "${3:-not equal}: \"$1\" is not \"$2\""; }
 match() { [[ $1 =~ $2 ]] || fail "${3:-no match}: \"$1\" does not match $2"; }
+matches() { content "$1"; match "${CONTENT%$'\n'}" "${@:2}"; }
 has() { grep -q -e "$2" "$1" || { cat "$1" >&2; fail "$1 has no line like $2"; }; }
 hasnt() { ! grep -q -e "$2" "$1" || { cat "$1" >&2; fail "$1 has a line like $2"; }; }
 same() { cmp "$1" "$2" >&2 || fail "$1 and $2 differ${3:+: $3}"; }
@@ -37,35 +47,44 @@ same() { cmp "$1" "$2" >&2 || fail "$1 and $2 differ${3:+: $3}"; }
 # until CONDITION...: waits, a bounded while, until the command succeeds.
 until_true() {
     local n
-    for ((n = 0; n < PATIENCE * 20; n++)); do
+    for ((n = 0; n < PATIENCE * 33; n++)); do
         if "$@" > /dev/null 2>&1; then return 0; fi
-        sleep 0.05
+        moment
     done
     fail "waited in vain for: $*"
 }
 
-# counted N PATTERN FILE: that many lines match.
-counted() { [ "$(grep -c -e "$2" "$3")" = "$1" ]; }
+reachable() { local line; { exec {line}<> "/dev/tcp/127.0.0.1/$1"; } 2> /dev/null && exec {line}>&-; }
+# shows FILE REGEX: somewhere in it. counted N REGEX FILE: that many lines match.
+shows() { content "$1"; [[ $CONTENT =~ $2 ]]; }
+counted() {
+    local line n=0
+    while IFS= read -r line; do if [[ $line =~ $2 ]]; then n=$((n + 1)); fi; done < "$3"
+    [ "$n" = "$1" ]
+}
 
-# run CODE COMMAND...: runs the program, not for ever, and checks its exit code; output in $T/out and $T/err.
+# run CODE COMMAND...: runs the program and checks its exit code; output in $T/out and $T/err.
 run() {
     local wanted=$1 code=0
     shift
-    timeout --foreground -k 1 $((PATIENCE * 6)) "$@" > "$T/out" 2> "$T/err" || code=$?
+    "$@" > "$T/out" 2> "$T/err" || code=$?
     [ "$code" = "$wanted" ] || { cat "$T/out" "$T/err" >&2; fail "exit $code, not $wanted, from: $*"; }
 }
 
 # ---- A provider, with one account for two domains ----
 
-accounts() { printf '%s\n' 'example.org:example.org,example.com:tanstaaf' '# a comment' \
-    'other:other.example:another secret: with colons' > "$T/accounts"; chmod 600 "$T/accounts"; }
+accounts() {
+    umask 077
+    printf '%s\n' 'example.org:example.org,example.com:tanstaaf' '# a comment' 'other:other.example:another secret: with colons' > "$T/accounts"
+    umask 022
+}
 
 AROUND=() # what runs it
 # provider [OPTION...]: starts one on a free port, queue in $T/queue; sets PORT and PROVIDER.
 provider() {
     local log=$T/provider${N_PROVIDERS:=0}.log
     N_PROVIDERS=$((N_PROVIDERS + 1))
-    mkdir -p "$T/queue"
+    [ -d "$T/queue" ] || mkdir "$T/queue"
     [ -f "$T/accounts" ] || accounts
     if [ -n "${OVER_TLS:-}" ]; then
         [ -f "$T/server.pem" ] || authority
@@ -78,24 +97,40 @@ provider() {
     PROVIDER=$!
     LOG=$log
     STARTED+=("$PROVIDER")
-    until_true grep -q 'listening on' "$log"
-    PORT=$(sed -n 's/^odmr: listening on .*:\([0-9]*\)$/\1/p' "$log" | head -n 1)
+    until_true listens "$log"
+    PORT=${PORTS[0]}
     if [ -n "${OVER_TLS:-}" ]; then TLS_PORT=$PORT; tunnel; fi
+}
+
+# listens LOG [N]: each port that a program says it listens on, into PORTS; false as long as there are not N.
+listens() {
+    local line
+    PORTS=()
+    while IFS= read -r line; do
+        if [[ $line =~ listening\ on\ .*:([0-9]+)$ ]]; then PORTS+=("${BASH_REMATCH[1]}"); fi
+    done < "$1"
+    [ ${#PORTS[@]} -ge "${2:-1}" ]
 }
 
 # What takes the provider's notices: $T/notice.N, the arguments on its first line. It exits with what stands
 # in $T/sendmail.exit.
 sendmail_stub() {
-    cat > "$T/sendmail" <<'END'
-#!/bin/bash
-cd "${0%/*}" || exit 75
-[ ! -e sendmail.exit ] || exit "$(cat sendmail.exit)"
-n=1
-until ( set -C; { printf '%q ' "$@"; echo; cat; } > "notice.$n" ) 2> /dev/null; do n=$((n + 1)); done
-END
+    printf '%s\n' '#!/bin/bash' 'cd "${0%/*}" || exit 75' '[ ! -e sendmail.exit ] || exit "$(cat sendmail.exit)"' 'n=1' \
+        'until ( set -C; { printf "%q " "$@"; echo; cat; } > "notice.$n" ) 2> /dev/null; do n=$((n + 1)); done' > "$T/sendmail"
     chmod 755 "$T/sendmail"
 }
-notices() { find "$T" -maxdepth 1 -name 'notice.*' | wc -l; }
+# how_many PATTERN...: files there are.
+how_many() { shopt -s nullglob; eval "set -- $*"; shopt -u nullglob; echo $#; }
+notices() { how_many '"$T"/notice.*'; }
+# over LEAST: the provider has ended every session that it began, and at least so many. settled: every one.
+over() {
+    local ended begun
+    content "$LOG"
+    ended=${CONTENT//' disconnected'/} begun=${CONTENT//' connected'$'\n'/}
+    ended=$(((${#CONTENT} - ${#ended}) / 13)) begun=$(((${#CONTENT} - ${#begun}) / 11))
+    [ "$ended" -ge "$1" ] && [ "$ended" = "$begun" ]
+}
+settled() { over 0; }
 
 stop_provider() { kill "$PROVIDER"; wait "$PROVIDER"; equal $? 0 "exit of the provider"; }
 
@@ -104,17 +139,20 @@ put() {
     local name=$1 sender=$2 domain r
     shift 2
     domain=${1##*@}
-    mkdir -p "$T/queue/$domain"/{new,cur,tmp}
+    [ -d "$T/queue/$domain/new" ] || mkdir -p "$T/queue/$domain"/{new,cur,tmp}
     { printf 'Return-Path: <%s>\n' "$sender"
       for r; do printf 'Delivered-To: %s\n' "$r"; done
-      cat
+      if [ -n "$LETTER" ]; then letter "$LETTER"; else cat; fi
     } > "$T/queue/$domain/new/$name"
 }
+LETTER=
+# put_letter SUBJECT NAME SENDER RECIPIENT...: a letter.
+put_letter() { LETTER=$1; shift; put "$@"; LETTER=; }
 
 letter() { printf 'From: a@example.edu\nTo: b@example.org\nSubject: %s\n\nText of %s.\n' "$1" "$1"; }
 # put_many N [RECIPIENT]: letters 1 to N for the queue, named 1.a to N.a; %d in RECIPIENT is the number.
 put_many() {
-    mkdir -p "$T/queue/example.org"/{new,cur,tmp}
+    [ -d "$T/queue/example.org" ] || mkdir -p "$T/queue/example.org"/{new,cur,tmp}
     perl -e 'my ($dir, $n, $to) = @ARGV;
         for my $i (1 .. $n) {
             open my $out, ">", "$dir/$i.a" or die; (my $recipient = $to) =~ s/%d/$i/;
@@ -122,7 +160,7 @@ put_many() {
                 "From: a\@example.edu\nTo: b\@example.org\nSubject: $i\n\nText of $i.\n"; close $out or die;
         }' "$T/queue/example.org/new" "$1" "${2:-eva@example.org}"
 }
-waiting() { find "$T/queue/" -path '*/new/*' -o -path '*/cur/*' | wc -l; }
+waiting() { how_many '"$T"/queue/*/{,.Undeliverable/}{new,cur}/*'; }
 
 # ---- The protocol by hand, over bash's /dev/tcp ----
 
@@ -150,9 +188,25 @@ ask() { say "$1"; expect "$2"; }
 closed() { local more; ! IFS= read -r -t "$PATIENCE" more <&"$LINE" || fail "more came: $more"; }
 
 b64() { printf '%s' "$1" | openssl base64 -A; }
-unb64() { printf '%s' "$1" | openssl base64 -d -A; }
+unb64() { openssl base64 -d -A <<< "$1"; }
 hmac_md5() { printf '%s' "$2" | openssl dgst -md5 -hmac "$1" | sed 's/.* //'; }
-cram_response() { b64 "$1 $(hmac_md5 "$2" "$(unb64 "$3")")"; }
+# cram_response NAME SECRET CHALLENGE: CRAM-MD5's into RESPONSE, it and the challenge in base64; in one process, for
+# there are many, and with the secret on no command line, for it may be somebody's real one.
+cram_response() {
+    RESPONSE=$(perl -MDigest::MD5=md5,md5_hex -MMIME::Base64 -e '
+        chomp(my ($name, $key, $challenge) = <STDIN>); $challenge = decode_base64($challenge);
+        $key = md5($key) if length $key > 64;
+        $key .= "\0" x (64 - length $key);
+        print encode_base64("$name " . md5_hex(($key ^ "\x5c" x 64) . md5(($key ^ "\x36" x 64) . $challenge)), "")' <<< "$1
+$2
+$3")
+}
+# auth_cram_md5 NAME SECRET REPLY
+auth_cram_md5() {
+    ask 'AUTH CRAM-MD5' '^334 '
+    cram_response "$1" "$2" "${ANSWER#334 }"
+    ask "$RESPONSE" "$3"
+}
 
 # login [NAME SECRET]: greeting, EHLO, AUTH CRAM-MD5.
 login() {
@@ -160,8 +214,7 @@ login() {
     dial
     expect '^220 '
     ask 'EHLO example.org' '^250'
-    ask 'AUTH CRAM-MD5' '^334 '
-    ask "$(cram_response "$name" "$secret" "${ANSWER#334 }")" "^235 now authenticated as $name\$"
+    auth_cram_md5 "$name" "$secret" "^235 now authenticated as $name\$"
 }
 
 # ---- The customer's part by hand: an SMTP server in bash, after ATRN ----
@@ -185,27 +238,30 @@ offer_extensions() {
     for word in $OFFER; do say "250-$last"; last=${word//=/ }; done
     say "250 $last"
 }
-keep_message() { N_GOT=$((N_GOT + 1)); { printf '%s\n' "$ENVELOPE"; cat "$T/content"; } > "$T/got/$N_GOT"; }
 take_content() {
-    local line
+    local line into=$T/got/$((N_GOT + 1))
     if [[ $HEARD == DATA ]]; then
         answer DATA '354 go on' || return 0
         [[ ${ANSWERS[DATA]:-354} == 354* ]] || return 0
-        : > "$T/content"
-        while IFS= read -r -t "$PATIENCE" line <&"$LINE" && [ "$line" != $'.\r' ]; do
-            printf '%s\n' "${line#.}" >> "$T/content"
-        done
+        { printf '%s\n' "$ENVELOPE"
+          while IFS= read -r -t "$PATIENCE" line <&"$LINE" && [ "$line" != $'.\r' ]; do printf '%s\n' "${line#.}"; done
+        } > "$into"
     else
         line=${HEARD#BDAT }
         IFS= read -r -N "${line% LAST}" -t "$PATIENCE" line <&"$LINE"
-        printf '%s' "$line" > "$T/content"
+        printf '%s\n%s' "$ENVELOPE" "$line" > "$into"
     fi
-    if [ "$ACCEPTED" = 0 ]; then say '554 no valid recipients'; return 0; fi
-    if answer CONTENT '250 OK'; then keep_message; fi
+    if [ "$ACCEPTED" = 0 ]; then
+        say '554 no valid recipients'
+    elif answer CONTENT '250 OK'; then
+        N_GOT=$((N_GOT + 1))
+        return
+    fi
+    rm "$into"
 }
 take_mail() {
     N_GOT=0 ENVELOPE='' ACCEPTED=0
-    mkdir -p "$T/got"
+    [ -d "$T/got" ] || mkdir "$T/got"
     : > "$T/heard"
     answer GREETING '220 example.org ready to receive email' || return 0
     while hear; do
@@ -233,7 +289,7 @@ customer() {
     local code=$1
     shift
     if [ -n "${OVER_TLS:-}" ]; then set -- --tls --ca "$T/ca.crt" "${@/127.0.0.1:$PORT/127.0.0.1:$TLS_PORT}"; fi
-    run "$code" env ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org -q "$T/mail" -n example.org "$@"
+    ODMR_SECRET=tanstaaf run "$code" "$ODMR" customer -u example.org -q "$T/mail" -n example.org "$@"
 }
 
 # ---- A scripted provider, for the customer under test ----
@@ -251,9 +307,8 @@ serve() {
     rm -f "$T/socat.log" # an older one says that it listens, too
     socat -d -d "$listen,bind=127.0.0.1,reuseaddr,fork" EXEC:"bash $self --peer $T $1" 2> "$T/socat.log" &
     STARTED+=($!)
-    until_true grep -q 'listening on' "$T/socat.log"
-    PORT=$(sed -n 's/.*listening on .*:\([0-9]*\)$/\1/p' "$T/socat.log")
-    TLS_PORT=$PORT
+    until_true listens "$T/socat.log"
+    PORT=${PORTS[0]} TLS_PORT=${PORTS[0]}
 }
 peer_ok() { [ ! -s "$T/peer.failed" ] || fail "the scripted provider: $(cat "$T/peer.failed")"; }
 run_peer() {
@@ -268,8 +323,9 @@ provide() {
     expect_line '^EHLO '
     say '250-example.net'; say '250-AUTH EXTERNAL CRAM-MD5'; say '250 ATRN'
     expect_line '^AUTH CRAM-MD5$'
-    say "334 $(b64 '<1896.697170952@example.net>')"
-    expect_line "^$(cram_response example.org tanstaaf "$(b64 '<1896.697170952@example.net>')")\$"
+    say '334 PDE4OTYuNjk3MTcwOTUyQGV4YW1wbGUubmV0Pg==' # <1896.697170952@example.net>
+    cram_response example.org tanstaaf PDE4OTYuNjk3MTcwOTUyQGV4YW1wbGUubmV0Pg==
+    expect_line "^$RESPONSE\$"
     say '235 now authenticated as example.org'
     expect_line '^ATRN( example.org,example.com)?$'
     say "${1:-250 OK now reversing the connection}"
@@ -281,7 +337,7 @@ reverse() { provide; expect '^220 '; ask 'EHLO example.net' '^250'; }
 offer_mechanisms() { say '220 example.net ready'; expect_line '^EHLO '; say '250-example.net'; say "250-AUTH $*"; say '250 ATRN'; }
 no_mail() { expect_line '^ATRN$'; say '453 no mail'; goodbye; }
 goodbye() { expect_line '^QUIT$'; say '221 bye'; }
-mailbox() { find "$T/mail/${1:-example.org}/new" -type f 2> /dev/null | wc -l; }
+mailbox() { how_many "\"\$T\"/mail/${1:-example.org}/new/*"; }
 # The content of the only message in the customer's Maildir, without what the customer put on top.
 stored() { sed '1,/^Received: /d' "$T/mail/${1:-example.org}/new"/* | sed '1,2d'; }
 
@@ -296,7 +352,7 @@ t_4-a_port_366() {
     has "$here/odmr.h" '^#define ODMR_PORT "366" '
     in_a_network true 2> /dev/null || skip 'needs root, to have a port 366 that is nobody else'"'"'s'
     mkdir "$T/queue"; accounts
-    letter one | put 1.a a@example.edu eva@example.org
+    put_letter one 1.a a@example.edu eva@example.org
     export -f customer run fail
     export T ODMR PATIENCE
     in_a_network bash -u -c '
@@ -315,12 +371,12 @@ silent() { local octet code=0; IFS= read -r -N 1 -t 1.5 octet <&"$LINE" || code=
 t_4-d_nothing_is_sent_without_being_asked() {
     provider
     login
-    letter one | put 1.a a@example.edu eva@example.org
+    put_letter one 1.a a@example.edu eva@example.org
     silent || fail 'the provider spoke first'
     ask NOOP '^250 OK$'
     equal "$(waiting)" 1
     ask ATRN '^250 '
-    letter two | put 2.a a@example.edu eva@example.org
+    put_letter two 2.a a@example.edu eva@example.org
     take_mail
     equal "$N_GOT" 1
     equal "$(waiting)" 1
@@ -331,16 +387,16 @@ t_4-d_nothing_is_sent_without_being_asked() {
 t_4-e_mail_stays_until_it_is_taken() {
     local step reply
     provider
-    letter one | put 1.a a@example.edu eva@example.org
+    put_letter one 1.a a@example.edu eva@example.org
     for step in GREETING EHLO MAIL RCPT DATA CONTENT; do
         for reply in '451 4.3.0 not now' '421 4.3.2 closing' nonsense CLOSE; do
-            until_true claimable "$T/queue/example.org/new/1.a"
+            until_true settled
             ANSWERS=(["$step"]=$reply)
             turn
             equal "$N_GOT $(waiting)" '0 1' "$step: $reply"
         done
     done
-    until_true claimable "$T/queue/example.org/new/1.a"
+    until_true settled
     ANSWERS=()
     turn
     equal "$N_GOT $(waiting)" '1 0'
@@ -357,7 +413,7 @@ t_5-a_the_three_states() {
     login; ask 'EHLO y' '^250'; ask ATRN '^453 '; ask RSET '^250 '; ask ATRN '^453 '; ask QUIT '^221 '; closed
     until_true counted 3 disconnected "$LOG"
     equal "$(states "$LOG")" 'initial initial initial authenticated '
-    letter one | put 1.a a@example.edu eva@example.org
+    put_letter one 1.a a@example.edu eva@example.org
     customer 0 --trace "127.0.0.1:$PORT"
     equal "$(states "$T/err")" 'initial authenticated reversed '
     equal "$(grep -o '\(P: QUIT\|C: 221.*\)$' "$T/err" | cut -c 1-6 | tr '\n' ' ')" 'P: QUI C: 221 '
@@ -381,7 +437,8 @@ t_5.1.1-b_ehlo_lists_auth_and_atrn() {
 # shows: 5.1.2-a 5.1.2-b 5.1.2-c 5.2-a
 t_5.1.2-c_cram_md5_by_hand() {
     provider
-    login
+    dial; expect '^220 '; ask 'EHLO example.org' '^250'; ask 'AUTH CRAM-MD5' '^334 '
+    ask "$(b64 "example.org $(hmac_md5 tanstaaf "$(unb64 "${ANSWER#334 }")")")" '^235 now authenticated as example.org$'
     ask 'AUTH CRAM-MD5' '^503 '
     ask 'QUIT' '^221 '
     closed
@@ -397,8 +454,7 @@ t_5.2.1-b_atrn_before_authentication() {
     ask 'ATRN example.org' '^530 '
     ask 'ATRN nonsense,,' '^530 '
     ask $'ATRN ex\xe4mple.org' '^530 '
-    ask 'AUTH CRAM-MD5' '^334'
-    ask "$(cram_response example.org wrong "${ANSWER#334 }")" '^535 '
+    auth_cram_md5 example.org wrong '^535 '
     ask 'ATRN' '^530 '
 }
 
@@ -448,8 +504,8 @@ t_5.2.1-l_atrn_syntax() {
 # shows: 4-c 5.2.1-e 5.2.1-f 5.2.1-g 5.2.1-a 5.2.1-d 5.2.1-j 7-a
 t_5.2.1-e_access_to_all_or_nothing() {
     provider
-    letter one | put 1 a@example.edu eva@example.org
-    letter two | put 2 a@example.edu eva@other.example
+    put_letter one 1 a@example.edu eva@example.org
+    put_letter two 2 a@example.edu eva@other.example
     login
     ask 'ATRN example.org,other.example' '^450 ATRN request refused$'
     ask 'ATRN other.example' '^450 '
@@ -492,7 +548,7 @@ t_5.2.1-i_a_refusal_starts_no_interval() {
 t_5.2.1-k_mail_that_cannot_be_opened() {
     [ "$(id -u)" = 0 ] || skip 'needs root, to have something it may not read'
     chmod 755 "$T"
-    letter one | put 1.a a@example.edu eva@example.org
+    put_letter one 1.a a@example.edu eva@example.org
     chmod 755 "$T"/queue{,/example.org{,/new,/cur}}; chmod 600 "$T/queue/example.org/new/1.a"
     provider --user nobody
     login
@@ -518,7 +574,7 @@ t_5.2.1-k_queue_that_cannot_be_read() {
 t_claimed_by_another_session() {
     needs flock
     provider
-    letter one | put 1 a@example.edu eva@example.org
+    put_letter one 1 a@example.edu eva@example.org
     exec {CLAIM}<> "$T/queue/example.org/new/1"
     flock -n "$CLAIM"
     login
@@ -623,8 +679,8 @@ t_bad_base64_and_three_failures() {
     ask 'AUTH' '^501 '
     ask 'AUTH CRAM-MD5 YWJj' '^501 '
     start=$(date +%s%N)
-    ask 'AUTH CRAM-MD5' '^334 '; ask "$(cram_response example.org wrong "${ANSWER#334 }")" '^535 '
-    ask 'AUTH CRAM-MD5' '^334 '; ask "$(cram_response nobody tanstaaf "${ANSWER#334 }")" '^535 '
+    auth_cram_md5 example.org wrong '^535 '
+    auth_cram_md5 nobody tanstaaf '^535 '
     ask 'AUTH CRAM-MD5' '^334 '; ask "$(b64 'no digest')" '^535 '
     expect '^421 '
     closed
@@ -637,7 +693,7 @@ t_silence_and_early_close() {
     dial; expect '^220'; expect '^421 '; closed
     dial; expect '^220'; sleep 1.7; ask 'NOOP' '^250'; sleep 1.7; ask 'NOOP' '^250'; sleep 1.7; expect '^421 '; closed
     login; expect '^421 '; closed
-    letter one | put 1 a@example.edu eva@example.org
+    put_letter one 1 a@example.edu eva@example.org
     login; ask 'ATRN' '^250'; closed; hang_up      # silent instead of a greeting
     dial; hang_up
     dial; expect '^220'; printf 'EHL' >&"$LINE"; hang_up
@@ -656,7 +712,7 @@ claimable() { flock -n "$1" true; }
 t_6-a_the_example_session() {
     local side who
     provider -n EXAMPLE.NET --trace
-    letter one | put 1 Lester.Tester@dot.foo.bar l.eva.msg@example.com
+    put_letter one 1 Lester.Tester@dot.foo.bar l.eva.msg@example.com
     customer 0 --trace --mechanism CRAM-MD5 "127.0.0.1:$PORT" example.org example.com
     cat > "$T/expected" <<'END'
 P: 220 EXAMPLE.NET on-demand mail relay server ready
@@ -762,9 +818,9 @@ t_content_into_our_maildir() {
 t_order_of_arrival() {
     local i
     provider
-    for i in 5 3 10 1 9; do letter "$i" | put "$((1700000000 + i)).M1P1.host" a@example.edu eva@example.org; done
-    for i in 4 2; do letter "$i" | put "$((1700000000 + i)).M1P1.host" a@example.edu bob@example.com; done
-    for i in 9 10; do letter "u$i" | put "1700000020.V801I9M$((i + 100)).host" a@example.edu bob@example.com; done
+    for i in 5 3 10 1 9; do put_letter "$i" "$((1700000000 + i)).M1P1.host" a@example.edu eva@example.org; done
+    for i in 4 2; do put_letter "$i" "$((1700000000 + i)).M1P1.host" a@example.edu bob@example.com; done
+    for i in 9 10; do put_letter "u$i" "1700000020.V801I9M$((i + 100)).host" a@example.edu bob@example.com; done
     turn
     equal "$(for i in $(seq "$N_GOT"); do sed -n 's/^Text of //p' "$T/got/$i"; done | tr -d '\r\n')" '1.2.3.4.5.9.10.u9.u10.'
 }
@@ -788,7 +844,7 @@ t_envelopes_of_other_writers() {
 # Where EHLO is not known HELO is said, and nothing is assumed.
 t_5.3-c_helo_where_ehlo_is_unknown() {
     provider
-    letter one | put 1.a a@example.edu eva@example.org
+    put_letter one 1.a a@example.edu eva@example.org
     ANSWERS[EHLO]='502 what?'
     turn
     equal "$N_GOT" 1
@@ -810,11 +866,11 @@ t_pipelining_when_nobody_is_accepted() {
     provider
     ANSWERS['RCPT TO:<eva@example.org>']='450 4.2.0 later'
     for OFFER in PIPELINING 'PIPELINING CHUNKING'; do
-        letter one | put 1.a a@example.edu eva@example.org
+        put_letter one 1.a a@example.edu eva@example.org
         turn
         [ "$OFFER" != PIPELINING ] || equal "$(cat "$T/content")" ''
         until_true claimable "$T/queue/example.org/new/1.a"
-        letter two | put 2.a a@example.edu bob@example.org
+        put_letter two 2.a a@example.edu bob@example.org
         turn
         equal "$N_GOT $(ls "$T/queue/example.org/new")" '1 1.a' "$OFFER"
         has "$T/got/1" 'Text of two'
@@ -825,7 +881,7 @@ t_pipelining_when_nobody_is_accepted() {
 # A customer that says yes to everything beforehand, then nonsense: what has left the queue did go over the line.
 t_replies_before_their_commands() {
     provider
-    letter one | put 1.a a@example.edu eva@example.org
+    put_letter one 1.a a@example.edu eva@example.org
     login
     printf '%s\r\n' ATRN '220 a' '250 a' '250 ok' '250 ok' '354 go on' '250 ok' nonsense >&"$LINE"
     timeout "$PATIENCE" cat <&"$LINE" > "$T/line"
@@ -837,7 +893,7 @@ t_replies_before_their_commands() {
 t_nonsense_in_reply_to_data() {
     local reply
     provider
-    letter one | put 1.a a@example.edu eva@example.org
+    put_letter one 1.a a@example.edu eva@example.org
     for OFFER in '' PIPELINING; do
         for reply in '250 taken' '220 hello' '503 5.5.1 RCPT first'; do
             until_true claimable "$T/queue/example.org/new/1.a"
@@ -851,7 +907,7 @@ t_nonsense_in_reply_to_data() {
 # CHUNKING alone, without PIPELINING, would save nothing: DATA it is, and one command at a time.
 t_chunking_needs_pipelining() {
     provider
-    letter one | put 1.a a@example.edu eva@example.org
+    put_letter one 1.a a@example.edu eva@example.org
     OFFER=CHUNKING
     turn
     equal "$N_GOT" 1
@@ -862,7 +918,7 @@ t_chunking_needs_pipelining() {
 # What the customer's Maildirs hold, another provider can serve: envelope and content come through both.
 t_a_customer_is_a_provider_in_turn() {
     provider
-    letter one | put 1.a '' '"e va"@example.org' bob@example.org
+    put_letter one 1.a '' '"e va"@example.org' bob@example.org
     customer 0 "127.0.0.1:$PORT"
     rm -r "$T/queue"; mv "$T/mail" "$T/queue"
     provider
@@ -898,7 +954,7 @@ t_held_mail() {
     has "$T/out" 'held: no recipient in its envelope'
     has "$T/out" 'held: its recipients belong to another domain'
     has "$T/out" 'held: not a regular file'
-    letter one | put 92.k a@example.edu eva@example.org
+    put_letter one 92.k a@example.edu eva@example.org
     ask ATRN '^250 '
     take_mail
     equal "$N_GOT" 1
@@ -906,7 +962,7 @@ t_held_mail() {
 
 # A directory whose name no ATRN can lead to, and one that is not in the queue but elsewhere.
 t_directories_that_are_not_ours() {
-    letter one | put 1.a a@example.edu eva@Example.ORG
+    put_letter one 1.a a@example.edu eva@Example.ORG
     mkdir -p "$T/queue/example.com" "$T/elsewhere/new"
     letter two > "$T/elsewhere/new/1.a"
     ln -s "$T/elsewhere/new" "$T/queue/example.com/new"
@@ -950,7 +1006,7 @@ t_why_mail_is_held() {
 t_many_recipients() {
     local file=$T/queue/example.org/new/1.a
     provider
-    letter one | put 1.a a@example.edu r{1..250}@example.org
+    put_letter one 1.a a@example.edu r{1..250}@example.org
     OFFER='PIPELINING CHUNKING'
     ANSWERS['RCPT TO:<r7@example.org>']='451 4.3.0 later'
     turn
@@ -1004,7 +1060,7 @@ t_5.2.1-d_more_domains_than_a_line_holds() {
     { printf 'example.org:'; printf 'a-rather-long-label-number-%03d.example,' {1..300}; echo 'example.org:tanstaaf'; } > "$T/accounts"
     chmod 600 "$T/accounts"
     provider
-    letter one | put 1.a a@example.edu eva@a-rather-long-label-number-300.example
+    put_letter one 1.a a@example.edu eva@a-rather-long-label-number-300.example
     turn
     equal "$N_GOT" 1
 }
@@ -1013,10 +1069,10 @@ t_5.2.1-d_more_domains_than_a_line_holds() {
 t_a_domain_named_twice() {
     echo 'example.org:Example.org,example.com,example.org:tanstaaf' > "$T/accounts"; chmod 600 "$T/accounts"
     provider
-    letter one | put 1.a a@example.edu eva@example.org
+    put_letter one 1.a a@example.edu eva@example.org
     turn
     equal "$N_GOT" 1
-    letter one | put 1.a a@example.edu eva@example.org
+    put_letter one 1.a a@example.edu eva@example.org
     turn example.com,EXAMPLE.org,example.org
     equal "$N_GOT" 1
     hasnt "$LOG" 'left for later'
@@ -1026,7 +1082,7 @@ t_a_domain_named_twice() {
 t_5.2.1-k_the_log_says_why() {
     needs flock
     provider
-    letter one | put 1.a a@example.edu eva@example.org
+    put_letter one 1.a a@example.edu eva@example.org
     exec {CLAIM}<> "$T/queue/example.org/new/1.a"; flock -n "$CLAIM"
     login; ask ATRN '^451 '
     has "$LOG" 'example.org/new/1.a is left for later: another session is at work on it$'
@@ -1046,7 +1102,7 @@ t_a_storm_of_sighups() {
         ( SECONDS=0; while [ "$SECONDS" -lt 2 ]; do kill -HUP "$PROVIDER"; done ) & storm+=($!)
     done
     wait "${storm[@]}"
-    until_true grep -q 'accounts read again' "$LOG"
+    until_true shows "$LOG" 'accounts read again'
     poll_for_nothing
     equal "$(ls "/proc/$PROVIDER/task" | wc -l)" "$threads"
     stop_provider
@@ -1103,10 +1159,10 @@ t_sigterm_while_waiting() {
 
 t_second_signal_ends_at_once() {
     provider
-    letter one | put 1 a@example.edu eva@example.org
+    put_letter one 1 a@example.edu eva@example.org
     login; ask ATRN '^250 '
     kill -TERM "$PROVIDER"
-    until_true grep -q 'stopping' "$LOG"
+    until_true shows "$LOG" 'stopping'
     kill -TERM "$PROVIDER"
     wait "$PROVIDER"
     equal $? 143
@@ -1115,10 +1171,10 @@ t_second_signal_ends_at_once() {
 
 t_sigint_twice_ends_at_once() {
     provider
-    letter one | put 1.a a@example.edu eva@example.org
+    put_letter one 1.a a@example.edu eva@example.org
     login; ask ATRN '^250 '
     kill -INT "$PROVIDER"
-    until_true grep -q 'stopping; 1 ' "$LOG"
+    until_true shows "$LOG" 'stopping; 1 '
     kill -INT "$PROVIDER"
     wait "$PROVIDER"
     equal $? 130
@@ -1131,14 +1187,13 @@ t_sighup_keeps_what_works() {
     login
     ask 'ATRN example.com' '^453 '
     chmod 644 "$T/accounts"; kill -HUP "$PROVIDER"
-    until_true grep -q 'chmod 600 .*stay as they were' "$LOG"
+    until_true shows "$LOG" 'chmod 600 .*stay as they were'
     rm "$T/accounts"; kill -HUP "$PROVIDER"
-    until_true grep -q 'No such file.*stay as they were' "$LOG"
+    until_true shows "$LOG" 'No such file.*stay as they were'
     ( umask 77; echo 'other:other.example:x' > "$T/accounts" ); kill -HUP "$PROVIDER"
-    until_true grep -q 'accounts read again: 1' "$LOG"
+    until_true shows "$LOG" 'accounts read again: 1'
     ask 'ATRN example.com' '^453 '
-    dial; expect '^220'; ask 'EHLO x' '^250'; ask 'AUTH CRAM-MD5' '^334 '
-    ask "$(cram_response example.org tanstaaf "${ANSWER#334 }")" '^535 '
+    dial; expect '^220'; ask 'EHLO x' '^250'; auth_cram_md5 example.org tanstaaf '^535 '
 }
 
 # After the sockets are bound and the accounts read there is no way back to root, nor to what only root may read.
@@ -1153,7 +1208,7 @@ t_user_drops_privileges() {
     equal "$(sed -n 's/^Groups:\t//p' "/proc/$PROVIDER/status" | tr -d ' ')" "$gid"
     equal "$(sed -n 's/^CapEff:\t//p' "/proc/$PROVIDER/status")" 0000000000000000
     kill -HUP "$PROVIDER"
-    until_true grep -q 'Permission denied.*stay as they were' "$LOG"
+    until_true shows "$LOG" 'Permission denied.*stay as they were'
     login; ask ATRN '^453 '
     run 67 "$ODMR" provider -l 127.0.0.1:0 -q "$T/queue" -a "$T/accounts" --user nobody-of-that-name
     chmod 755 "$T/queue"; chown nobody "$T/accounts"; cp "$ODMR" "$T/odmr"
@@ -1163,12 +1218,12 @@ t_user_drops_privileges() {
 # One line for each socket, with the port that it got; what cannot be listened on ends the start.
 t_listening_sockets() {
     provider -l '[::1]:0' -l localhost:0
-    until_true grep -q '\[::1\]' "$LOG"
+    until_true shows "$LOG" '\[::1\]'
     [ "$(grep -c '^odmr: listening on 127.0.0.1:[1-9][0-9]*$' "$LOG")" = 2 ] || fail 'two sockets on 127.0.0.1 were asked for'
     customer 1 "[::1]:$(sed -n 's/.*listening on \[::1\]:\([0-9]*\)$/\1/p' "$LOG" | head -n 1)"
     customer 1 "localhost:$PORT"
     run 71 "$ODMR" provider -l "127.0.0.1:$PORT" -q "$T/queue" -a "$T/accounts"
-    match "$(cat "$T/err")" "^odmr: 127.0.0.1:$PORT: cannot listen: [^
+    matches "$T/err" "^odmr: 127.0.0.1:$PORT: cannot listen: [^
 ]*\$"
     run 68 "$ODMR" provider -l nonexistent.invalid:0 -q "$T/queue" -a "$T/accounts"
 }
@@ -1177,11 +1232,11 @@ t_sighup_reads_accounts_again() {
     provider
     printf 'example.org:example.org:new secret\n' > "$T/accounts"
     kill -HUP "$PROVIDER"
-    until_true grep -q 'accounts read again: 1' "$LOG"
+    until_true shows "$LOG" 'accounts read again: 1'
     login example.org 'new secret'
     printf 'nonsense\n' > "$T/accounts"
     kill -HUP "$PROVIDER"
-    until_true grep -q 'accounts:1: .*stay as they were' "$LOG"
+    until_true shows "$LOG" 'accounts:1: .*stay as they were'
     login example.org 'new secret'
 }
 
@@ -1242,7 +1297,7 @@ t_accounts_file() {
         printf '# first\n%s\n' "$bad" > "$T/accounts"
         chmod 600 "$T/accounts"
         run 78 "$ODMR" provider -l 127.0.0.1:0 -q "$T/queue" -a "$T/accounts"
-        match "$(cat "$T/err")" "^odmr: $T/accounts:[23]: [^
+        matches "$T/err" "^odmr: $T/accounts:[23]: [^
 ]*\$"
     done
     run 78 "$ODMR" provider --listen 127.0.0.1:0 --queue "$T/queue" --accounts "$T/none"
@@ -1272,8 +1327,7 @@ t_wrong_usage() {
     export ODMR_SECRET=x
     while IFS= read -r line; do
         eval "run 64 \"\$ODMR\" $line"
-        equal "$(wc -l < "$T/err")" 1 "$line"
-        match "$(cat "$T/err")" '^odmr: .+' "$line"
+        matches "$T/err" $'^odmr: [^\n]+$' "$line"
     done <<'END'
 
 frobnicate
@@ -1327,9 +1381,9 @@ queue -q
 queue --frobnicate
 demo word
 END
-    run 64 "$ODMR" provider -Zt; match "$(cat "$T/err")" 'unknown option -Z;'
-    run 64 "$ODMR" queue --list=5; match "$(cat "$T/err")" 'no value belongs to --list=5;'
-    run 64 "$ODMR" provider --queue; match "$(cat "$T/err")" 'option --queue needs a value;'
+    run 64 "$ODMR" provider -Zt; matches "$T/err" 'unknown option -Z;'
+    run 64 "$ODMR" queue --list=5; matches "$T/err" 'no value belongs to --list=5;'
+    run 64 "$ODMR" provider --queue; matches "$T/err" 'option --queue needs a value;'
     unset ODMR_SECRET
     run 64 "$ODMR" customer -u x localhost
     for line in provider customer enqueue queue demo; do
@@ -1339,7 +1393,7 @@ END
     done
     run 0 "$ODMR" --help
     run 0 "$ODMR" --version
-    match "$(cat "$T/out")" '^odmr [0-9]+\.[0-9]+$'
+    matches "$T/out" '^odmr [0-9]+\.[0-9]+$'
 }
 
 # ---- The customer --------------------------------------------------------------------------------------
@@ -1361,23 +1415,23 @@ t_customer_secret() {
     provider
     printf 'tanstaaf\r\nsecond line\n' > "$file"
     run 1 "$ODMR" customer -u example.org -s "$file" -q "$T/mail" "127.0.0.1:$PORT"
-    run 1 env ODMR_SECRET=wrong "$ODMR" customer -u example.org -s "$file" -q "$T/mail" "127.0.0.1:$PORT"
+    ODMR_SECRET=wrong run 1 "$ODMR" customer -u example.org -s "$file" -q "$T/mail" "127.0.0.1:$PORT"
     : > "$file"; run 66 "$ODMR" customer -u example.org -s "$file" -q "$T/mail" "127.0.0.1:$PORT"
     echo > "$file"; run 66 "$ODMR" customer -u example.org -s "$file" -q "$T/mail" "127.0.0.1:$PORT"
     run 66 "$ODMR" customer -u example.org --secret-file "$T/none" -q "$T/mail" "127.0.0.1:$PORT"
     printf '%01500d' 7 > "$file"; run 65 "$ODMR" customer -u example.org -s "$file" "127.0.0.1:$PORT"
-    run 65 env ODMR_SECRET="$(cat "$file")" "$ODMR" customer -u example.org "127.0.0.1:$PORT"
-    run 75 env ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org --exec "{ env; tr '\0' '\n' < /proc/\$PPID/environ; } > $T/inherited" "127.0.0.1:$PORT"
+    ODMR_SECRET="$(cat run 65 "$file")" "$ODMR" customer -u example.org "127.0.0.1:$PORT"
+    ODMR_SECRET=tanstaaf run 75 "$ODMR" customer -u example.org --exec "{ env; tr '\0' '\n' < /proc/\$PPID/environ; } > $T/inherited" "127.0.0.1:$PORT"
     hasnt "$T/inherited" '^ODMR_SECRET=.\|tanstaaf'
 }
 
 # Without --queue mail lands in ./mail; a domain that is not ours is refused as a whole.
 t_customer_defaults() {
     provider
-    letter one | put 1.a a@example.edu eva@example.org
-    run 75 env ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org "127.0.0.1:$PORT" example.org other.example
+    put_letter one 1.a a@example.edu eva@example.org
+    ODMR_SECRET=tanstaaf run 75 "$ODMR" customer -u example.org "127.0.0.1:$PORT" example.org other.example
     equal "$(waiting)" 1
-    run 0 env ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org "127.0.0.1:$PORT" EXAMPLE.ORG
+    ODMR_SECRET=tanstaaf run 0 "$ODMR" customer -u example.org "127.0.0.1:$PORT" EXAMPLE.ORG
     equal "$(mailbox)" 1
 }
 
@@ -1385,8 +1439,8 @@ t_customer_defaults() {
 t_customer_cannot_write() {
     provider
     : > "$T/file"
-    letter one | put 1.a a@example.edu eva@example.org
-    run 73 env ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org -q "$T/file" "127.0.0.1:$PORT"
+    put_letter one 1.a a@example.edu eva@example.org
+    ODMR_SECRET=tanstaaf run 73 "$ODMR" customer -u example.org -q "$T/file" "127.0.0.1:$PORT"
     hasnt "$LOG" connected
     mkdir "$T/mail"; : > "$T/mail/example.org"
     customer 73 --trace "127.0.0.1:$PORT"
@@ -1587,10 +1641,10 @@ t_customer_polls() {
     provider
     ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org -q "$T/mail" --poll 1 "127.0.0.1:$PORT" 2> "$T/err" &
     pid=$!; STARTED+=("$pid")
-    until_true grep -q 'no mail' "$LOG"
-    letter one | put 1 a@example.edu eva@example.org
+    until_true shows "$LOG" 'no mail'
+    put_letter one 1 a@example.edu eva@example.org
     until_true has_mail
-    letter two | put 2 a@example.edu eva@example.org
+    put_letter two 2 a@example.edu eva@example.org
     until_true two_mails
     kill "$pid"
 }
@@ -1600,9 +1654,9 @@ two_mails() { [ "$(mailbox)" = 2 ]; }
 # The receiver is reached first: without it no ATRN is sent, and the mail stays.
 t_receiver_out_of_reach() {
     provider
-    letter one | put 1 a@example.edu eva@example.org
-    run 75 env ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org --smtp 127.0.0.1:1 "127.0.0.1:$PORT"
-    run 75 env ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org --exec 'exit 1' "127.0.0.1:$PORT"
+    put_letter one 1 a@example.edu eva@example.org
+    ODMR_SECRET=tanstaaf run 75 "$ODMR" customer -u example.org --smtp 127.0.0.1:1 "127.0.0.1:$PORT"
+    ODMR_SECRET=tanstaaf run 75 "$ODMR" customer -u example.org --exec 'exit 1' "127.0.0.1:$PORT"
     hasnt "$LOG" connected
     equal "$(waiting)" 1
 }
@@ -1622,7 +1676,7 @@ sink() {
     mkdir -p "$T/sink"; chmod 777 "$T/sink"; chmod 755 "$T"
     PATH=$PATH:/usr/sbin smtp-sink -u nobody "$@" -R "$T/sink" -d "%M." "127.0.0.1:$SINK" 100 2> "$T/sink.log" &
     STARTED+=($!)
-    until_true bash -c "exec 3<> /dev/tcp/127.0.0.1/$SINK"
+    until_true reachable "$SINK"
 }
 
 # --smtp and --exec hand the whole session to a receiver that is not ours.
@@ -1631,14 +1685,14 @@ t_receiver_by_smtp_and_exec() {
     sink
     provider
     put_many 20
-    run 0 env ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org --trace --smtp "127.0.0.1:$SINK" "127.0.0.1:$PORT"
+    ODMR_SECRET=tanstaaf run 0 "$ODMR" customer -u example.org --trace --smtp "127.0.0.1:$SINK" "127.0.0.1:$PORT"
     has "$T/err" '20 messages, .* handed on'
     has "$T/err" '^\[[0-9]*\] P: \.\.\. [0-9]* octets of message \.\.\.$'
     equal "$(cat "$T"/sink/* | grep -c '^Text of')" 20
-    run 1 env ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org --smtp "127.0.0.1:$SINK" "127.0.0.1:$PORT"
+    ODMR_SECRET=tanstaaf run 1 "$ODMR" customer -u example.org --smtp "127.0.0.1:$SINK" "127.0.0.1:$PORT"
     put_many 20
     needs socat
-    run 0 env ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org --exec "socat - TCP:127.0.0.1:$SINK" "127.0.0.1:$PORT"
+    ODMR_SECRET=tanstaaf run 0 "$ODMR" customer -u example.org --exec "socat - TCP:127.0.0.1:$SINK" "127.0.0.1:$PORT"
     equal "$(cat "$T"/sink/* | grep -c '^Text of')" 40
     equal "$(waiting)" 0
 }
@@ -1647,11 +1701,11 @@ t_receiver_by_smtp_and_exec() {
 t_receivers_that_misbehave() {
     local start=$SECONDS
     provider
-    letter one | put 1.a a@example.edu eva@example.org
-    run 75 env ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org --timeout 1 \
+    put_letter one 1.a a@example.edu eva@example.org
+    ODMR_SECRET=tanstaaf run 75 "$ODMR" customer -u example.org --timeout 1 \
         --exec 'trap "" HUP TERM PIPE; exec sleep 30' "127.0.0.1:$PORT"
     [ $((SECONDS - start)) -lt 15 ] || fail 'it waited for the program'
-    run 75 env ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org --exec 'echo 220 me; exit' "127.0.0.1:$PORT"
+    ODMR_SECRET=tanstaaf run 75 "$ODMR" customer -u example.org --exec 'echo 220 me; exit' "127.0.0.1:$PORT"
     has "$T/err" '^odmr: .*local program: the peer closed the connection$'
     equal "$(waiting)" 1
 }
@@ -1711,7 +1765,7 @@ t_a_message_of_20_megabytes() {
     for way in -e -p '' ; do
         sink $way
         put 1.a a@example.edu eva@example.org < "$T/big"
-        run 0 env ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org --smtp "127.0.0.1:$SINK" "127.0.0.1:$PORT"
+        ODMR_SECRET=tanstaaf run 0 "$ODMR" customer -u example.org --smtp "127.0.0.1:$SINK" "127.0.0.1:$PORT"
         cp "$T"/sink/* "$T/got" # it starts with fields of smtp-sink's own, and ends with an empty line
         equal "$(sed -n '/^Subject: big/,$p' "$T/got" | sed '$d' | cksum)" "$(cksum < "$T/big")"
         rm "$T"/sink/*
@@ -1777,9 +1831,9 @@ t_queue_shows_what_waits() {
     mkdir -p "$T/queue"
     run 0 "$ODMR" queue -q "$T/queue"
     equal "$(wc -l < "$T/out")" 1
-    letter one | put 1700000000.a $'x\x1b]0;y@example.edu' eva@example.org
-    letter one | put 1700000001.a a@example.edu $'e\xc3\xa9va@example.org' bob@example.org
-    letter two | put 1600000000.a '' eva@example.com
+    put_letter one 1700000000.a $'x\x1b]0;y@example.edu' eva@example.org
+    put_letter one 1700000001.a a@example.edu $'e\xc3\xa9va@example.org' bob@example.org
+    put_letter two 1600000000.a '' eva@example.com
     run 0 env TZ=UTC "$ODMR" queue -q "$T/queue"
     has "$T/out" '^example.com  *1  *[0-9]*  2020-09-13 12:26:40  *0$'
     has "$T/out" '^example.org  *1  *[0-9]*  2023-11-14 22:13:20  *1$'
@@ -1796,8 +1850,8 @@ t_queue_shows_what_waits() {
 # What this user may not see is said, not left out.
 t_queue_that_is_not_ours() {
     [ "$(id -u)" = 0 ] || skip 'needs root, to have something that others may not read'
-    letter one | put 1.a a@example.edu eva@example.org
-    letter one | put 1.a a@example.edu eva@example.com
+    put_letter one 1.a a@example.edu eva@example.org
+    put_letter one 1.a a@example.edu eva@example.com
     chmod -R go+rX "$T"; chmod 600 "$T/queue/example.org/new/1.a"; chmod 700 "$T/queue/example.com/new"
     cp "$ODMR" "$T/odmr"
     run 75 setpriv --reuid nobody --regid nogroup --clear-groups "$T/odmr" queue -q "$T/queue" -l
@@ -1841,7 +1895,7 @@ t_memory_of_idle_sessions() {
 t_memory_of_a_large_message() {
     local small pid
     provider
-    letter one | put 1.a a@example.edu eva@example.org
+    put_letter one 1.a a@example.edu eva@example.org
     customer 0 "127.0.0.1:$PORT"
     small=$(rss "$PROVIDER")
     { printf 'Subject: big\n\n'; head -c 250000000 /dev/zero | tr '\0' x | fold -w 75; } | put 2.a a@example.edu eva@example.org
@@ -1859,25 +1913,38 @@ t_memory_of_a_large_message() {
 outcome() {
     local owed=$1 noticed=$2 delivered=$3 what=$4
     shift 3
-    rm -rf "$T/queue/example.org/new"/* "$T"/notice.* "$T/got"
-    letter outcome | put 1.a sender@example.edu eva@example.org bob@example.org zoe@example.org
+    rm -rf "$T/queue/example.org/new"/* "$T"/notice.* "$T/got"/*
+    put_letter outcome 1.a sender@example.edu eva@example.org bob@example.org zoe@example.org
     ANSWERS=()
     while [ $# -gt 0 ]; do ANSWERS[$1]=$2; shift 2; done
     turn
     until_true settled
-    equal "$(sed -n 's/^Delivered-To: \(.*\)@.*/\1/p' "$T/queue/example.org/new/1.a" 2> /dev/null | xargs)" "$owed" "$OFFER, $what: owed"
-    equal "$(cat "$T"/notice.* 2> /dev/null | sed -n 's/^Final-Recipient: rfc822; \(.*\)@.*/\1/p' | xargs)" "$noticed" "$OFFER, $what: noticed"
-    equal "$(cat "$T/got"/* 2> /dev/null | sed -n 's/^RCPT TO:<\(.*\)@.*/\1/p' | xargs)" "$delivered" "$OFFER, $what: delivered"
-    [ -z "$owed" ] || equal "$(sed '/^Delivered-To:/d' "$T/queue/example.org/new/1.a")" \
-        "$(echo 'Return-Path: <sender@example.edu>'; letter outcome)" 'what stays'
-    equal "$(unfinished)" '' 'left in tmp'
+    named_in 'Final-Recipient: rfc822; ' "$T"/notice.*
+    equal "$NAMED" "$noticed" "$OFFER, $what: noticed"
+    named_in 'RCPT TO:<' "$T/got"/*
+    equal "$NAMED" "$delivered" "$OFFER, $what: delivered"
+    named_in 'Delivered-To: ' "$T/queue/example.org/new/1.a"
+    equal "$NAMED" "$owed" "$OFFER, $what: owed"
+    [ -z "$owed" ] || equal "$OTHERS" "$WHAT_STAYS" 'what stays'
+    equal "$(unfinished)" 0 'left in tmp'
 }
-unfinished() { (cd "$T/queue" && find . -path './*/tmp/*' -type f); }
-# Every session that began has ended.
-settled() { [ "$(grep -c ' connected$' "$LOG")" = "$(grep -c ' disconnected' "$LOG")" ]; }
+# named_in PREFIX FILE...: the local parts behind it, as words in NAMED; the other lines in OTHERS.
+named_in() {
+    local line prefix=$1 file
+    shift
+    NAMED='' OTHERS=
+    for file; do
+        [ -f "$file" ] || continue
+        while IFS= read -r line; do
+            if [[ $line == "$prefix"* ]]; then line=${line#"$prefix"}; NAMED+=${NAMED:+ }${line%%@*}; else OTHERS+=$line$'\n'; fi
+        done < "$file"
+    done
+}
+unfinished() { how_many '"$T"/queue/*/{,.Undeliverable/}tmp/*'; }
 
 outcomes() {
-    local eva='RCPT TO:<eva@example.org>' bob='RCPT TO:<bob@example.org>' all='eva bob zoe'
+    local eva='RCPT TO:<eva@example.org>' bob='RCPT TO:<bob@example.org>' all='eva bob zoe' WHAT_STAYS
+    WHAT_STAYS=$(echo 'Return-Path: <sender@example.edu>'; letter outcome)$'\n'
     provider
     outcome '' '' "$all" NOOP 250
     outcome '' "$all" '' MAIL '550 5.7.1 not from there'
@@ -1968,7 +2035,7 @@ X-Long: a
 
 t_notice_that_is_not_accepted() {
     provider
-    letter one | put 1.a sender@example.edu eva@example.org bob@example.org
+    put_letter one 1.a sender@example.edu eva@example.org bob@example.org
     ANSWERS['RCPT TO:<eva@example.org>']='550 5.1.1 no'
     echo 75 > "$T/sendmail.exit"
     turn
@@ -1987,7 +2054,7 @@ t_notice_that_is_not_accepted() {
 t_refused_mail_from_the_null_sender() {
     local folder=$T/queue/example.org/.Undeliverable
     provider
-    letter one | put 1.a '' eva@example.org bob@example.org zoe@example.org
+    put_letter one 1.a '' eva@example.org bob@example.org zoe@example.org
     ANSWERS['RCPT TO:<eva@example.org>']='550 5.1.1 no'
     ANSWERS['RCPT TO:<bob@example.org>']='450 later'
     turn
@@ -2006,7 +2073,7 @@ t_refused_mail_from_the_null_sender() {
 # Each recipient that is set aside stays there, whatever becomes of the others later.
 t_setting_aside_twice() {
     provider
-    letter one | put 1.a '' eva@example.org bob@example.org
+    put_letter one 1.a '' eva@example.org bob@example.org
     ANSWERS=(['RCPT TO:<eva@example.org>']='550 5.1.1 no' ['RCPT TO:<bob@example.org>']='450 later'); turn
     ANSWERS=(['RCPT TO:<bob@example.org>']='550 5.1.1 no'); turn
     equal "$(cat "$T/queue/example.org/.Undeliverable/new"/* | grep '^Delivered-To:' | sort | xargs)" \
@@ -2019,7 +2086,7 @@ t_setting_aside_twice() {
 t_what_is_owed_is_written_anew() {
     local file=$T/queue/example.org/new/1.a
     provider
-    letter one | put 1.a a@example.edu eva@example.org bob@example.org
+    put_letter one 1.a a@example.edu eva@example.org bob@example.org
     ln "$file" "$T/queue/example.org/tmp/1.a"
     touch -d '3 days ago' "$file"
     before=$(stat -c %Y "$file")
@@ -2045,12 +2112,12 @@ t_what_the_customer_cannot_take() {
     has "$T/notice.3" '^Status: 5.6.7$'
     has "$T/notice.3" '^Content-Type: message/global-delivery-status'
     # an address in UTF-8: that recipient only
-    letter one | put 1.a sender@example.edu $'\xc3\xa9va@example.org' bob@example.org
+    put_letter one 1.a sender@example.edu $'\xc3\xa9va@example.org' bob@example.org
     rm -r "$T/got"; turn
     equal "$N_GOT" 1
     equal "$(grep -h '^RCPT' "$T/got"/*)" 'RCPT TO:<bob@example.org>'
     has "$T/notice.4" $'^Final-Recipient: utf-8; \xc3\xa9va@example.org'
-    letter one | put 1.a $'\xc3\xa9va@example.edu' bob@example.org
+    put_letter one 1.a $'\xc3\xa9va@example.edu' bob@example.org
     turn
     equal "$(notices)" 5
     equal "$(waiting)" 0
@@ -2069,7 +2136,7 @@ MAIL FROM:<sender@example.edu> SIZE=18 BODY=8BITMIME
 MAIL FROM:<sender@example.edu> SIZE=18 BODY=8BITMIME SMTPUTF8
 MAIL FROM:<sender@example.edu> SIZE=19'
     OFFER=''
-    letter one | put 1.a sender@example.edu eva@example.org
+    put_letter one 1.a sender@example.edu eva@example.org
     rm -r "$T/got"; turn
     equal "$(grep -h '^MAIL' "$T"/got/*)" 'MAIL FROM:<sender@example.edu>'
 }
@@ -2077,19 +2144,19 @@ MAIL FROM:<sender@example.edu> SIZE=19'
 # Mail that nobody collects goes back to its sender; held mail stays; debris goes.
 t_ageing() {
     mkdir -p "$T/queue/example.org/.Undeliverable"/{new,cur,tmp}
-    letter old | put 1000000000.M1.a sender@example.edu eva@example.org bob@example.org
-    letter null | put 1000000001.M1.a '' eva@example.org
-    letter held | put 1000000002.M1.a sender@example.edu not-a-mailbox@example.org
+    put_letter old 1000000000.M1.a sender@example.edu eva@example.org bob@example.org
+    put_letter null 1000000001.M1.a '' eva@example.org
+    put_letter held 1000000002.M1.a sender@example.edu not-a-mailbox@example.org
     sed -i 's/^Delivered-To:.*/Delivered-To: a b/' "$T/queue/example.org/new/1000000002.M1.a"
-    letter young | put "$(date +%s).M1.a" sender@example.edu eva@example.org
-    letter young | put "$(($(date +%s) - 86400 * 2)).M1.a" sender@example.edu eva@example.org
+    put_letter young "$(date +%s).M1.a" sender@example.edu eva@example.org
+    put_letter young "$(($(date +%s) - 86400 * 2)).M1.a" sender@example.edu eva@example.org
     letter 'no such time' | put 5.eml sender@example.edu eva@example.org
     letter 'no such time' | put 99999999999999999999999.x sender@example.edu eva@example.org
     touch "$T/queue/example.org/tmp/young" "$T/queue/example.org/tmp/old" "$T/queue/example.org/.Undeliverable/tmp/old"
     touch -d '37 hours ago' "$T/queue/example.org/tmp/old" "$T/queue/example.org/.Undeliverable/tmp/old"
     provider
     until_true counted 2 'never finished' "$LOG"
-    equal "$(unfinished)" ./example.org/tmp/young
+    equal "$(echo "$T"/queue/*/{,.Undeliverable/}tmp/[a-z]*)" "$T/queue/example.org/tmp/young $T/queue/*/.Undeliverable/tmp/[a-z]*"
     equal "$(waiting) $(notices)" '7 0'
     stop_provider
     provider --max-age 3
@@ -2108,7 +2175,7 @@ t_customer_leaves_alone_what_is_not_its_own() {
     provider
     mkdir -p "$T/mail/my.project/tmp" "$T/mail/example.org"/{new,cur,tmp}
     touch -d '3 days ago' "$T/mail/my.project/tmp/data" "$T/mail/example.org/tmp/1.a"
-    letter one | put 1.a a@example.edu eva@example.org
+    put_letter one 1.a a@example.edu eva@example.org
     customer 0 "127.0.0.1:$PORT"
     [ -e "$T/mail/my.project/tmp/data" ] || fail 'somebody else'"'"'s file is gone'
     equal "$(ls "$T/mail/example.org/tmp")" ''
@@ -2120,7 +2187,7 @@ t_customer_with_a_full_disk() {
     provider
     head -c 3000000 /dev/zero | tr '\0' x | fold -w 75 > "$T/big"
     { letter big; cat "$T/big"; } | put 1.a a@example.edu eva@example.org
-    letter small | put 2.a a@example.edu eva@example.org
+    put_letter small 2.a a@example.edu eva@example.org
     mkdir "$T/mail"
     # shellcheck disable=SC2016
     run 73 unshare -m bash -c 'mount -t tmpfs -o size=1m none "$1/mail" || exit 1
@@ -2139,14 +2206,14 @@ t_customer_with_a_full_disk() {
 
 t_customer_quiet_and_progress() {
     provider
-    letter one | put 1.a a@example.edu eva@example.org
+    put_letter one 1.a a@example.edu eva@example.org
     customer 0 --quiet "127.0.0.1:$PORT"
     equal "$(cat "$T/err")" ''
-    letter two | put 1.a a@example.edu eva@example.org
+    put_letter two 1.a a@example.edu eva@example.org
     customer 0 "127.0.0.1:$PORT"
-    match "$(cat "$T/err")" '^odmr: \[1\] 1 messages, [0-9]+ octets received$'
+    matches "$T/err" '^odmr: \[1\] 1 messages, [0-9]+ octets received$'
     needs unbuffer
-    letter three | put 1.a a@example.edu eva@example.org
+    put_letter three 1.a a@example.edu eva@example.org
     ODMR_SECRET=tanstaaf unbuffer "$ODMR" customer -u example.org -q "$T/mail" "127.0.0.1:$PORT" > "$T/terminal"
     match "$(tr '\r' '|' < "$T/terminal")" '^\|odmr: 0 messages, [0-9]+ octets \| +\|odmr: \[1\] 1 messages'
 }
@@ -2199,9 +2266,10 @@ t_demo_step_by_step() {
 
 # The same picture of a real session, on either side; hostile lines do not break it.
 t_trace_ladder() {
-    local i
+    local i long
     provider --trace=ladder
-    for i in {1..150}; do letter "$i" | put "$i.a" "$(printf 'long%.0s' {1..12})@example.edu" eva@example.org; done
+    long=$(printf 'long%.0s' {1..12})
+    for i in {1..150}; do put_letter "$i" "$i.a" "$long@example.edu" eva@example.org; done
     customer 0 --trace=ladder "127.0.0.1:$PORT"
     until_true settled
     grep '^\[' "$T/err" > "$T/customer"; grep '^\[' "$LOG" > "$T/provider"
@@ -2210,11 +2278,12 @@ t_trace_ladder() {
     equal "$(grep -c '| 4-e      now it is theirs$' "$T/provider")" 150
     dial; expect '^220'; say $'\e[31mEHLO \x80\xff\x00'; expect '^500'; ask "EHLO $(printf 'x%.0s' {1..200})" '^250'
     ask ATRN '^530 '; ask HELO '^502 '
-    until_true grep -q '^\[2\] |<-* 502 Command not implemented -| 5.4-a    not spoken here$' "$LOG"
+    until_true shows "$LOG" '502 Command not implemented -'
+    has "$LOG" '^\[2\] |<-* 502 Command not implemented -| 5.4-a    not spoken here$'
     has "$LOG" '^\[2\] |<-* 530 Authentication required -| 5.2.1-b  log in first$'
     grep '^\[2' "$LOG" > "$T/hostile"; at_80 "$T/hostile"
     run 64 "$ODMR" provider --trace=circle
-    match "$(cat "$T/err")" 'there is --trace'
+    matches "$T/err" 'there is --trace'
 }
 
 # ---- TLS and the mechanisms --------------------------------------------------------------------------
@@ -2239,7 +2308,8 @@ authority() {
 tls_provider() {
     [ -f "$T/server.pem" ] || authority
     provider --cert "$T/server.pem" --tls-listen 127.0.0.1:0 "$@"
-    TLS_PORT=$(sed -n 's/^odmr: listening on .*:\([0-9]*\)$/\1/p' "$LOG" | sed -n 2p)
+    until_true listens "$LOG" 2
+    TLS_PORT=${PORTS[1]}
 }
 # tunnel [CERTIFICATE]: from now on $PORT leads through TLS to $TLS_PORT.
 tunnel() {
@@ -2248,8 +2318,8 @@ tunnel() {
     socat -d -d TCP-LISTEN:0,bind=127.0.0.1,reuseaddr,fork,backlog=100 \
         "OPENSSL:127.0.0.1:$TLS_PORT,cafile=$T/ca.crt,commonname=localhost${1:+,cert=$1}" 2> "$T/tunnel.log" &
     STARTED+=($!)
-    until_true grep -q 'listening on' "$T/tunnel.log"
-    PORT=$(sed -n 's/.*listening on .*:\([0-9]*\)$/\1/p' "$T/tunnel.log")
+    until_true listens "$T/tunnel.log"
+    PORT=${PORTS[0]}
 }
 # s_client LINES [OPTION...]: what OpenSSL's client sees of the dialogue, in $T/s_client.
 s_client() {
@@ -2344,7 +2414,7 @@ pass_reply() {
 
 t_customer_ignores_what_stands_behind_starttls() {
     tls_provider
-    letter one | put 1.a a@example.edu eva@example.org
+    put_letter one 1.a a@example.edu eva@example.org
     REAL_PORT=$PORT INJECT_REPLY='250-AUTH CRAM-MD5\r\n250 ATRN\r\n' serve man_in_the_middle
     customer 0 --trace --ca "$T/ca.crt" "localhost:$PORT"
     has "$T/err" 'thrown away'
@@ -2354,7 +2424,7 @@ t_customer_ignores_what_stands_behind_starttls() {
 
 t_starttls_stripped() {
     tls_provider
-    letter one | put 1.a a@example.edu eva@example.org
+    put_letter one 1.a a@example.edu eva@example.org
     REAL_PORT=$PORT STRIP=STARTTLS serve man_in_the_middle
     customer 69 --trace --require-tls --ca "$T/ca.crt" "localhost:$PORT"
     has "$T/err" 'does not offer STARTTLS'
@@ -2434,7 +2504,7 @@ t_certificates_for_something_else() {
 # name_with_nul NAME: a DNS name that reads as NAME up to its NUL octet, in DER, which is the only way to write it.
 name_with_nul() {
     local octets
-    octets=$(printf '%s\0.example' "$1" | hex)
+    octets=$(printf '%s\0.example' "$1" | od -An -v -tx1 | tr -d ' \n')
     printf 'DER:30%02x82%02x%s' $((${#octets} / 2 + 2)) $((${#octets} / 2)) "$octets"
 }
 
@@ -2466,7 +2536,7 @@ handshake() { timeout "$PATIENCE" openssl s_client -connect "127.0.0.1:$PORT" "$
 old_server() {
     openssl s_server -accept 127.0.0.1:0 -tls1_1 -cert "$T/server.pem" -key "$T/server.pem" -www > "$T/s_server" 2>&1 &
     STARTED+=($!)
-    until_true grep -q '^ACCEPT' "$T/s_server"
+    until_true shows "$T/s_server" ACCEPT
     PORT=$(sed -n 's/^ACCEPT .*:\([0-9]*\)$/\1/p' "$T/s_server")
 }
 
@@ -2478,7 +2548,7 @@ t_5.1.2-d_each_mechanism() {
     cat "$T/out" >> "$T/accounts"
     tls_provider
     for mechanism in SCRAM-SHA-256-PLUS SCRAM-SHA-256 CRAM-MD5 PLAIN; do
-        letter "$mechanism" | put 1.a a@example.edu eva@example.org
+        put_letter "$mechanism" 1.a a@example.edu eva@example.org
         customer 0 --trace --ca "$T/ca.crt" --require-tls --mechanism "$mechanism" "localhost:$PORT"
         has "$LOG" "authenticated as example.org ($mechanism)"
         has "$T/err" 'C: STARTTLS'
@@ -2486,18 +2556,18 @@ t_5.1.2-d_each_mechanism() {
     done
     hasnt "$LOG" tanstaaf
     equal "$(mailbox)" 4
-    letter five | put 1.a a@example.edu eva@example.org
+    put_letter five 1.a a@example.edu eva@example.org
     customer 0 --trace --ca "$T/ca.crt" "localhost:$PORT"
     has "$T/err" 'AUTH SCRAM-SHA-256-PLUS'
     equal "$(cat "$T/mail/example.org/new"/* | grep -c 'with ESMTPS')" 5
     customer 1 --trace "127.0.0.1:$PORT" --insecure
     has "$T/err" 'AUTH SCRAM-SHA-256-PLUS'
     for mechanism in SCRAM-SHA-256-PLUS SCRAM-SHA-256 PLAIN; do
-        run 1 env ODMR_SECRET=s3cret "$ODMR" customer -u verifier --ca "$T/ca.crt" --mechanism "$mechanism" "localhost:$PORT"
+        ODMR_SECRET=s3cret run 1 "$ODMR" customer -u verifier --ca "$T/ca.crt" --mechanism "$mechanism" "localhost:$PORT"
     done
-    run 77 env ODMR_SECRET=s3cret "$ODMR" customer -u verifier --ca "$T/ca.crt" --mechanism CRAM-MD5 "localhost:$PORT"
-    run 77 env ODMR_SECRET=wrong "$ODMR" customer -u example.org --ca "$T/ca.crt" "localhost:$PORT"
-    run 64 env ODMR_SECRET=x "$ODMR" customer -u example.org --mechanism ROT13 "localhost:$PORT"
+    ODMR_SECRET=s3cret run 77 "$ODMR" customer -u verifier --ca "$T/ca.crt" --mechanism CRAM-MD5 "localhost:$PORT"
+    ODMR_SECRET=wrong run 77 "$ODMR" customer -u example.org --ca "$T/ca.crt" "localhost:$PORT"
+    ODMR_SECRET=x run 64 "$ODMR" customer -u example.org --mechanism ROT13 "localhost:$PORT"
 }
 
 # Both kinds of binding: the exporter with TLS 1.3, the server's certificate before.
@@ -2548,43 +2618,40 @@ hear_flag() {
     say '535 no'; goodbye
 }
 
-# ---- SCRAM by hand: openssl computes, bash talks ----
+# ---- SCRAM by hand: openssl and perl compute, bash talks ----
 
-hex() { od -An -v -tx1 | tr -d ' \n'; }
-unhex() { printf '%b' "$(sed 's/../\\x&/g')"; }
-hmac256() { printf '%s' "$2" | openssl dgst -sha256 -mac HMAC -macopt "hexkey:$1" | sed 's/.* //'; }
-xor() {
-    local i
-    for ((i = 0; i < ${#1}; i += 2)); do printf '%02x' $((16#${1:i:2} ^ 16#${2:i:2})); done
+# scram SECRET BARE CHALLENGE FINAL: what follows from them, in base64: the customer's PROOF_OF_IT, the provider's
+# SIGNATURE, and the STORED_KEY and SERVER_KEY of a verifier.
+scram() {
+    local all
+    all=$(perl -MDigest::SHA=sha256,hmac_sha256 -MMIME::Base64 -e '
+        chomp(my ($secret, $bare, $challenge, $final) = <STDIN>);
+        my ($salt, $count) = $challenge =~ /,s=([^,]*),i=(\d+)/;
+        open my $kdf, "-|", qw(openssl kdf -keylen 32 -kdfopt digest:SHA256), "-kdfopt", "pass:$secret", "-kdfopt",
+            "hexsalt:" . unpack("H*", decode_base64($salt)), "-kdfopt", "iter:$count", "PBKDF2" or die;
+        my $salted = pack "H*", <$kdf> =~ tr/0-9A-F//cdr;
+        my ($client, $server) = map { hmac_sha256($_, $salted) } "Client Key", "Server Key";
+        my $stored = sha256($client);
+        print join " ", map { encode_base64($_, "") } $client ^ hmac_sha256("$bare,$challenge,$final", $stored),
+            hmac_sha256("$bare,$challenge,$final", $server), $stored, $server' <<< "$1
+$2
+$3
+$4")
+    read -r PROOF_OF_IT SIGNATURE STORED_KEY SERVER_KEY <<< "$all"
 }
-# salted SECRET CHALLENGE: the challenge's salt and count applied.
-salted() {
-    local salt count
-    salt=$(sed 's/.*,s=\([^,]*\),.*/\1/' <<< "$2" | openssl base64 -d -A | hex)
-    count=${2##*,i=}
-    openssl kdf -keylen 32 -kdfopt digest:SHA256 -kdfopt "pass:$1" -kdfopt "hexsalt:$salt" -kdfopt "iter:$count" PBKDF2 | tr -d ':\n'
-}
-# scram_proof SECRET BARE CHALLENGE FINAL: in base64.
-scram_proof() {
-    local client stored
-    client=$(hmac256 "$(salted "$1" "$3")" 'Client Key')
-    stored=$(unhex <<< "$client" | openssl dgst -sha256 | sed 's/.* //')
-    xor "$client" "$(hmac256 "$stored" "$2,$3,$4")" | unhex | openssl base64 -A
-}
-# scram_signature SECRET BARE CHALLENGE FINAL: the server's, in base64.
-scram_signature() { hmac256 "$(hmac256 "$(salted "$1" "$3")" 'Server Key')" "$2,$3,$4" | unhex | openssl base64 -A; }
 
 # scram_by_hand NAME SECRET HEADER: up to the proof; the reply to it is left to be expected. NONCE, CHANNEL
 # and PROOF, when set, are sent instead of the right ones.
 scram_by_hand() {
-    local bare="n=$1,r=fyko+d2lbbFgONRv9qkxdawL" challenge final
+    local bare="n=$1,r=fyko+d2lbbFgONRv9qkxdawL" challenge nonce final
     [ -n "${DIALLED:-}" ] || { dial; expect '^220'; ask 'EHLO x' '^250'; }
     ask "AUTH SCRAM-SHA-256 $(b64 "$3$bare")" '^334 '
     challenge=$(unb64 "${ANSWER#334 }")
     match "$challenge" '^r=fyko\+d2lbbFgONRv9qkxdawL.+,s=.+,i=4096$'
-    final="c=${CHANNEL:-$(b64 "$3")},r=${NONCE:-$(sed 's/^r=\([^,]*\),.*/\1/' <<< "$challenge")}"
-    say "$(b64 "$final,p=${PROOF:-$(scram_proof "$2" "$bare" "$challenge" "$final")}")"
-    SIGNATURE=$(scram_signature "$2" "$bare" "$challenge" "$final")
+    nonce=${challenge%%,*}
+    final="c=${CHANNEL:-$(b64 "$3")},r=${NONCE:-${nonce#r=}}"
+    scram "$2" "$bare" "$challenge" "$final"
+    say "$(b64 "$final,p=${PROOF:-$PROOF_OF_IT}")"
 }
 
 t_scram_by_hand() {
@@ -2600,7 +2667,7 @@ t_scram_by_hand() {
 # RFC 2195's example: what its customer answered to its challenge, ours answers.
 t_cram_md5_of_the_rfc() {
     serve rfc2195
-    run 1 env ODMR_SECRET=tanstaaftanstaaf "$ODMR" customer -u tim -q "$T/mail" --mechanism CRAM-MD5 "127.0.0.1:$PORT"
+    ODMR_SECRET=tanstaaftanstaaf run 1 "$ODMR" customer -u tim -q "$T/mail" --mechanism CRAM-MD5 "127.0.0.1:$PORT"
     peer_ok
 }
 rfc2195() {
@@ -2646,9 +2713,9 @@ t_verifier_is_no_secret() {
     cat "$T/out" >> "$T/accounts"
     provider
     verifier=$(cut -d: -f3 "$T/out")
-    for part in "$verifier" "${verifier#*\}}" $(tr '},' '  ' <<< "$verifier"); do
+    for part in "$verifier" "${verifier#*\}}" ${verifier//[\},]/ }; do
         dial; expect '^220'; ask 'EHLO x' '^250'
-        ask 'AUTH CRAM-MD5' '^334 '; ask "$(cram_response verifier "$part" "${ANSWER#334 }")" '^535 '
+        auth_cram_md5 verifier "$part" '^535 '
         DIALLED=1 scram_by_hand verifier "$part" n,,; expect '^535 '
         hang_up
     done
@@ -2663,8 +2730,9 @@ t_scram_wrong_channel() {
     ask "AUTH SCRAM-SHA-256-PLUS $(b64 p=tls-unique,,n=example.org,r=abc)" '^535 '
     ask "AUTH SCRAM-SHA-256-PLUS $(b64 p=tls-exporter,,n=example.org,r=abc)" '^334 '
     first=$(unb64 "${ANSWER#334 }")
-    final="c=$(b64 "p=tls-exporter,,$(head -c 32 /dev/zero | tr '\0' x)"),r=$(sed 's/^r=\([^,]*\),.*/\1/' <<< "$first")"
-    ask "$(b64 "$final,p=$(scram_proof tanstaaf n=example.org,r=abc "$first" "$final")")" '^535 '
+    final="c=$(b64 "p=tls-exporter,,xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"),${first%%,*}"
+    scram tanstaaf n=example.org,r=abc "$first" "$final"
+    ask "$(b64 "$final,p=$PROOF_OF_IT")" '^535 '
     expect '^421 '
 }
 
@@ -2701,14 +2769,16 @@ scram_endless_rounds() { scram_refused 'r=NONCEx,s=QSXCR+Q6sek8bf92,i=2147483648
 scram_no_salt() { scram_refused 'r=NONCEx,i=4096'; }
 scram_wrong_signature() {
     scram_serve 'r=NONCEx,s=QSXCR+Q6sek8bf92,i=4096'
-    say "334 $(b64 "v=$(scram_signature wrong "$BARE" "$CHALLENGE" "${FINAL%,p=*}")")"
+    scram wrong "$BARE" "$CHALLENGE" "${FINAL%,p=*}"
+    say "334 $(b64 "v=$SIGNATURE")"
     ! hear || fail "more came: $HEARD"
 }
 scram_no_signature() { scram_serve 'r=NONCEx,s=QSXCR+Q6sek8bf92,i=4096'; say '235 welcome'; ! hear || fail "more came: $HEARD"; }
 scram_honest() {
     scram_serve 'r=NONCEx,s=QSXCR+Q6sek8bf92,i=4096'
-    equal "${FINAL##*,p=}" "$(scram_proof tanstaaf "$BARE" "$CHALLENGE" "${FINAL%,p=*}")"
-    say "334 $(b64 "v=$(scram_signature tanstaaf "$BARE" "$CHALLENGE" "${FINAL%,p=*}")")"
+    scram tanstaaf "$BARE" "$CHALLENGE" "${FINAL%,p=*}"
+    equal "${FINAL##*,p=}" "$PROOF_OF_IT"
+    say "334 $(b64 "v=$SIGNATURE")"
     expect_line '^$'
     say '235 welcome'; no_mail
 }
@@ -2908,7 +2978,8 @@ t_responses_with_a_nul_octet() {
     ask "AUTH SCRAM-SHA-256 $(b64 "n,,$bare")" '^334 '
     challenge=$(unb64 "${ANSWER#334 }")
     final="c=biws,${challenge%%,*}"
-    ask "$(encoded "$final,p=$(scram_proof tanstaaf "$bare" "$challenge" "$final")\0x")" '^535 '
+    scram tanstaaf "$bare" "$challenge" "$final"
+    ask "$(encoded "$final,p=$PROOF_OF_IT\0x")" '^535 '
 }
 
 # An unknown name, a wrong secret and an account that has a verifier only cannot be told apart: by the challenge, by
@@ -2933,12 +3004,10 @@ t_failures_tell_nothing() {
 }
 # verifier SECRET ROUNDS: as odmr account --scram makes it, but for the number of rounds.
 verifier() {
-    local salt salted client stored
+    local salt
     salt=$(b64 'sixteen octets..')
-    salted=$(salted "$1" "r=,s=$salt,i=$2")
-    client=$(hmac256 "$salted" 'Client Key')
-    stored=$(unhex <<< "$client" | openssl dgst -sha256 -binary | openssl base64 -A)
-    echo "{SCRAM-SHA-256}$2,$salt,$stored,$(hmac256 "$salted" 'Server Key' | unhex | openssl base64 -A)"
+    scram "$1" '' "r=,s=$salt,i=$2" ''
+    echo "{SCRAM-SHA-256}$2,$salt,$STORED_KEY,$SERVER_KEY"
 }
 # refusal MECHANISM NAME: comes a second after the wrong response, however long the answer took to find: for PLAIN two
 # PBKDF2, so one of them is the latest that we take. A machine that is busy with something else makes it later, never
@@ -2959,7 +3028,7 @@ refusal() {
     fail "$1, $2: after $took microseconds, not $LATEST"
 }
 # Up to the challenge; the wrong response, well-formed like a right one, in RESPONSE.
-wrong_CRAM-MD5() { ask 'AUTH CRAM-MD5' '^334 '; RESPONSE=$(cram_response "$1" wrong "${ANSWER#334 }"); }
+wrong_CRAM-MD5() { ask 'AUTH CRAM-MD5' '^334 '; cram_response "$1" wrong "${ANSWER#334 }"; }
 wrong_PLAIN() { ask 'AUTH PLAIN' '^334 $'; RESPONSE=$(encoded "\0$1\0wrong"); }
 wrong_SCRAM-SHA-256() {
     local nonce salt rounds
@@ -2990,10 +3059,10 @@ t_sighup_reads_certificates_again() {
     certificate_shown; equal "$SHOWN" 'subject=CN = example.net'
     certificate next /CN=next.example.net DNS:localhost ca
     cp "$T/next.pem" "$T/live.pem"
-    kill -HUP "$PROVIDER"; until_true grep -q 'certificates too' "$LOG"
+    kill -HUP "$PROVIDER"; until_true shows "$LOG" 'certificates too'
     certificate_shown; equal "$SHOWN" 'subject=CN = next.example.net'
     echo nonsense > "$T/live.pem"
-    kill -HUP "$PROVIDER"; until_true grep -q 'stay as they were' "$LOG"
+    kill -HUP "$PROVIDER"; until_true shows "$LOG" 'stay as they were'
     certificate_shown; equal "$SHOWN" 'subject=CN = next.example.net'
     stop_provider
     run 78 "$ODMR" provider -l 127.0.0.1:0 -q "$T/queue" -a "$T/accounts" --cert "$T/live.pem"
@@ -3024,7 +3093,7 @@ END
     cp "$T/server.pem" "$T/live.key"
     provider --cert "$T/server.crt" --key "$T/live.key"
     cp "$T/encrypted.key" "$T/live.key"
-    kill -HUP "$PROVIDER"; until_true grep -q 'stay as they were' "$LOG"
+    kill -HUP "$PROVIDER"; until_true shows "$LOG" 'stay as they were'
     certificate_shown; equal "$SHOWN" 'subject=CN = example.net'
 }
 
@@ -3052,7 +3121,7 @@ t_slow_handshakes() {
     dial; expect '^220'; ask 'EHLO x' '^250'; ask STARTTLS '^220'; printf '\x16\x03\x01\x01\x00' >&"$LINE"
     customer 1 --ca "$T/ca.crt" "localhost:$PORT"
     dial "$TLS_PORT"; say 'EHLO x'
-    until_true grep -q 'TLS handshake failed' "$LOG"
+    until_true shows "$LOG" 'TLS handshake failed'
     until_true counted 11 'kept us waiting' "$LOG"
     customer 1 --tls --ca "$T/ca.crt" "localhost:$TLS_PORT"
 }
@@ -3063,7 +3132,7 @@ t_account() {
     printf 'a secret: with, everything\n' | run 0 "$ODMR" account me example.org,example.com
     equal "$(cat "$T/out")" 'me:example.org,example.com:a secret: with, everything'
     echo s3cret | run 0 "$ODMR" account --scram me example.org
-    match "$(cat "$T/out")" '^me:example.org:\{SCRAM-SHA-256\}4096,[A-Za-z0-9+/]{22}==,[A-Za-z0-9+/]{43}=,[A-Za-z0-9+/]{43}=$'
+    matches "$T/out" '^me:example.org:\{SCRAM-SHA-256\}4096,[A-Za-z0-9+/]{22}==,[A-Za-z0-9+/]{43}=,[A-Za-z0-9+/]{43}=$'
     run 64 "$ODMR" account; run 64 "$ODMR" account me; run 64 "$ODMR" account me org; run 64 "$ODMR" account a:b example.org
     run 64 "$ODMR" account '#me' example.org; run 64 "$ODMR" account '' example.org; run 64 "$ODMR" account me example.org x
     run 65 "$ODMR" account me example.org
@@ -3107,12 +3176,12 @@ t_memory_of_many_recipients() {
     local small
     sink
     provider
-    letter one | put 1.a a@example.edu eva@example.org
-    run 0 env ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org --smtp "127.0.0.1:$SINK" "127.0.0.1:$PORT"
+    put_letter one 1.a a@example.edu eva@example.org
+    ODMR_SECRET=tanstaaf run 0 "$ODMR" customer -u example.org --smtp "127.0.0.1:$SINK" "127.0.0.1:$PORT"
     small=$(rss "$PROVIDER")
     { printf 'Return-Path: <a@example.edu>\n'; seq -f 'Delivered-To: r%.0f@example.org' 100000; letter two; } > "$T/queue/example.org/new/2.a"
     rm "$T"/sink/*
-    run 0 env ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org --smtp "127.0.0.1:$SINK" "127.0.0.1:$PORT"
+    ODMR_SECRET=tanstaaf run 0 "$ODMR" customer -u example.org --smtp "127.0.0.1:$SINK" "127.0.0.1:$PORT"
     [ $(($(rss "$PROVIDER") - small)) -le 1024 ] || fail "$(($(rss "$PROVIDER") - small)) kB more"
     equal "$(cat "$T"/sink/* | grep -c '^X-Rcpt-Args: <r[0-9]*@example.org>')" 100000
     equal "$(waiting)" 0
@@ -3120,15 +3189,17 @@ t_memory_of_many_recipients() {
 
 # ---- Real mail servers -----------------------------------------------------------------------------------
 
-# postfix_instance MAIN_CF_LINES MASTER_CF_LINES: a Postfix of our own, on 127.0.0.1:$MX, with its own
-# spool; stopped when the test ends.
+# postfix_instance MAIN_CF_LINES MASTER_CF_LINES: a Postfix of our own, on 127.0.0.1:$MX, with its own spool; stopped when
+# the test ends. Its master is started without the hundred processes of "postfix start", which would look at the rest.
 postfix_instance() {
     needs postfix
     [ "$(id -u)" = 0 ] || skip 'Postfix starts as root only'
     chmod 755 "$T"
     MX=$(free_port)
-    mkdir -p "$T/postfix/etc" "$T/postfix/spool" "$T/postfix/data"
-    chown postfix "$T/postfix/data"
+    mkdir -p "$T/postfix/etc" "$T/postfix/spool/pid"
+    install -d -o postfix "$T/postfix/data" \
+        "$T/postfix/spool/"{active,bounce,corrupt,defer,deferred,flush,hold,incoming,maildrop,private,public,saved,trace}
+    chgrp postdrop "$T/postfix/spool/"{maildrop,public}; chmod g+wx "$T/postfix/spool/"{maildrop,public}
     cat > "$T/postfix/etc/main.cf" <<END
 compatibility_level = 3.6
 queue_directory = $T/postfix/spool
@@ -3149,9 +3220,11 @@ END
         sed -e '/^smtp .*inet/d' /usr/share/postfix/master.cf.dist; } > "$T/postfix/etc/master.cf"
     printf '127.0.0.1:%s inet n - n - - smtpd\npostlog unix-dgram n - n - 1 postlogd\n%s\n' "$MX" "$2" >> "$T/postfix/etc/master.cf"
     : > "$T/postfix/etc/dynamicmaps.cf"
-    PATH=$PATH:/usr/sbin postfix -c "$T/postfix/etc" start || { cat "$T/postfix/log"; fail 'Postfix does not start'; }
-    trap 'PATH=$PATH:/usr/sbin postfix -c "$T/postfix/etc" stop > /dev/null 2>&1; for p in "${STARTED[@]}"; do kill -9 "$p" 2> /dev/null; done; wait 2> /dev/null' EXIT
-    until_true bash -c "exec 3<> /dev/tcp/127.0.0.1/$MX"
+    "$(PATH=$PATH:/usr/sbin postconf -dh daemon_directory)/master" -c "$T/postfix/etc" > "$T/postfix/started" 2>&1 &
+    MASTER=$! # it ends its own
+    trap 'kill "$MASTER"; for p in "${STARTED[@]}"; do kill -9 "$p" 2> /dev/null; done; wait 2> /dev/null' EXIT
+    until_true eval '! kill -0 "$MASTER" || reachable "$MX"'
+    kill -0 "$MASTER" || { cat "$T/postfix/started" "$T/postfix/log"; fail 'Postfix does not start'; }
 }
 mailboxes_postfix() {
     local i domain
@@ -3165,22 +3238,22 @@ virtual_mailbox_maps = regexp:$T/boxes.map
 virtual_uid_maps = static:$(id -u nobody)
 virtual_gid_maps = static:$(id -g nobody)" ''
 }
-boxed() { find "$T/boxes" -path '*/new/*' -type f | wc -l; }
+boxed() { how_many '"$T"/boxes/{,*/*/}new/*'; }
 
 # fetchmail, which none of us wrote, in ODMR mode, into a real Postfix: 60 messages, exactly those.
 t_fetchmail_into_postfix() {
-    local i
+    local i tld=(org com)
     needs fetchmail
     mailboxes_postfix
     provider
-    for i in {1..60}; do
-        letter "$i" | put "$i.a" sender@example.edu "r$((i % 7))@$([ $((i % 2)) = 0 ] && echo example.org || echo example.com)"
-    done
+    for i in {1..60}; do put_letter "$i" "$i.a" sender@example.edu "r$((i % 7))@example.${tld[i % 2]}"; done
     fetchmail_collects
     until_true eval '[ $(boxed) = 60 ]'
     equal "$(cat "$T"/boxes/*/*/new/* | sed -n 's/^Text of \(.*\)\./\1/p' | sort -n | tr '\n' ' ')" "$(seq 60 | tr '\n' ' ')"
-    for i in {1..60}; do
-        equal "$(cat "$T/boxes/example.$([ $((i % 2)) = 0 ] && echo org || echo com)/r$((i % 7))/new"/* | grep -c "^Text of $i\.")" 1
+    for i in {0..6}; do
+        for n in 0 1; do
+            equal "$(cat "$T/boxes/example.${tld[n]}/r$i/new"/* | sed -n 's/^Text of \(.*\)\./\1/p' | sort -n | xargs)" "$(seq 60 | awk "\$1 % 7 == $i && \$1 % 2 == $n" | xargs)"
+        done
     done
     equal "$(grep -l '^Return-Path: <sender@example.edu>' "$T"/boxes/*/*/new/* | wc -l)" 60
     equal "$(waiting)" 0
@@ -3257,7 +3330,7 @@ jailed() {
     shift
     chroot "$JAIL" "$@" > "$T/jail.log" 2>&1 &
     STARTED+=($!)
-    until_true bash -c "exec 3<> /dev/tcp/127.0.0.1/$port"
+    until_true reachable "$port"
 }
 
 # awkward NAME: a letter in which whoever stores or sends it on could find something to change.
@@ -3375,7 +3448,7 @@ hands_on() {
     provider
     put 1.a s@example.edu Eva@example.org bob@example.org < "$T/one"
     put 2.a '' eva+tag@example.org < "$T/two"
-    letter three | put 3.a s@example.edu x@example.com
+    put_letter three 3.a s@example.edu x@example.com
     echo tanstaaf > "$T/secret"
     command=$(recipe "/etc/cron.d/odmr, $1" | cut -d ' ' -f 7- |
         sed "s|/usr/local/bin/odmr|$ODMR|; s|/etc/odmr/secret|$T/secret|; s|:2525|:$MX|; s|odmr.example.net|127.0.0.1:$PORT|")
@@ -3537,19 +3610,15 @@ ends() {
     [ "$HEARD" = 'the end of the connection' ] || departs "after $SAID came: $HEARD"
 }
 # Is it base64? Blanks at the end are the business of 6-a.
-base64_text() { [[ $1 =~ ^[A-Za-z0-9+/]*={0,2}$ && $((${#1} % 4)) = 0 ]]; }
-without_blanks() { local text=$1; while [[ $text == *[[:blank:]] ]]; do text=${text%?}; done; echo "$text"; }
+base64_text() { without_blanks "$1"; [[ $TEXT =~ ^[A-Za-z0-9+/]*={0,2}$ && $((${#TEXT} % 4)) = 0 ]]; }
+without_blanks() { TEXT=$1; while [[ $TEXT == *[[:blank:]] ]]; do TEXT=${TEXT%?}; done; }
 
-# cram_answer CHALLENGE [SECRET]: the response of CRAM-MD5 to a challenge, both in base64, in one process and with
-# the secret on no command line, for it may be somebody's real one.
+# cram_answer CHALLENGE [SECRET]: the response of CRAM-MD5 to a challenge.
 cram_answer() {
-    printf '%s' "${2-$(secret)}" | perl -MDigest::MD5=md5,md5_hex -MMIME::Base64 -e '
-        my ($name, $challenge) = ($ARGV[0], decode_base64($ARGV[1])); local $/; my $key = <STDIN>;
-        $key = md5($key) if length $key > 64;
-        $key .= "\0" x (64 - length $key);
-        print encode_base64("$name " . md5_hex(($key ^ "\x5c" x 64) . md5(($key ^ "\x36" x 64) . $challenge)), "")' "$JUDGE_USER" "$1"
+    local secret=${2-}
+    if [ $# = 1 ]; then IFS= read -r secret < "$JUDGE_SECRET_FILE"; fi
+    cram_response "$JUDGE_USER" "${secret%$'\r'}" "$1"
 }
-secret() { local line; IFS= read -r line < "$JUDGE_SECRET_FILE" || true; printf '%s' "${line%$'\r'}"; }
 
 # ---- Judging a provider: our side of the dialogue ----
 
@@ -3567,7 +3636,8 @@ joins() {
 }
 # responds CODES [SECRET]: to the challenge in ANSWER, with the right secret or another.
 responds() {
-    say "$(cram_answer "${ANSWER#334 }" "${@:2}")" 2> /dev/null
+    cram_answer "${ANSWER#334 }" "${@:2}"
+    say "$RESPONSE" 2> /dev/null
     SAID='the response to CRAM-MD5'
     answers
     [[ $CODE =~ ^($1)$ ]]
@@ -3762,7 +3832,7 @@ judge_provider_5.1.1-b() {
 judge_provider_5.1.2-a() {
     joins
     gets_past 'AUTH CRAM-MD5' 334
-    base64_text "$(without_blanks "${ANSWER#334 }")" || departs "the challenge is not base64: $ANSWER"
+    base64_text "${ANSWER#334 }" || departs "the challenge is not base64: $ANSWER"
     asks '*' 501
     leaves # for it may close after a failure
     joins
@@ -4021,17 +4091,19 @@ provides() {
     return 1
 }
 authenticates() {
-    local challenge mechanism
-    mechanism=$(without_blanks "${HEARD#* }")
-    if ! [[ ${mechanism^^} == CRAM-MD5 && " ${MECHANISMS:-CRAM-MD5} " == *' CRAM-MD5 '* ]]; then
+    local challenge right
+    without_blanks "${HEARD#* }"
+    if ! [[ ${TEXT^^} == CRAM-MD5 && " ${MECHANISMS:-CRAM-MD5} " == *' CRAM-MD5 '* ]]; then
         tells '504 not here'
         return 0
     fi
-    challenge=$(b64 '<1896.697170952@judge.example>')
+    challenge=PDE4OTYuNjk3MTcwOTUyQGp1ZGdlLmV4YW1wbGU+ # <1896.697170952@judge.example>
     tells "334 $challenge"
     hears || return 1
-    RESPONSE=$HEARD WENT='its response to CRAM-MD5'
-    if [ -z "${VERDICT_ON_AUTH:-}" ] && [ "$(without_blanks "$RESPONSE")" = "$(cram_answer "$challenge")" ]; then
+    cram_answer "$challenge"
+    right=$RESPONSE RESPONSE=$HEARD WENT='its response to CRAM-MD5'
+    without_blanks "$HEARD"
+    if [ -z "${VERDICT_ON_AUTH:-}" ] && [ "$TEXT" = "$right" ]; then
         LOGGED_IN=1
         tells '235 now authenticated'
     else
@@ -4098,7 +4170,7 @@ judge_customer_5.1.2-a() {
     provides || true
     [ -n "$CHOSEN" ] || departs "it left without AUTH, after $WENT"
     [[ ${CHOSEN^^} =~ ^AUTH\ CRAM-MD5\ *$ ]] || departs "CRAM-MD5 is offered, and it said \"$CHOSEN\""
-    base64_text "$(without_blanks "$RESPONSE")" || departs "its response is not base64: $RESPONSE"
+    base64_text "$RESPONSE" || departs "its response is not base64: $RESPONSE"
     passes
 }
 judge_customer_5.1.2-c() {
@@ -4212,14 +4284,15 @@ wait_for_customer() {
     for ((n = 0; n < $2 && grace < 30; n++)); do
         if [ -e "$T/verdict" ] || [ -e "$T/scene.$SCENE" ]; then [ -n "${3:-}" ] || return 0; fi
         kill -0 "$1" 2> /dev/null || { [ -e "$T/connected" ] && [ -z "${3:-}" ] || return 0; grace=$((grace + 1)); }
-        sleep 0.1
+        moment 0.1
     done
 }
 start_customer() {
     mkdir -p "$T/scratch"
     export ODMR_HOST=127.0.0.1 ODMR_PORT=$PORT ODMR_ADDRESS=127.0.0.1:$PORT ODMR_USER=$JUDGE_USER ODMR_SECRET
     export ODMR_SECRET_FILE=$JUDGE_SECRET_FILE ODMR_DOMAINS=$JUDGE_DOMAINS ODMR_SCRATCH=$T/scratch
-    ODMR_SECRET=$(secret)
+    IFS= read -r ODMR_SECRET < "$JUDGE_SECRET_FILE"
+    ODMR_SECRET=${ODMR_SECRET%$'\r'}
     exec timeout -k 1 $((PATIENCE * 5 + JUDGE_ATRN_WAIT)) sh -c "$JUDGE_CUSTOMER" > "$T/customer.log" 2>&1 < /dev/null
 }
 
@@ -4481,7 +4554,7 @@ peer_hostile() { say '220 x'; expect_line '^EHLO'; say '250-x'; say '250-AUTH CR
 # Mail that the judge has not sent is put off, and stays.
 t_judge_takes_only_its_own() {
     provider
-    letter one | put 1.a a@example.edu eva@example.org
+    put_letter one 1.a a@example.edu eva@example.org
     judged_provider 0 --only 4-e,5.2.1-g,5.2.1-h
     equal "$(verdicts pass)" '4-e '
     has "$T/out" '^5\.2\.1-g  prose     not observable other mail is waiting$'
@@ -4667,15 +4740,14 @@ t_guide_names_exist() {
 
 # odmr.h is the map: its functions stand in the order of odmr.c, and each has its comment, or shares the one above.
 t_map_is_in_order() {
-    local name line last=0
-    sed -n '/Functions, in the order/,$s/^[A-Za-z][^(]*[ *]\([a-z_0-9]*\)(.*/\1/p' "$here/odmr.h" > "$T/names"
-    [ "$(wc -l < "$T/names")" -gt 60 ] || fail 'the prototypes are not found'
-    while read -r name; do
-        line=$(grep -nE "^[A-Za-z][^;]*[ *]$name\(.*[^;]\$" "$here/odmr.c" | head -n 1 | cut -d: -f1)
-        [ -n "$line" ] || fail "odmr.c has no $name"
-        [ "$line" -gt "$last" ] || fail "$name stands above the one before it"
-        last=$line
-    done < "$T/names"
+    none 'in odmr.h, and not there or not in this order in odmr.c' "$(perl -e '
+        my ($map, $program) = map { local $/; open my $in, "<", $_ or die; <$in> } @ARGV; my $names = 0;
+        $map =~ /Functions, in the order/g or die;
+        for my $name ($map =~ /\G.*?^[A-Za-z][^(\n]*[ *]([a-z_0-9]+)\(/gms) {
+            $names++;
+            $program =~ /^[A-Za-z][^;\n]*[ *]$name\(.*[^;\n]$/gm or print("$name\n"), last;
+        }
+        $names > 60 or print "only $names prototypes were found\n"' "$here/odmr.h" "$here/odmr.c")"
     none 'lines over 120 columns' "$(awk 'length > 120 { print FILENAME ":" FNR }' "$here"/odmr.[ch])"
 }
 
@@ -4783,19 +4855,19 @@ out_of_time() { [ "$SECONDS" -ge "${SHARE:-10}" ]; }
 # Mail of every fate: taken; refused for its content, and its sender told or, without a sender, set aside; for a
 # recipient whom our customer can be told of only with SMTPUTF8; for one who is somebody else's and stays.
 mail_of_every_fate() {
-    letter one | put 1700000001.a s@example.edu eva@example.org
+    put_letter one 1700000001.a s@example.edu eva@example.org
     { seq 101 | sed 's/.*/Received: x/'; letter loop; } | put 1700000002.a s@example.edu eva@example.org
     printf 'Subject: dots\n\n.\n..\n.a\nb.\n.\n\xff\n' | put 1700000003.a '' eva@example.org bob@example.org
-    letter foreign | put 1700000004.a s@example.edu eva@example.org x@elsewhere.example
-    letter utf8 | put 1700000005.a s@example.edu $'zo\xc3\xab@example.org' eva@example.org
+    put_letter foreign 1700000004.a s@example.edu eva@example.org x@elsewhere.example
+    put_letter utf8 1700000005.a s@example.edu $'zo\xc3\xab@example.org' eva@example.org
     { seq 101 | sed 's/.*/Received: x/'; letter bounce; } | put 1700000006.a '' bob@example.org
-    letter domain | put 1700000007.a s@example.edu eva@example.com
+    put_letter domain 1700000007.a s@example.edu eva@example.com
     { letter last; for ((i = 0; i < ${1:-5}; i++)); do printf '%079d\n' "$i"; done; } | put 1700000008.a s@example.edu eva@example.org
     begin_audit
 }
 # A single letter: whatever keeps it, the reply must not be that there is no mail.
 mail_of_one_fate() {
-    letter one | put 1700000001.a s@example.edu eva@example.org
+    put_letter one 1700000001.a s@example.edu eva@example.org
     begin_audit
 }
 begin_audit() {
@@ -4878,22 +4950,11 @@ fetch() {
     ODMR_SECRET=tanstaaf "${AROUND_CUSTOMER[@]}" "$ODMR" customer -u example.org -q "$T/mail" -n example.org -t \
         --timeout "$PATIENCE" "${@:1:$#-1}" "127.0.0.1:${*: -1}" 2> "$T/err" || CODE=$?
 }
-# content FILE, into CONTENT, and a moment's pause: without a process, for there are many.
-content() { IFS= read -r -d '' CONTENT < "$1"; }
-moment() { IFS= read -r -t 0.01 <&"${AUDITOR[0]}"; }
-# over LEAST: the provider has ended every session that it began, and at least so many.
-over() {
-    local ended begun
-    content "$LOG"
-    ended=${CONTENT//' disconnected'/} begun=${CONTENT//' connected'$'\n'/}
-    ended=$(((${#CONTENT} - ${#ended}) / 13)) begun=$(((${#CONTENT} - ${#begun}) / 11))
-    [ "$ended" -ge "$1" ] && [ "$ended" = "$begun" ]
-}
 all_over() {
     local n
     for ((n = 0; n < PATIENCE * 100; n++)); do
         if over "${1:-1}"; then return; fi
-        moment
+        moment 0.01
     done
     cat "$LOG" >&2
     fail "$WHAT: the provider does not end the session"
@@ -5012,7 +5073,7 @@ debris_goes() {
     debris | xargs touch -d '3 days ago'
     kill -9 "$PROVIDER"; wait "$PROVIDER"
     provider --trace
-    letter later | put 1700000009.a s@example.edu eva@example.org
+    put_letter later 1700000009.a s@example.edu eva@example.org
     fetch "$PORT"
     equal "$CODE" 0 "$WHAT, and with old debris"
     until_true eval '[ -z "$(debris)" ]'
@@ -5410,15 +5471,16 @@ list_tests() { awk '/^# shows:/ { ids = substr($0, 10) } /^t_[^ ]*\(\) \{$/ { su
 # Runs one test in this process; its verdict is the exit code.
 run_one() {
     T=$(mktemp -d "${TMPDIR:-/tmp}/odmr-test-XXXXXX")
+    local code=0
     STARTED=()
     (
         trap 'for p in "${STARTED[@]}"; do kill -9 "$p" 2> /dev/null; done; wait 2> /dev/null' EXIT
         TEST=$1
         cd "$T" && "$1"
     ) > "$T/.output" 2>&1 < /dev/null
-    local code=$?
+    code=$?
     case $code in
-    0) echo "ok      $1$([ ! -e "$T/covered" ] || sed 's/^/: /' "$T/covered")" ;;
+    0) content "$T/covered"; echo "ok      $1${CONTENT:+: ${CONTENT%$'\n'}}" ;;
     77) echo "skipped $1: $(cat "$T/skipped")" ;;
     *)  echo "FAILED  $1"; sed 's/^/        /' "$T/.output" | tail -n 40
         [ -z "${KEEP:-}" ] || { cp -r "$T" "$KEEP/"; } ;;
