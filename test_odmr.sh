@@ -15,6 +15,7 @@
 
 set -u
 export LC_ALL=C
+export SSL_CERT_FILE=/dev/null SSL_CERT_DIR=/dev/null # to read the system's authorities takes longer than a session
 unset ODMR_SECRET
 umask 022
 self=$0
@@ -193,7 +194,7 @@ hmac_md5() { printf '%s' "$2" | openssl dgst -md5 -hmac "$1" | sed 's/.* //'; }
 # cram_response NAME SECRET CHALLENGE: CRAM-MD5's into RESPONSE, it and the challenge in base64; in one process, for
 # there are many, and with the secret on no command line, for it may be somebody's real one.
 cram_response() {
-    RESPONSE=$(perl -MDigest::MD5=md5,md5_hex -MMIME::Base64 -e '
+    RESPONSE=$(exec perl -MDigest::MD5=md5,md5_hex -MMIME::Base64 -e '
         chomp(my ($name, $key, $challenge) = <STDIN>); $challenge = decode_base64($challenge);
         $key = md5($key) if length $key > 64;
         $key .= "\0" x (64 - length $key);
@@ -2624,7 +2625,7 @@ hear_flag() {
 # SIGNATURE, and the STORED_KEY and SERVER_KEY of a verifier.
 scram() {
     local all
-    all=$(perl -MDigest::SHA=sha256,hmac_sha256 -MMIME::Base64 -e '
+    all=$(exec perl -MDigest::SHA=sha256,hmac_sha256 -MMIME::Base64 -e '
         chomp(my ($secret, $bare, $challenge, $final) = <STDIN>);
         my ($salt, $count) = $challenge =~ /,s=([^,]*),i=(\d+)/;
         open my $kdf, "-|", qw(openssl kdf -keylen 32 -kdfopt digest:SHA256), "-kdfopt", "pass:$secret", "-kdfopt",
@@ -5482,7 +5483,7 @@ run_one() {
     case $code in
     0) content "$T/covered"; echo "ok      $1${CONTENT:+: ${CONTENT%$'\n'}}" ;;
     77) echo "skipped $1: $(cat "$T/skipped")" ;;
-    *)  echo "FAILED  $1"; sed 's/^/        /' "$T/.output" | tail -n 40
+    *)  printf 'FAILED  %s\n%s\n' "$1" "$(tail -n 40 "$T/.output" | sed 's/^/        /')"
         [ -z "${KEEP:-}" ] || { cp -r "$T" "$KEEP/"; } ;;
     esac
     rm -rf "$T"
@@ -5494,7 +5495,6 @@ run_one() {
 torture() {
     local name results jobs=2 total parts=() scratch=${TMPDIR:-/dev/shm}
     unset OVER_TLS
-    export SSL_CERT_FILE=/dev/null SSL_CERT_DIR=/dev/null # to read the system's authorities takes longer than a session
     [ -w "$scratch" ] || scratch=/tmp # what is asked is where the files are, not how a disk keeps them
     [[ ${1:-} != [0-9]* ]] || { TORTURE_SECONDS=$1; shift; }
     mapfile -t parts < <(if [ $# -gt 0 ]; then printf '%s\n' "$@"; else sed -n 's/^\(torture_[^ ()]*\)() {$/\1/p' "$self"; fi)
@@ -5517,8 +5517,50 @@ torture() {
 }
 share_of() { grep -B 1 "^$1() {" "$self" | sed -n 's/^# share: //p'; }
 
+# suite NAME...: these tests, JOBS at a time, each in a shell and a process group of its own; it says over a pipe when
+# it is over, and is ended when it takes longer than LIMIT seconds.
+LIMIT=600
+suite() {
+    local TEST_NAME
+    local -A BEGAN=() NAME_OF=() COUNT=([0]=0 [77]=0 [1]=0)
+    set -m
+    exec {OVER}<> <(:)
+    trap 'end_tests "${!BEGAN[@]}"; exit 130' INT TERM
+    for TEST_NAME; do
+        while [ ${#BEGAN[@]} -ge "$JOBS" ]; do one_over; done
+        { run_one "$TEST_NAME"; echo "$BASHPID $?" >&"$OVER"; } &
+        BEGAN[$!]=$SECONDS NAME_OF[$!]=$TEST_NAME
+    done
+    while [ ${#BEGAN[@]} -gt 0 ]; do one_over; done
+    echo "${COUNT[0]} passed, ${COUNT[1]} failed$([ "${COUNT[77]}" = 0 ] || echo ", ${COUNT[77]} skipped")"
+    [ "${COUNT[1]}" = 0 ]
+}
+one_over() {
+    local pid code
+    if IFS=' ' read -r -t 5 pid code <&"$OVER"; then
+        [[ $code == 0 || $code == 77 ]] || code=1
+        COUNT[$code]=$((COUNT[$code] + 1))
+        unset "BEGAN[$pid]"
+        return
+    fi
+    for pid in "${!BEGAN[@]}"; do
+        if kill -0 "$pid" 2> /dev/null && [ $((SECONDS - BEGAN[$pid])) -lt "$LIMIT" ]; then continue; fi
+        end_tests "$pid"
+        echo "FAILED  ${NAME_OF[$pid]}: ended after $((SECONDS - BEGAN[$pid])) s"
+        COUNT[1]=$((COUNT[1] + 1))
+        unset "BEGAN[$pid]"
+    done
+}
+# end_tests PID...: with all that they have started.
+end_tests() {
+    local pid
+    for pid; do kill -TERM -- "-$pid"; done 2> /dev/null
+    moment 1
+    for pid; do kill -KILL -- "-$pid"; done 2> /dev/null
+}
+
 main() {
-    local name results tests=()
+    local name tests=()
     case ${1:-} in
     --list) list_tests; exit ;;
     --one) run_one "$2"; exit ;;
@@ -5527,23 +5569,12 @@ main() {
     -*) judge "$@"; exit ;;
     esac
     [ -x "$ODMR" ] || { echo "$ODMR is not there; run make first" >&2; exit 2; }
-    if [ $# -gt 0 ]; then
-        for name; do
-            declare -F "$name" > /dev/null || { echo "$name: no such test; see $0 --list" >&2; exit 64; }
-            tests+=("$name")
-        done
-    else
-        mapfile -t tests < <(all_tests | long_ones_first)
-    fi
-    results=$(mktemp)
-    printf '%s\n' "${tests[@]}" | xargs -P "$JOBS" -I NAME bash -c 'timeout -k 10 600 bash "$0" --one NAME
-        [ $? != 124 ] || echo "FAILED  NAME: not over after ten minutes"' "$self" | tee "$results"
-    local passed failed skipped
-    passed=$(grep -c '^ok ' "$results"); skipped=$(grep -c '^skipped ' "$results")
-    failed=$((${#tests[@]} - passed - skipped))
-    rm -f "$results"
-    echo "$passed passed, $failed failed$([ "$skipped" = 0 ] || echo ", $skipped skipped")"
-    [ "$failed" = 0 ]
+    for name; do
+        declare -F "$name" > /dev/null || { echo "$name: no such test; see $0 --list" >&2; exit 64; }
+        tests+=("$name")
+    done
+    [ $# -gt 0 ] || mapfile -t tests < <(all_tests | long_ones_first)
+    suite "${tests[@]}"
 }
 
 main "$@"
