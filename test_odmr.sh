@@ -4577,24 +4577,29 @@ t_judge_waits_for_nobody_without_end() {
 peer_mute() { say '220 x'; expect_line '^EHLO'; sleep 10; }
 peer_endless() { say '220 x'; expect_line '^EHLO'; while say 250-x 2> /dev/null; do sleep 0.3; done; }
 
-# mutant FROM TO [FROM TO]...: ODMR is a copy of our program in which each FROM, which must stand in odmr.c exactly once,
-# is TO. It is made anew only when something has changed: they are kept by the calling test and their number in it.
-mutant() {
-    local dir=$here/build/mutants/${TEST}.$((N_MUTANTS = ${N_MUTANTS:-0} + 1)) sum
-    ODMR=$dir/odmr
-    sum=$(printf '%s\n' "$@" | cat "$here/odmr.c" "$here/odmr.h" - | sha256sum)
-    [ ! -x "$ODMR" ] || [ "$sum" != "$(cat "$dir/sum")" ] || return 0
-    mkdir -p "$dir"
-    rm -f "$dir"/*
-    perl -0777 -e 'my $c = <STDIN>;
-        while (my ($from, $to) = splice @ARGV, 0, 2) {
-            my $n = () = $c =~ /\Q$from\E/g;
+# mutants IDS FROM TO... [-- IDS FROM TO...]...: ODMR is a copy of our program in which, when ODMR_MUTANT is N, the N-th of
+# these is broken: FROM, which must stand in odmr.c exactly once, is TO. It is a statement, or else an expression, or TO
+# says itself what holds if MUTANT. IDS are the rows that must say so, and go to ROWS_OF.
+mutants() {
+    local word ids=1
+    ROWS_OF=('')
+    for word; do
+        if [ -n "$ids" ]; then ROWS_OF+=("$word"); ids=; elif [ "$word" = -- ]; then ids=1; fi
+    done
+    perl -e 'my $c = do { local $/; <STDIN> }; my ($k, $original) = (0, $c); unshift @ARGV, "--";
+        while (defined(my $from = shift)) {
+            if ($from eq "--") { $k++; shift; next }
+            my $to = shift; my $n = () = $original =~ /\Q$from\E/g;
             $n == 1 or die "$n times in odmr.c: $from\n";
-            $c =~ s/\Q$from\E/$to/;
+            if ($to =~ s/\bMUTANT\b/(mutant == $k)/g) { }
+            elsif ($from =~ /;$/) { $to = "{ if (mutant == $k) { $to } else { $from } }" }
+            else { $to = "((mutant == $k) ? ($to) : ($from))" }
+            $c =~ s/\Q$from\E/$to/ or die "an earlier edit is in the way of: $from\n";
         }
-        print $c' "$@" < "$here/odmr.c" > "$T/mutant.c" || fail 'an edit that breaks odmr.c no longer fits it'
-    ${CC:-cc} -std=gnu11 -O0 -w -I "$here" -o "$ODMR" "$T/mutant.c" -lssl -lcrypto -pthread || fail "does not compile: $*"
-    echo "$sum" > "$dir/sum"
+        print "#define mutant atoi(getenv(\"ODMR_MUTANT\"))\n", $c' -- "$@" < "$here/odmr.c" > "$T/mutant.c" ||
+        fail 'an edit that breaks odmr.c no longer fits it'
+    ODMR=$T/mutant
+    ${CC:-cc} -std=gnu11 -O0 -w -I "$here" -o "$ODMR" "$T/mutant.c" -lssl -lcrypto -pthread || fail 'the mutants do not compile'
 }
 # breach IDS: a failure of one of them would be one.
 breach() {
@@ -4610,96 +4615,100 @@ fails_rows() {
     local id
     for id in ${1//,/ }; do match "$(< "$T/out")" $'\n'"$id  *[MTUSNOprose ]*fail  *[^ ]" "row $id"; done
 }
-# provider_caught IDS FROM TO...: with these edits our provider fails these rows. So customer_caught.
-provider_caught() {
-    local ODMR PROVIDER JUDGE_PATIENCE=6 code=0
-    mutant "${@:2}"
+# caught SIDE IDS FROM TO... [-- ...]...: each of these mutants fails its rows.
+caught() {
+    local ODMR PROVIDER JUDGE_PATIENCE=6 code side=$1
+    mutants "${@:2}"
+    for ((ODMR_MUTANT = 1; ODMR_MUTANT < ${#ROWS_OF[@]}; ODMR_MUTANT++)); do
+        export ODMR_MUTANT
+        code=0
+        if breach "${ROWS_OF[ODMR_MUTANT]}"; then code=1; fi
+        "mutant_$side" "$code" "${ROWS_OF[ODMR_MUTANT]}"
+        fails_rows "${ROWS_OF[ODMR_MUTANT]}"
+    done
+}
+mutant_provider() {
     rm -rf "$T/queue"
     provider
-    if breach "$1"; then code=1; fi
-    judged_provider "$code" --only "$1"
-    fails_rows "$1"
+    judged_provider "$1" --only "$2"
     kill -9 "$PROVIDER"
 }
-customer_caught() {
-    local ODMR JUDGE_PATIENCE=6 code=0
-    mutant "${@:2}"
-    if breach "$1"; then code=1; fi
-    judged_customer "$code" --only "$1" --atrn-wait 3
-    fails_rows "$1"
-}
+mutant_customer() { judged_customer "$1" --only "$2" --atrn-wait 3; }
 
-# Several edits in one copy, where none hides another.
+# Several edits in one mutant, where none hides another.
 t_mutants_of_the_provider() {
-    provider_caught 5.1.2-a,5.1.3-a,5.2.1-b,5.2.1-f,5.2.1-g,5.2.1-j,6-a,7-a \
+    caught provider \
+        5.1.2-a,5.1.3-a,5.2.1-b,5.2.1-f,5.2.1-g,5.2.1-j,6-a,7-a \
         'refuse(s, "501 Authentication cancelled");' 'refuse(s, "250 Authentication cancelled");' \
         'send_line(s, "221 %s closing connection", s->name);' 'send_line(s, "250 %s closing connection", s->name);' \
         'refuse(s, "530 Authentication required");' 'refuse(s, "503 Authentication required");' \
-        'if (!atrn_domains(s)) {' 'if (!atrn_domains(s) && (send_line(s, "550 no"), true)) { return REFUSED;' \
+        'if (!atrn_domains(s)) {' 'if (MUTANT && !atrn_domains(s)) { send_line(s, "550 no"); return REFUSED; } if (!atrn_domains(s)) {' \
         'send_line(s, "453 You have no mail");' 'send_line(s, "550 You have no mail");' \
         'send_line(s, "250 OK now reversing the connection");' 'send_line(s, "252 OK now reversing the connection");' \
-        'send_line(s, "334 %s", encoded);' 'send_line(s, "334 %s ", encoded);'
-    provider_caught 4-e,5.1.1-b,5.2.1-d,5.2.1-e,5.2.1-f,5.3-c \
-        'result == DONE ? DELIVERED : result == LATER ? DEFERRED : REJECTED;' 'result == REFUSED ? REJECTED : DELIVERED;' \
+        'send_line(s, "334 %s", encoded);' 'send_line(s, "334 %s ", encoded);' \
+        -- 4-e,5.1.1-b,5.2.1-d,5.2.1-e,5.2.1-f,5.3-c \
+        'result == DONE ? DELIVERED : result == LATER ? DEFERRED : REJECTED' 'result == REFUSED ? REJECTED : DELIVERED' \
         'send_line(s, "250 ATRN");' 'send_line(s, "250 ETRN");' \
         's->asked = s->account->domains;' 's->asked = "example.org";' \
-        'if (!domain_in_list(s->account->domains, domain, len))' 'if (false)' \
-        '!message_send(t->message, io, true)' '!message_send(t->message, io, false)'
-    provider_caught 5-a,5-b,5.1.2-a,5.1.2-b,5.2.1-l,6-a,8-b \
-        'CRYPTO_memcmp(digest, theirs, 32) == 0 && known)' 'known)' \
-        'if (!mechanism_offered(s, m)) {' 'if (!mechanism_offered(s, m) && m != NO_MECHANISM) {' \
-        'if (s->argument && !domain_list_valid(s->argument)) {' \
-        'if (s->argument && !domain_list_valid(s->argument)) s->argument = NULL; if (false) {' \
-        'if (settle_down_to(&x, 0) == DONE && !s->io.broken) {' 'if (false) {'
-    provider_caught 5.1.2-c,5.1.3-a,5.2.1-a,5.3-a \
-        'for (enum mechanism m = NO_MECHANISM + 1; m < MECHANISMS; m++)' 'for (enum mechanism m = NO_MECHANISM + 1; false; m++)' \
+        '!domain_in_list(s->account->domains, domain, len)' 'false' \
+        '!message_send(t->message, io, true)' '!message_send(t->message, io, false)' \
+        -- 5-a,5-b,5.1.2-a,5.1.2-b,5.2.1-l,6-a,8-b \
+        'CRYPTO_memcmp(digest, theirs, 32) == 0 && known' 'known' \
+        '!mechanism_offered(s, m)' '!mechanism_offered(s, m) && m != NO_MECHANISM' \
+        's->argument && !domain_list_valid(s->argument)' '(s->argument && !domain_list_valid(s->argument) ? s->argument = NULL : 0), false' \
+        'settle_down_to(&x, 0) == DONE && !s->io.broken' 'false' \
+        -- 5.1.2-c,5.1.3-a,5.2.1-a,5.3-a \
+        'm < MECHANISMS' 'false' \
         $'s->io.said_quit = true;\n    stream_flush(&s->io);\n    return true;' $'stream_flush(&s->io);\n    return false;' \
-        'if (s->argument && !domain_list_valid(s->argument)) {' 'if (s->argument) {' \
-        'if (read_reply(s, &r) != DONE || r.code != 220)' 'if (false)'
-    provider_caught 5.1.1-b,5.3-c,8-b \
+        's->argument && !domain_list_valid(s->argument)' 's->argument' \
+        'read_reply(s, &r) != DONE || r.code != 220' 'false' \
+        -- 5.1.1-b,5.3-c,8-b \
         'send_line(s, "250-AUTH%s", list);' '' \
         'send_line(x->s, "RCPT TO:<%s>", address);' 'send_line(x->s, "RCPT TO:<postmaster@%s>", mailbox_domain(address));'
 }
 t_mutants_of_the_provider_2() {
-    provider_caught 4-b 'authenticated_state(s) == DONE)' 'authenticated_state(s) == LATER)'
-    provider_caught 4-d 'authenticated_state(s) == DONE)' '(s->argument = NULL, atrn_command(s) == DONE))'
-    provider_caught 4-c,5.2-a $'\n        if (verb_is(s, "ATRN")) {' $'\n        if (verb_is(s, "ETRN")) {'
-    provider_caught 5.1-a 'if (!s->greeted) {' 'if (s->greeted) {'
-    provider_caught 5.1.1-a 'send_line(s, "250-AUTH%s", list);' 'send_line(s, "251-AUTH%s", list);'
-    provider_caught 5.1.2-c 'known ? account->secret : NOBODYS_SECRET, text)' 'NOBODYS_SECRET, text)'
+    caught provider \
+        4-b 'authenticated_state(s) == DONE' 'authenticated_state(s) == LATER' \
+        -- 4-d 'authenticated_state(s) == DONE' '(s->argument = NULL, atrn_command(s) == DONE)' \
+        -- 4-c,5.2-a $'\n        if (verb_is(s, "ATRN")) {' $'\n        if (verb_is(s, MUTANT ? "ETRN" : "ATRN")) {' \
+        -- 5.1-a 'if (!s->greeted) {' 'if (MUTANT ? s->greeted : !s->greeted) {' \
+        -- 5.1.1-a 'send_line(s, "250-AUTH%s", list);' 'send_line(s, "251-AUTH%s", list);' \
+        -- 5.1.2-c 'known ? account->secret : NOBODYS_SECRET' 'NOBODYS_SECRET'
 }
 t_mutants_of_the_customer() {
-    customer_caught 5-a,5.2.1-c,5.2.1-l,6-a,8-b \
-        '        return EXIT_NO_MAIL;' '        return EX_OK;' \
+    caught customer \
+        5-a,5.2.1-c,5.2.1-l,6-a,8-b \
+        'return EXIT_NO_MAIL;' 'return EX_OK;' \
         's->io.timeout = ATRN_TIMEOUT;' 's->io.timeout = 1;' \
-        'send_line(s, "ATRN%s%s", ' 'send_line(s, "ATRN%s%s ", ' \
+        'send_line(s, "ATRN%s%s", ' 'send_line(s, MUTANT ? "ATRN%s%s " : "ATRN%s%s", ' \
         'p += strspn(p, " ");' '' \
-        'list_has(offered, mechanism_name[m]) &&' 'offered && strncasecmp(offered, mechanism_name[m], strlen(mechanism_name[m])) == 0 &&'
-    customer_caught 5-a,5-b \
+        'list_has(offered, mechanism_name[m])' 'offered && strncasecmp(offered, mechanism_name[m], strlen(mechanism_name[m])) == 0' \
+        -- 5-a,5-b \
         'return r->code == 235 ? EX_OK : unwelcome(s, "AUTH", r, EX_NOPERM);' 'return EX_OK;' \
-        'hello_command(rx);' '{ hello_command(rx); return false; }'
-    customer_caught 4-b,5.3-a,5.3-b 'code = take_mail_ourselves(s, c);' 'code = EX_OK;'
-    customer_caught 5.3-b 'answer(rx, "220 %s ready to receive email", s->name);' ''
-    customer_caught 5.3-a,5.3-b 'answer(rx, "220 %s ready to receive email", s->name);' 'answer(rx, "EHLO %s", s->name);'
-    customer_caught 5.1.2-a 'base64_encode(encoded, response, strlen(response));' 'snprintf(encoded, sizeof encoded, "%s", response);'
-    customer_caught 5.1.2-c 'cram_md5_digest(digest, c->secret, s->response)' 'cram_md5_digest(digest, c->user, s->response)'
+        'hello_command(rx);' 'hello_command(rx); return false;' \
+        -- 4-b,5.3-a,5.3-b 'code = take_mail_ourselves(s, c);' 'code = EX_OK;' \
+        -- 5.3-b 'answer(rx, "220 %s ready to receive email", s->name);' '' \
+        -- 5.3-a,5.3-b 'answer(rx, "220 %s ready to receive email", s->name);' 'answer(rx, "EHLO %s", s->name);' \
+        -- 5.1.2-a 'base64_encode(encoded, response, strlen(response));' 'snprintf(encoded, sizeof encoded, "%s", response);' \
+        -- 5.1.2-c 'cram_md5_digest(digest, c->secret, s->response)' 'cram_md5_digest(digest, c->user, s->response)'
 }
 
 # The judge is the standard, not our program: a provider that does otherwise wherever it may passes every row.
 t_judge_a_lawful_stranger() {
     local ODMR
-    mutant 'send_line(s, "220 %s on-demand mail relay server ready", s->name);' 'send_line(s, "220-%s"); send_line(s, "220 come in");' \
+    export ODMR_MUTANT=1
+    mutants none \
+        'send_line(s, "220 %s on-demand mail relay server ready", s->name);' 'send_line(s, "220-%s"); send_line(s, "220 come in");' \
         'send_line(s, "250-%s", s->name);
     send_line(s, "250-AUTH%s", list);' 'send_line(s, "250-hello there"); send_line(s, "250-x-odd 1 2 3");
             send_line(s, "250-atrn"); send_line(s, "250-PIPELINING"); send_line(s, "250-auth%s", list);' \
         'send_line(s, "250 ATRN");' 'send_line(s, "250 HELP");' \
         'send_line(s, "235 now authenticated as %s", account->name);' 'send_line(s, "235-2.7.0"); send_line(s, "235");' \
-        'refuse(s, "530 Authentication required");' '{ refuse(s, "530"); return LATER; }' \
-        'if (++s->auth_failures >= AUTH_FAILURES)' 'if (true)' \
+        'refuse(s, "530 Authentication required");' 'refuse(s, "530"); return LATER;' \
+        '++s->auth_failures >= AUTH_FAILURES' 'true' \
         'refuse(s, "501 Authentication cancelled");' 'return refuse(s, "501 5.7.0 well then"), LATER;' \
-        'verb_is(s, "NOOP") ||' 'false ||' \
-        'else
-        send_line(s, "453 You have no mail");' 'else { send_line(s, "250-why not"); send_line(s, "250 turn"); return DONE; }' \
+        'verb_is(s, "NOOP") ||' '!MUTANT && verb_is(s, "NOOP") ||' \
+        'send_line(s, "453 You have no mail");' 'send_line(s, "250-why not"); send_line(s, "250 turn"); return DONE;' \
         'send_line(s, "250 OK now reversing the connection");' 'send_line(s, "250");'
     provider
     judged_provider 0
@@ -5476,7 +5485,6 @@ run_one() {
     STARTED=()
     (
         trap 'for p in "${STARTED[@]}"; do kill -9 "$p" 2> /dev/null; done; wait 2> /dev/null' EXIT
-        TEST=$1
         cd "$T" && "$1"
     ) > "$T/.output" 2>&1 < /dev/null
     code=$?
