@@ -4594,7 +4594,7 @@ mutants() {
             if ($to =~ s/\bMUTANT\b/(mutant == $k)/g) { }
             elsif ($from =~ /;$/) { $to = "{ if (mutant == $k) { $to } else { $from } }" }
             else { $to = "((mutant == $k) ? ($to) : ($from))" }
-            $c =~ s/\Q$from\E/$to/ or die "an earlier edit is in the way of: $from\n";
+            $c =~ s/.*\K\Q$from\E/$to/s or die "an earlier edit is in the way of: $from\n"; # the last: an earlier mutant may say it too
         }
         print "#define mutant atoi(getenv(\"ODMR_MUTANT\"))\n", $c' -- "$@" < "$here/odmr.c" > "$T/mutant.c" ||
         fail 'an edit that breaks odmr.c no longer fits it'
