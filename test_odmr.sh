@@ -83,7 +83,7 @@ accounts() {
 AROUND=() # what runs it
 # provider [OPTION...]: starts one on a free port, queue in $T/queue; sets PORT and PROVIDER.
 provider() {
-    local log=$T/provider${N_PROVIDERS:=0}.log
+    local log=$T/provider${N_PROVIDERS:=0}.log sendmail=$T/sendmail
     N_PROVIDERS=$((N_PROVIDERS + 1))
     [ -d "$T/queue" ] || mkdir "$T/queue"
     [ -f "$T/accounts" ] || accounts
@@ -93,8 +93,8 @@ provider() {
     else
         set -- -l 127.0.0.1:0 "$@"
     fi
-    [ -f "$T/sendmail" ] || sendmail_stub
-    "${AROUND[@]}" "$ODMR" provider -q "$T/queue" -a "$T/accounts" -n example.net --sendmail "$T/sendmail" "$@" 2>> "$log" &
+    [ -f "$T/sendmail" ] || sendmail=$SCRATCH/sendmail
+    T=$T "${AROUND[@]}" "$ODMR" provider -q "$T/queue" -a "$T/accounts" -n example.net --sendmail "$sendmail" "$@" 2>> "$log" &
     PROVIDER=$!
     LOG=$log
     STARTED+=("$PROVIDER")
@@ -113,12 +113,12 @@ listens() {
     [ ${#PORTS[@]} -ge "${2:-1}" ]
 }
 
-# What takes the provider's notices: $T/notice.N, the arguments on its first line. It exits with what stands
-# in $T/sendmail.exit.
+# What takes the provider's notices, but where there is a $T/sendmail: $T/notice.N, the arguments on its first line. It
+# exits with what stands in $T/sendmail.exit.
 sendmail_stub() {
-    printf '%s\n' '#!/bin/bash' 'cd "${0%/*}" || exit 75' '[ ! -e sendmail.exit ] || exit "$(cat sendmail.exit)"' 'n=1' \
-        'until ( set -C; { printf "%q " "$@"; echo; cat; } > "notice.$n" ) 2> /dev/null; do n=$((n + 1)); done' > "$T/sendmail"
-    chmod 755 "$T/sendmail"
+    printf '%s\n' '#!/bin/bash' 'cd "$T" || exit 75' '[ ! -e sendmail.exit ] || exit "$(cat sendmail.exit)"' 'n=1' \
+        'until ( set -C; { printf "%q " "$@"; echo; cat; } > "notice.$n" ) 2> /dev/null; do n=$((n + 1)); done' > "$SCRATCH/sendmail"
+    chmod 755 "$SCRATCH" "$SCRATCH/sendmail"
 }
 # how_many PATTERN...: files there are.
 how_many() { shopt -s nullglob; eval "set -- $*"; shopt -u nullglob; echo $#; }
@@ -188,19 +188,26 @@ expect() {
 ask() { say "$1"; expect "$2"; }
 closed() { local more; ! IFS= read -r -t "$PATIENCE" more <&"$LINE" || fail "more came: $more"; }
 
-b64() { printf '%s' "$1" | openssl base64 -A; }
-unb64() { openssl base64 -d -A <<< "$1"; }
+b64() { printf '%s' "$1" | base64 -w 0; }
+unb64() { base64 -d <<< "$1"; }
 hmac_md5() { printf '%s' "$2" | openssl dgst -md5 -hmac "$1" | sed 's/.* //'; }
-# cram_response NAME SECRET CHALLENGE: CRAM-MD5's into RESPONSE, it and the challenge in base64; in one process, for
-# there are many, and with the secret on no command line, for it may be somebody's real one.
+# cram_response NAME SECRET CHALLENGE: CRAM-MD5's into RESPONSE, it and the challenge in base64. One process answers all
+# of a shell, for there are many; the secret, which may be somebody's real one, is on no command line.
 cram_response() {
-    RESPONSE=$(exec perl -MDigest::MD5=md5,md5_hex -MMIME::Base64 -e '
-        chomp(my ($name, $key, $challenge) = <STDIN>); $challenge = decode_base64($challenge);
-        $key = md5($key) if length $key > 64;
-        $key .= "\0" x (64 - length $key);
-        print encode_base64("$name " . md5_hex(($key ^ "\x5c" x 64) . md5(($key ^ "\x36" x 64) . $challenge)), "")' <<< "$1
-$2
-$3")
+    if [ "${CRAM_SHELL:-}" != "$BASHPID" ]; then
+        { coproc CRAM { exec perl -MDigest::MD5=md5,md5_hex -MMIME::Base64 -e '
+            $| = 1;
+            while (defined(my $name = <STDIN>)) {
+                chomp($name, my $key = <STDIN>); my $challenge = decode_base64(<STDIN>);
+                $key = md5($key) if length $key > 64;
+                $key .= "\0" x (64 - length $key);
+                print encode_base64("$name " . md5_hex(($key ^ "\x5c" x 64) . md5(($key ^ "\x36" x 64) . $challenge)), "") . "\n";
+            }'; } } 2> /dev/null
+        CRAM_SHELL=$BASHPID
+        STARTED+=("$CRAM_PID")
+    fi
+    printf '%s\n' "$@" >&"${CRAM[1]}"
+    read -r RESPONSE <&"${CRAM[0]}"
 }
 # auth_cram_md5 NAME SECRET REPLY
 auth_cram_md5() {
@@ -240,25 +247,20 @@ offer_extensions() {
     say "250 $last"
 }
 take_content() {
-    local line into=$T/got/$((N_GOT + 1))
+    local line content=
     if [[ $HEARD == DATA ]]; then
         answer DATA '354 go on' || return 0
         [[ ${ANSWERS[DATA]:-354} == 354* ]] || return 0
-        { printf '%s\n' "$ENVELOPE"
-          while IFS= read -r -t "$PATIENCE" line <&"$LINE" && [ "$line" != $'.\r' ]; do printf '%s\n' "${line#.}"; done
-        } > "$into"
+        while IFS= read -r -t "$PATIENCE" line <&"$LINE" && [ "$line" != $'.\r' ]; do content+=${line#.}$'\n'; done
     else
         line=${HEARD#BDAT }
-        IFS= read -r -N "${line% LAST}" -t "$PATIENCE" line <&"$LINE"
-        printf '%s\n%s' "$ENVELOPE" "$line" > "$into"
+        IFS= read -r -N "${line% LAST}" -t "$PATIENCE" content <&"$LINE"
     fi
-    if [ "$ACCEPTED" = 0 ]; then
-        say '554 no valid recipients'
-    elif answer CONTENT '250 OK'; then
+    if [ "$ACCEPTED" = 0 ]; then say '554 no valid recipients'; return 0; fi
+    if answer CONTENT '250 OK'; then
         N_GOT=$((N_GOT + 1))
-        return
+        printf '%s\n%s' "$ENVELOPE" "$content" > "$T/got/$N_GOT"
     fi
-    rm "$into"
 }
 take_mail() {
     N_GOT=0 ENVELOPE='' ACCEPTED=0
@@ -1899,7 +1901,7 @@ t_memory_of_a_large_message() {
     put_letter one 1.a a@example.edu eva@example.org
     customer 0 "127.0.0.1:$PORT"
     small=$(rss "$PROVIDER")
-    { printf 'Subject: big\n\n'; head -c 250000000 /dev/zero | tr '\0' x | fold -w 75; } | put 2.a a@example.edu eva@example.org
+    { printf 'Subject: big\n\n'; yes "$(printf '%075d' 0)" | head -c 250000000; } | put 2.a a@example.edu eva@example.org
     ( ulimit -v 300000; customer 0 "127.0.0.1:$PORT" ) || fail 'the customer needs more memory'
     [ $(($(rss "$PROVIDER") - small)) -le 1024 ] || fail "$(($(rss "$PROVIDER") - small)) kB more"
     equal "$(waiting)" 0
@@ -2035,6 +2037,7 @@ X-Long: a
 }
 
 t_notice_that_is_not_accepted() {
+    cp "$SCRATCH/sendmail" "$T"
     provider
     put_letter one 1.a sender@example.edu eva@example.org bob@example.org
     ANSWERS['RCPT TO:<eva@example.org>']='550 5.1.1 no'
@@ -5478,10 +5481,17 @@ all_tests() {
 long_ones_first() { awk '/bench|mutants|judge|readme|_fills_|fetchmail|megabytes|exactly|4-e_mail|memory/ { print; next } { rest = rest $0 "\n" } END { printf "%s", rest }'; }
 list_tests() { awk '/^# shows:/ { ids = substr($0, 10) } /^t_[^ ]*\(\) \{$/ { sub(/\(\).*/, ""); printf "%-58s%s\n", $0, ids; ids = "" }' "$self"; }
 
+# scratch NAME...: SCRATCH is a directory with one for each of these tests; it goes when this shell ends.
+scratch() {
+    SCRATCH=$(mktemp -d "${TMPDIR:-/tmp}/odmr-test-XXXXXX")
+    trap 'rm -rf "$SCRATCH"' EXIT
+    mkdir "${@/#/$SCRATCH/}"
+    sendmail_stub
+}
 # Runs one test in this process; its verdict is the exit code.
 run_one() {
-    T=$(mktemp -d "${TMPDIR:-/tmp}/odmr-test-XXXXXX")
     local code=0
+    T=$SCRATCH/$1
     STARTED=()
     (
         trap 'for p in "${STARTED[@]}"; do kill -9 "$p" 2> /dev/null; done; wait 2> /dev/null' EXIT
@@ -5533,6 +5543,7 @@ suite() {
     local -A BEGAN=() NAME_OF=() COUNT=([0]=0 [77]=0 [1]=0)
     set -m
     exec {OVER}<> <(:)
+    scratch "$@"
     trap 'end_tests "${!BEGAN[@]}"; exit 130' INT TERM
     for TEST_NAME; do
         while [ ${#BEGAN[@]} -ge "$JOBS" ]; do one_over; done
@@ -5571,7 +5582,7 @@ main() {
     local name tests=()
     case ${1:-} in
     --list) list_tests; exit ;;
-    --one) run_one "$2"; exit ;;
+    --one) scratch "$2"; run_one "$2"; exit ;;
     --peer) run_peer "$2" "$3"; exit ;;
     --torture) shift; torture "$@"; exit ;;
     -*) judge "$@"; exit ;;
