@@ -2218,10 +2218,18 @@ static enum result hang_up(struct session *s, const char *why)
     return LATER;
 }
 
-/* A command is printable ASCII, and PLAIN's response is a secret: the trace shows that it came. */
+/* PLAIN and its response on one line, even if it is none that will be obeyed. */
+static bool tells_secret(const char *line)
+{
+    if (strncasecmp(line, "AUTH", 4) != 0)
+        return false;
+    line += 4 + strspn(line + 4, " \t");
+    return strncasecmp(line, "PLAIN", 5) == 0 && line[5];
+}
+
 static void trace_command(struct session *s)
 {
-    if (strncasecmp(s->line, "AUTH ", 5) == 0 && strcasestr(s->line, "PLAIN "))
+    if (tells_secret(s->line))
         trace_line(s, CUSTOMER, "AUTH PLAIN (response not shown)");
     else
         trace_line(s, CUSTOMER, "%s", s->line);
@@ -4257,6 +4265,14 @@ static void hello_command(struct receiver *rx)
     answer(rx, "250 ENHANCEDSTATUSCODES");
 }
 
+/* A provider that says nothing else is not borne with for ever. */
+static void bad_command(struct receiver *rx, const char *reply)
+{
+    struct session *s = rx->s;
+    s->protocol_broken = ++s->bad_commands == BAD_COMMANDS_RECEIVER;
+    answer(rx, "%s", s->protocol_broken ? "421 4.5.2 Too many of them, closing connection" : reply);
+}
+
 /* One command of the provider, answered. False: the session is over. */
 static bool receive_command(struct receiver *rx, struct content *chunks)
 {
@@ -4289,7 +4305,7 @@ static bool receive_command(struct receiver *rx, struct content *chunks)
         s->io.said_quit = rx->done = true;
         return false;
     } else {
-        answer(rx, "502 5.5.1 Command not implemented");
+        bad_command(rx, "502 5.5.1 Command not implemented");
     }
     return true;
 }
@@ -4302,16 +4318,14 @@ static void receive_mail(struct receiver *rx)
     enum result got;
     enter_state(s, REVERSED);
     answer(rx, "220 %s ready to receive email", s->name);
-    for (int bad = 0; !s->protocol_broken; ) {
+    while (!s->protocol_broken) {
         before_reading(rx);
         got = read_line(s);
         if (got == LATER)
             break;
         if (got == REFUSED || s->line_len != strlen(s->line)) {
             trace_line(s, PROVIDER, "(a line that is too long, or has a NUL octet)");
-            s->protocol_broken = ++bad == BAD_COMMANDS_RECEIVER;
-            answer(rx, s->protocol_broken ? "421 4.5.2 Too many of them, closing connection"
-                                          : "500 5.5.2 Not a command");
+            bad_command(rx, "500 5.5.2 Not a command");
             continue;
         }
         trace_line(s, PROVIDER, "%s", s->line);

@@ -94,7 +94,7 @@ provider() {
         set -- -l 127.0.0.1:0 "$@"
     fi
     [ -f "$T/sendmail" ] || sendmail=$SCRATCH/sendmail
-    T=$T "${AROUND[@]}" "$ODMR" provider -q "$T/queue" -a "$T/accounts" -n example.net --sendmail "$sendmail" "$@" 2>> "$log" &
+    "${AROUND[@]}" "$ODMR" provider -q "$T/queue" -a "$T/accounts" -n example.net --sendmail "$sendmail" "$@" 2>> "$log" &
     PROVIDER=$!
     LOG=$log
     STARTED+=("$PROVIDER")
@@ -1463,6 +1463,22 @@ t_customer_cannot_write() {
 }
 
 # What each answer means for the script that runs us.
+# A provider that says nothing but nonsense is left after a hundred of it, of whatever kind.
+t_customer_leaves_a_babbler() {
+    serve peer_babbler
+    customer 76 "127.0.0.1:$PORT"
+    peer_ok
+}
+peer_babbler() {
+    local i
+    reverse
+    for ((i = 1; i < 100; i++)); do
+        if [ $((i % 2)) = 0 ]; then ask 'TURN' '^502 '; else ask $'NOOP\x01' '^50[02] '; fi
+    done
+    ask TURN '^421 '
+    closed
+}
+
 t_customer_exit_codes() {
     local code reply
     serve peer_atrn
@@ -2965,6 +2981,8 @@ t_plain_by_hand() {
         plain_by_hand "$response" '^535 '
     done
     equal "$(grep -c 'C: AUTH PLAIN (response not shown)$' "$LOG") $(grep -c 'C: (response not shown)$' "$LOG")" '7 7'
+    dial; expect '^220'; ask $'auth \tplain\tmy secret' '^500 '; ask 'AUTH  PLAIN my secret' '^50[13] '
+    hasnt "$LOG" 'my secret'
 }
 # The same as initial response and as the answer to an empty challenge.
 plain_by_hand() {
@@ -5521,7 +5539,7 @@ scratch() {
 # Runs one test in this process; its verdict is the exit code.
 run_one() {
     local code=0
-    T=$SCRATCH/$1
+    export T=$SCRATCH/$1
     STARTED=()
     (
         trap 'for p in "${STARTED[@]}"; do kill -9 "$p" 2> /dev/null; done; wait 2> /dev/null' EXIT
