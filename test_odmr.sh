@@ -209,7 +209,7 @@ cram_response() {
         STARTED+=("$CRAM_PID")
     fi
     printf '%s\n' "$@" >&"${CRAM[1]}"
-    read -r RESPONSE <&"${CRAM[0]}"
+    read -r -t "$PATIENCE" RESPONSE <&"${CRAM[0]}"
 }
 # auth_cram_md5 NAME SECRET REPLY
 auth_cram_md5() {
