@@ -5471,19 +5471,29 @@ static void session_free(struct session *s)
             *at = s->next;
             break;
         }
-    p->session_count--;
-    pthread_cond_signal(&p->session_ended);
     pthread_mutex_unlock(&p->lock);
     accounts_release(s->accounts);
     SSL_CTX_free(s->tls_context);
     free(s);
 }
 
+/* The last that is done for a session: from here on the process may end, and OpenSSL with it. */
+static void session_over(struct provider *p)
+{
+    pthread_mutex_lock(&p->lock);
+    p->session_count--;
+    pthread_cond_signal(&p->session_ended);
+    pthread_mutex_unlock(&p->lock);
+}
+
 static void *session_thread(void *argument)
 {
     struct session *s = argument;
+    struct provider *p = s->provider;
     provider_session(s);
     session_free(s);
+    OPENSSL_thread_stop(); /* what it keeps for a thread it would else give back only when the thread has ended */
+    session_over(p);
     return NULL;
 }
 
@@ -5555,6 +5565,7 @@ static void start_session(struct provider *p, int fd, const struct sockaddr_stor
         log_event(s, "%s turned away: no thread for it", s->peer);
         turn_away(fd, tls_at_once, "421", p->name, "cannot serve you now, closing connection");
         session_free(s);
+        session_over(p);
     }
 }
 
