@@ -5485,11 +5485,13 @@ torture_hostile_deaf() {
     others_are_served 0.7 deaf_crowd
     it_survives 12000 4096
     equal "$(waiting)" 6
-    [ "$(grep -c 'disconnected: the peer kept us waiting too long' "$LOG")" -ge 6 ] || fail 'they went by themselves'
+    [ "$(grep -c 'disconnected: the peer kept us waiting too long' "$LOG")" -ge 4 ] || fail 'they went by themselves'
 }
+# Each of the first has a message to himself; what is left the other takes, all of it.
 deaf_crowd() {
     crowd "$PORT" unread 3 &
-    crowd "$PORT" unanswered 3
+    moment 0.3
+    crowd "$PORT" unanswered 1
     wait $!
 }
 
