@@ -5129,6 +5129,31 @@ torture_cut_tls() {
     tls_provider --trace; TORTURED=$TLS_PORT
     cut_everywhere 10 -- --tls --ca "$T/ca.crt"
 }
+# A proxy can take nothing out of what TLS hides, so the customer is one that has less to offer.
+# share: 7
+torture_cut_tls_pipelining() {
+    tls_provider --trace; TORTURED=$TLS_PORT
+    offers_no CHUNKING
+    cut_everywhere 10 -- --tls --ca "$T/ca.crt"
+}
+# share: 7
+torture_cut_tls_plain() {
+    tls_provider --trace; TORTURED=$TLS_PORT
+    offers_no CHUNKING PIPELINING
+    cut_everywhere 10 -- --tls --ca "$T/ca.crt"
+}
+# offers_no KEYWORD...: ODMR is a copy of our program, whose customer does not offer them.
+offers_no() {
+    local word edit=
+    for word; do
+        has "$here/odmr.c" "const offer\[\].*\"$word\""
+        edit+="s/, \"$word\"//; s/\"$word\", //; "
+    done
+    sed "/const offer\[\]/{$edit}" "$here/odmr.c" > "$T/less.c"
+    for word; do hasnt "$T/less.c" "const offer\[\].*\"$word\""; done
+    ${CC:-cc} -std=gnu11 -O1 -w -I "$here" -o "$T/less" "$T/less.c" -lssl -lcrypto -pthread || fail 'it does not compile with less to offer'
+    ODMR=$T/less
+}
 # share: 9
 torture_cut_starttls() {
     tls_provider --trace; TORTURED=$PORT
