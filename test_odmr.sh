@@ -5569,7 +5569,7 @@ all_tests() {
         if [ -z "${SANITIZED:-}${OVER_TLS:-}" ]; then cat; else grep -v "^t_memory_\\|^t_mutants_\\|^t_judge_\\|^t_bench_${OVER_TLS:+\\|^t_limits_\\|^t_8-a_\\|^t_4-a_\\|^t_listening_\\|^t_guide_}"; fi
 }
 # So that none of them runs alone at the end.
-long_ones_first() { awk '/bench|mutants|judge|readme|_fills_|fetchmail|megabytes|exactly|4-e_mail|memory/ { print; next } { rest = rest $0 "\n" } END { printf "%s", rest }'; }
+long_ones_first() { awk '/bench|mutants|judge|readme|_fills_|_hands_on_|fetchmail|megabytes|exactly|4-e_mail|memory|plain_by_hand|scram|verifier_is|silence|broken/ { print; next } { rest = rest $0 "\n" } END { printf "%s", rest }'; }
 list_tests() { awk '/^# shows:/ { ids = substr($0, 10) } /^t_[^ ]*\(\) \{$/ { sub(/\(\).*/, ""); printf "%-58s%s\n", $0, ids; ids = "" }' "$self"; }
 
 # scratch NAME...: SCRATCH is a directory with one for each of these tests; it goes when this shell ends.
