@@ -15,9 +15,7 @@
 
 set -u
 export LC_ALL=C
-export SSL_CERT_FILE=/dev/null SSL_CERT_DIR=/dev/null # to read the system's authorities takes longer than a session
 unset ODMR_SECRET
-umask 022
 self=$0
 [[ $self == /* && ! -L $self ]] || self=$(readlink -f "$0")
 here=${self%/*}
@@ -209,7 +207,7 @@ cram_response() {
         STARTED+=("$CRAM_PID")
     fi
     printf '%s\n' "$@" >&"${CRAM[1]}"
-    read -r -t "$PATIENCE" RESPONSE <&"${CRAM[0]}"
+    read -r -t "$PATIENCE" RESPONSE <&"${CRAM[0]}" || fail 'no response to CRAM-MD5 could be computed'
 }
 # auth_cram_md5 NAME SECRET REPLY
 auth_cram_md5() {
@@ -1440,7 +1438,7 @@ t_customer_secret() {
     echo > "$file"; run 66 "$ODMR" customer -u example.org -s "$file" -q "$T/mail" "127.0.0.1:$PORT"
     run 66 "$ODMR" customer -u example.org --secret-file "$T/none" -q "$T/mail" "127.0.0.1:$PORT"
     printf '%01500d' 7 > "$file"; run 65 "$ODMR" customer -u example.org -s "$file" "127.0.0.1:$PORT"
-    ODMR_SECRET="$(cat run 65 "$file")" "$ODMR" customer -u example.org "127.0.0.1:$PORT"
+    ODMR_SECRET=$(< "$file") run 65 "$ODMR" customer -u example.org "127.0.0.1:$PORT"
     ODMR_SECRET=tanstaaf run 75 "$ODMR" customer -u example.org --exec "{ env; tr '\0' '\n' < /proc/\$PPID/environ; } > $T/inherited" "127.0.0.1:$PORT"
     hasnt "$T/inherited" '^ODMR_SECRET=.\|tanstaaf'
 }
@@ -1489,7 +1487,7 @@ peer_babbler() {
     local i
     reverse
     for ((i = 1; i < 100; i++)); do
-        if [ $((i % 2)) = 0 ]; then ask 'TURN' '^502 '; else ask $'NOOP\x01' '^50[02] '; fi
+        if [ $((i % 2)) = 0 ]; then ask TURN '^502 '; else printf 'NOOP \0\r\n'; expect '^500 '; fi
     done
     ask TURN '^421 '
     closed
@@ -2193,7 +2191,8 @@ t_ageing() {
     touch -d '37 hours ago' "$T/queue/example.org/tmp/old" "$T/queue/example.org/.Undeliverable/tmp/old"
     provider
     until_true counted 2 'never finished' "$LOG"
-    equal "$(echo "$T"/queue/*/{,.Undeliverable/}tmp/[a-z]*)" "$T/queue/example.org/tmp/young $T/queue/*/.Undeliverable/tmp/[a-z]*"
+    equal "$(unfinished)" 1
+    [ -e "$T/queue/example.org/tmp/young" ] || fail 'the young one has gone'
     equal "$(waiting) $(notices)" '7 0'
     stop_provider
     provider --max-age 3
@@ -2680,7 +2679,7 @@ scram() {
             hmac_sha256("$bare,$challenge,$final", $server), $stored, $server' <<< "$1
 $2
 $3
-$4")
+$4") || fail 'nothing of SCRAM could be computed'
     read -r PROOF_OF_IT SIGNATURE STORED_KEY SERVER_KEY <<< "$all"
 }
 
@@ -2997,7 +2996,7 @@ t_plain_by_hand() {
         plain_by_hand "$response" '^535 '
     done
     equal "$(grep -c 'C: AUTH PLAIN (response not shown)$' "$LOG") $(grep -c 'C: (response not shown)$' "$LOG")" '7 7'
-    dial; expect '^220'; ask $'auth \tplain\tmy secret' '^500 '; ask 'AUTH  PLAIN my secret' '^50[13] '
+    dial; expect '^220'; ask $'auth \tplain\tmy secret' '^500 '; ask 'AUTH  PLAIN my secret' '^503 '
     hasnt "$LOG" 'my secret'
 }
 # The same as initial response and as the answer to an empty challenge.
@@ -4482,7 +4481,7 @@ judge() {
         printed "$JUDGE_CUSTOMER"
         side=customer title="The customer $PRINTED, by RFC 2645"
         JUDGE_SECRET_FILE=$JUDGE_DIR/secret
-        umask 077; echo tanstaaf > "$JUDGE_SECRET_FILE"; umask 022
+        (umask 077; echo tanstaaf > "$JUDGE_SECRET_FILE")
         cram_answer "$JUDGE_CHALLENGE"
         export JUDGE_RIGHT_RESPONSE=$RESPONSE
     else
@@ -5112,35 +5111,35 @@ cut_everywhere() {
 # share: 9
 torture_cut_chunking() {
     provider --trace; TORTURED=$PORT
-    cut_everywhere 10 --strip SMTPUTF8 --
+    cut_everywhere 20 --strip SMTPUTF8 --
 }
 # share: 9
 torture_cut_pipelining() {
     provider --trace; TORTURED=$PORT
-    cut_everywhere 10 --strip CHUNKING --strip SMTPUTF8 -- --mechanism CRAM-MD5
+    cut_everywhere 20 --strip CHUNKING --strip SMTPUTF8 -- --mechanism CRAM-MD5
 }
 # share: 9
 torture_cut_plain() {
     provider --trace; TORTURED=$PORT
-    cut_everywhere 10 --strip CHUNKING --strip PIPELINING --strip SMTPUTF8 -- --mechanism CRAM-MD5
+    cut_everywhere 20 --strip CHUNKING --strip PIPELINING --strip SMTPUTF8 -- --mechanism CRAM-MD5
 }
 # share: 9
 torture_cut_tls() {
     tls_provider --trace; TORTURED=$TLS_PORT
-    cut_everywhere 10 -- --tls --ca "$T/ca.crt"
+    cut_everywhere 20 -- --tls --ca "$T/ca.crt"
 }
 # A proxy can take nothing out of what TLS hides, so the customer is one that has less to offer.
 # share: 7
 torture_cut_tls_pipelining() {
     tls_provider --trace; TORTURED=$TLS_PORT
     offers_no CHUNKING
-    cut_everywhere 10 -- --tls --ca "$T/ca.crt"
+    cut_everywhere 20 -- --tls --ca "$T/ca.crt"
 }
 # share: 7
 torture_cut_tls_plain() {
     tls_provider --trace; TORTURED=$TLS_PORT
     offers_no CHUNKING PIPELINING
-    cut_everywhere 10 -- --tls --ca "$T/ca.crt"
+    cut_everywhere 20 -- --tls --ca "$T/ca.crt"
 }
 # offers_no KEYWORD...: ODMR is a copy of our program, whose customer does not offer them.
 offers_no() {
@@ -5157,7 +5156,7 @@ offers_no() {
 # share: 9
 torture_cut_starttls() {
     tls_provider --trace; TORTURED=$PORT
-    cut_everywhere 10 -- --ca "$T/ca.crt" --require-tls
+    cut_everywhere 20 -- --ca "$T/ca.crt" --require-tls
 }
 
 # ---- Kill anywhere ----
@@ -5224,15 +5223,15 @@ kill_rounds() {
 
 # share: 7
 torture_kill_customer() {
-    kill_rounds 5 CUSTOMER
+    kill_rounds 10 CUSTOMER
 }
 # share: 7
 torture_kill_provider() {
-    kill_rounds 5 PROVIDER
+    kill_rounds 10 PROVIDER
 }
 # share: 7
 torture_kill_both() {
-    kill_rounds 5 PROVIDER CUSTOMER
+    kill_rounds 10 PROVIDER CUSTOMER
 }
 
 # ---- Fail anywhere ----
@@ -5572,8 +5571,11 @@ all_tests() {
 long_ones_first() { awk '/bench|mutants|judge|readme|_fills_|_hands_on_|fetchmail|megabytes|exactly|4-e_mail|memory|plain_by_hand|scram|verifier_is|silence|broken/ { print; next } { rest = rest $0 "\n" } END { printf "%s", rest }'; }
 list_tests() { awk '/^# shows:/ { ids = substr($0, 10) } /^t_[^ ]*\(\) \{$/ { sub(/\(\).*/, ""); printf "%-58s%s\n", $0, ids; ids = "" }' "$self"; }
 
-# scratch NAME...: SCRATCH is a directory with one for each of these tests; it goes when this shell ends.
+# scratch NAME...: SCRATCH is a directory with one for each of these tests; it goes when this shell ends. The rest is for
+# tests only, not for what the judge starts for somebody else.
 scratch() {
+    export SSL_CERT_FILE=/dev/null SSL_CERT_DIR=/dev/null # to read the system's authorities takes longer than a session
+    umask 022
     SCRATCH=$(mktemp -d "${TMPDIR:-/tmp}/odmr-test-XXXXXX")
     trap 'rm -rf "$SCRATCH"' EXIT
     mkdir "${@/#/$SCRATCH/}"
