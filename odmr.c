@@ -513,14 +513,20 @@ static bool make_tls_bio_method(void)
     return true;
 }
 
-static BIO *new_tls_bio(struct stream *s)
+/* What is written passes a buffer of the library, so that all the records of one flush leave together. */
+static bool set_tls_bios(SSL *tls, struct stream *s)
 {
-    BIO *bio = BIO_new(tls_bio_method);
-    if (bio) {
-        BIO_set_data(bio, s);
-        BIO_set_init(bio, 1);
+    BIO *bio = BIO_new(tls_bio_method), *gathered = BIO_new(BIO_f_buffer());
+    if (!bio || !gathered || BIO_set_write_buffer_size(gathered, TLS_OUT) != 1 || BIO_up_ref(bio) != 1) {
+        BIO_free(gathered);
+        BIO_free(bio);
+        return false;
     }
-    return bio;
+    BIO_set_data(bio, s);
+    BIO_set_init(bio, 1);
+    SSL_set0_rbio(tls, bio);
+    SSL_set0_wbio(tls, BIO_push(gathered, bio));
+    return true;
 }
 
 /* The name or address that the certificate must be for. */
@@ -535,12 +541,8 @@ static bool expect_name(SSL *tls, const char *host)
 SSL *stream_offer_tls(struct stream *s, SSL_CTX *context, const char *host)
 {
     SSL *tls = SSL_new(context);
-    BIO *bio = tls ? new_tls_bio(s) : NULL;
-    if (bio && (!host || expect_name(tls, host))) {
-        SSL_set_bio(tls, bio, bio);
+    if (tls && (!host || expect_name(tls, host)) && set_tls_bios(tls, s))
         return tls;
-    }
-    BIO_free(bio);
     SSL_free(tls);
     return NULL;
 }
@@ -614,6 +616,8 @@ bool stream_flush(struct stream *s)
         if (n > 0)
             at += (size_t)n;
     }
+    if (s->tls)
+        BIO_flush(SSL_get_wbio(s->tls)); /* if that fails, socket_write() has said why */
     s->spoke = true;
     s->out_end = 0;
     return !s->broken;
@@ -631,6 +635,18 @@ void stream_write(struct stream *s, const char *data, size_t len)
         if (s->out_end == sizeof s->out)
             stream_flush(s);
     }
+}
+
+char *stream_space(struct stream *s, size_t len)
+{
+    if (sizeof s->out - s->out_end < len)
+        stream_flush(s);
+    return s->out + s->out_end;
+}
+
+void stream_add(struct stream *s, size_t len)
+{
+    s->out_end += len;
 }
 
 /* Called with the input buffer empty: flushes what we owe the peer, then waits for what it has to say. */
@@ -1507,9 +1523,9 @@ enum field envelope_field(const char *line, size_t *value)
     return NO_FIELD;
 }
 
-void envelope_open(struct envelope_reader *r, int fd)
+void envelope_open(struct envelope_reader *r, const struct message *m)
 {
-    r->fd = fd;
+    r->of = m;
     r->next_read = r->end = 0;
     r->at = r->filled = 0;
     r->field = NO_FIELD;
@@ -1526,7 +1542,7 @@ static bool envelope_line(struct envelope_reader *r)
     for (;;) {
         char c;
         if (r->at == r->filled) {
-            ssize_t got = pread(r->fd, r->data, sizeof r->data, r->next_read);
+            ssize_t got = message_octets(r->of, r->data, sizeof r->data, r->next_read);
             r->unreadable |= got < 0;
             if (got < 0)
                 r->wrong = "the file cannot be read";
@@ -1839,7 +1855,38 @@ bool clean_domain(void *context, int queue, const char *domain)
     return true;
 }
 
-/* ---- One message: claim, look through, send, take out ---- */
+/* ---- One message: claim, look through, send, take out ----
+ *
+ * Its envelope is walked over several times, its content read twice. Most mail is short: its top, which for most is
+ * all of it, is read once and kept until it is sent. */
+
+/* Without memory for it the message has no top, and everything is read from the file. */
+static void message_keep_top(struct message *m)
+{
+    size_t size = m->size < MESSAGE_TOP ? (size_t)m->size : MESSAGE_TOP;
+    ssize_t n = -1;
+    m->top = malloc(size);
+    if (m->top)
+        n = pread(m->fd, m->top, size, 0);
+    m->top_len = n > 0 ? (size_t)n : 0;
+}
+
+static void message_forget_top(struct message *m)
+{
+    free(m->top);
+    m->top = NULL;
+    m->top_len = 0;
+}
+
+ssize_t message_octets(const struct message *m, char *data, size_t size, off_t at)
+{
+    size_t left = (uint64_t)at < m->top_len ? m->top_len - (size_t)at : 0;
+    if (left == 0)
+        return pread(m->fd, data, size, at);
+    size = size < left ? size : left;
+    memcpy(data, m->top + at, size);
+    return (ssize_t)size;
+}
 
 static enum result message_hold(struct message *m, const char *why)
 {
@@ -1862,7 +1909,7 @@ static enum result message_read_envelope(struct message *m)
     size_t count[FIELDS] = {0};
     struct envelope_reader r;
     enum field field;
-    envelope_open(&r, m->fd);
+    envelope_open(&r, m);
     while ((field = envelope_next(&r, address, sizeof address)) != NO_FIELD) {
         if (field != RETURN_PATH) {
             count[field]++;
@@ -1903,7 +1950,7 @@ static enum result message_read_recipients(struct message *m)
     m->fate = calloc(m->recipients, 1);
     if (!m->fate)
         return message_trouble(m, "out of memory for its recipients");
-    envelope_open(&r, m->fd);
+    envelope_open(&r, m);
     for (size_t i = 0; i < m->recipients && message_next_recipient(m, &r, address, sizeof address); i++) {
         const char *domain = mailbox_domain(address);
         if (!mailbox_valid(address) || !domain)
@@ -1944,7 +1991,9 @@ enum result message_open(struct message *m, int queue, const char *path)
 
 enum result message_read(struct message *m)
 {
-    enum result result = message_read_envelope(m);
+    enum result result;
+    message_keep_top(m);
+    result = message_read_envelope(m);
     for (const char *p = m->path; *p != '/'; p++)
         if (isupper((unsigned char)*p))
             return message_hold(m, "its directory is not in lower case, and no ATRN looks there");
@@ -1959,7 +2008,7 @@ static bool scan_header(struct message *m)
     bool line_start = true;
     off_t at = m->start;
     ssize_t n;
-    while ((n = pread(m->fd, data, sizeof data, at)) > 0) {
+    while ((n = message_octets(m, data, sizeof data, at)) > 0) {
         for (ssize_t i = 0; i < n; i++) {
             if (data[i] == '\n' && line_start)
                 return true;
@@ -2007,7 +2056,7 @@ bool message_scan(struct message *m)
     off_t at = m->start;
     char last = '\n';
     ssize_t n;
-    while ((n = pread(m->fd, data, sizeof data, at)) > 0) {
+    while ((n = message_octets(m, data, sizeof data, at)) > 0) {
         uint64_t cr_before = t.cr;
         count_octets(&t, data, (size_t)n);
         t.crlf += last == '\r' && data[0] == '\n';
@@ -2048,64 +2097,87 @@ void message_close(struct message *m)
         close(m->fd); /* and with it goes the claim */
     if (m->refusals)
         fclose(m->refusals);
+    message_forget_top(m);
     free(m->fate);
     m->fd = -1;
     m->refusals = NULL;
     m->fate = NULL;
 }
 
-/* How many octets of this line are there before its end, be that LF, CRLF or a stray CR? *newline is the next
- * LF at or behind p, or the end; it is kept by the caller, since between two LFs there may be many CRs. */
-static size_t line_length(const char *p, const char *end, const char **newline)
+/* Where content stands on its way out, from one part of it to the next. */
+struct wire {
+    bool dots;        /* one that starts a line is doubled, as DATA wants it (RFC 5321, 4.5.2) */
+    uint64_t doubled; /* how many were: they are no part of the content */
+    enum { LINE_START, IN_LINE, AFTER_CR } state;
+};
+
+/* The first such octet at or behind p, or the end. The caller keeps what was found last, NULL at first: it is not
+ * looked for again while it is still ahead, for between two LFs there may be many CRs, or none at all. */
+static const char *next_octet(int octet, const char *p, const char *end, const char **found)
 {
-    const char *cr;
-    if (*newline < p) {
-        *newline = memchr(p, '\n', (size_t)(end - p));
-        *newline = *newline ? *newline : end;
+    if (!*found || *found < p) {
+        *found = memchr(p, octet, (size_t)(end - p));
+        *found = *found ? *found : end;
     }
-    cr = memchr(p, '\r', (size_t)(*newline - p));
-    return (size_t)((cr ? cr : *newline) - p);
+    return *found;
 }
 
-/* Sends the content, lines ended by CRLF. With dots, as DATA wants it: a dot that starts a line is
- * doubled (RFC 5321, 4.5.2), and the lone dot is left to the caller. False when the file cannot be read
- * to the end that message_scan() saw: then the caller must break the connection, not end the message. */
+/* Part of the content in the form in which it leaves, its lines ended by CRLF, whether by LF, CRLF or a stray CR
+ * before. No octet becomes more than two, so that is the room there must be in out. Returns how many they are. */
+static size_t wire_form(struct wire *w, char *out, const char *part, size_t len)
+{
+    const char *p = part, *end = part + len, *lf = NULL, *cr = NULL;
+    char *start = out;
+    while (p < end) {
+        const char *line_end;
+        if (w->state == AFTER_CR && *p == '\n') { /* the CRLF for this line has left already */
+            w->state = LINE_START;
+            p++;
+            continue;
+        }
+        if (w->state != IN_LINE && w->dots && *p == '.') {
+            *out++ = '.';
+            w->doubled++;
+        }
+        line_end = next_octet('\n', p, end, &lf);
+        if (next_octet('\r', p, end, &cr) < line_end)
+            line_end = cr;
+        memcpy(out, p, (size_t)(line_end - p));
+        out += line_end - p;
+        p = line_end;
+        w->state = IN_LINE;
+        if (p < end) {
+            *out++ = '\r';
+            *out++ = '\n';
+            w->state = *p++ == '\r' ? AFTER_CR : LINE_START;
+        }
+    }
+    return (size_t)(out - start);
+}
+
+/* The lone dot behind DATA's content is left to the caller. False when the file cannot be read to the end that
+ * message_scan() saw: then the caller must break the connection, not end the message. */
 bool message_send(const struct message *m, struct stream *to, bool dots)
 {
     char data[COPY_SIZE];
-    enum { LINE_START, IN_LINE, AFTER_CR } state = LINE_START;
+    struct wire w = {.dots = dots, .state = LINE_START};
     uint64_t sent = 0;
     off_t at = m->start;
     ssize_t n = 0;
-    while (!to->broken && (n = pread(m->fd, data, sizeof data, at)) > 0) {
-        const char *p = data, *end = data + n, *newline = NULL;
+    while (!to->broken && (n = message_octets(m, data, sizeof data, at)) > 0) {
         at += n;
-        while (p < end) {
-            size_t len;
-            if (state == AFTER_CR && *p == '\n') { /* the CRLF for this line has left already */
-                state = LINE_START;
-                p++;
-                continue;
-            }
-            if (state != IN_LINE && dots && *p == '.')
-                stream_write(to, ".", 1);
-            len = line_length(p, end, &newline);
-            stream_write(to, p, len);
-            sent += len;
-            p += len;
-            state = IN_LINE;
-            if (p < end) {
-                stream_write(to, "\r\n", 2);
-                sent += 2;
-                state = *p++ == '\r' ? AFTER_CR : LINE_START;
-            }
+        for (char *part = data, *end = data + n; part < end; part += WIRE_PART) {
+            size_t len = end - part < WIRE_PART ? (size_t)(end - part) : WIRE_PART;
+            size_t made = wire_form(&w, stream_space(to, 2 * len), part, len);
+            stream_add(to, made);
+            sent += made;
         }
     }
-    if (state == IN_LINE) {
+    if (w.state == IN_LINE) {
         stream_write(to, "\r\n", 2);
         sent += 2;
     }
-    return n == 0 && sent == m->wire_size;
+    return n == 0 && sent - w.doubled == m->wire_size;
 }
 
 /* Those recipients who are in this part of the message's fate, above the unchanged content. */
@@ -2116,11 +2188,11 @@ static bool write_part(const struct message *m, bool refused, FILE *out)
     off_t at = m->start;
     ssize_t n;
     fprintf(out, "Return-Path: <%s>\n", m->sender);
-    envelope_open(&r, m->fd);
+    envelope_open(&r, m);
     for (size_t i = 0; i < m->recipients && message_next_recipient(m, &r, address, sizeof address); i++)
         if (refused ? m->fate[i] == REJECTED : m->fate[i] != DELIVERED && m->fate[i] != RETURNED)
             fprintf(out, "Delivered-To: %s\n", address);
-    while ((n = pread(m->fd, data, sizeof data, at)) > 0) {
+    while ((n = message_octets(m, data, sizeof data, at)) > 0) {
         fwrite(data, 1, (size_t)n, out);
         at += n;
     }
@@ -3017,7 +3089,7 @@ static bool for_each_refused(FILE *out, const struct session *s, const struct me
 {
     char address[MAILBOX_MAX + 2], refusal[REFUSAL_SIZE];
     struct envelope_reader r;
-    envelope_open(&r, m->fd);
+    envelope_open(&r, m);
     for (size_t i = 0; i < m->recipients && message_next_recipient(m, &r, address, sizeof address); i++) {
         if (m->fate[i] != REJECTED)
             continue;
@@ -3041,7 +3113,7 @@ static bool write_original_header(FILE *out, const struct message *m)
     bool line_start = true;
     off_t at = m->start;
     ssize_t n = 0;
-    while (at - m->start < NOTICE_HEADER_MAX && (n = pread(m->fd, data, sizeof data, at)) > 0) {
+    while (at - m->start < NOTICE_HEADER_MAX && (n = message_octets(m, data, sizeof data, at)) > 0) {
         for (ssize_t i = 0; i < n; i++) {
             if (data[i] == '\n' && line_start)
                 return true;
@@ -3444,7 +3516,7 @@ static bool refuse_beforehand(struct sender *x, struct message *m)
     char address[MAILBOX_MAX + 2];
     struct envelope_reader r;
     struct reply why;
-    envelope_open(&r, m->fd);
+    envelope_open(&r, m);
     for (size_t i = 0; i < m->recipients && message_next_recipient(m, &r, address, sizeof address); i++)
         if (m->fate[i] == OWED && customer_cannot_take(x, m, address, &why))
             note_verdict(x, m, i, &why);
@@ -3503,7 +3575,7 @@ static enum result send_message(struct sender *x, struct message *m)
     bool sound;
     m->holders = 1;
     sound = refuse_beforehand(x, m);
-    envelope_open(&r, m->fd);
+    envelope_open(&r, m);
     while (sound && result == DONE && next_owed(m, &r, &next, address, sizeof address)) {
         struct transaction *t = calloc(1, sizeof *t);
         if (!t) {
@@ -3523,6 +3595,7 @@ static enum result send_message(struct sender *x, struct message *m)
         stream_break(&x->s->io, "the envelope of a message in the queue could not be read to its end");
         result = LATER;
     }
+    message_forget_top(m);
     message_release(x, m);
     return result;
 }
@@ -5170,7 +5243,7 @@ static void list_message(const struct message *m, int64_t second)
     }
     escape(safe, sizeof safe, m->sender);
     printf("      from <%s>\n", safe);
-    envelope_open(&r, m->fd);
+    envelope_open(&r, m);
     while (message_next_recipient(m, &r, address, sizeof address)) {
         escape(safe, sizeof safe, address);
         printf("      to <%s>\n", safe);

@@ -49,8 +49,11 @@
 #define RECEIVE_BUFFER 212992    /* octets: what Linux grants by default (net.core.rmem_max) */
 #define PASSING_MAX 1024         /* replies the onlooker of --smtp and --exec can expect */
 #define STREAM_IN 16384
-#define STREAM_OUT 65536
-#define COPY_SIZE 65536
+#define STREAM_OUT 131072
+#define TLS_OUT (STREAM_OUT + 4096) /* as TLS records, 16 kB each */
+#define COPY_SIZE 131072
+#define WIRE_PART 4096           /* content becomes its wire form in such parts, twice as long at most */
+#define MESSAGE_TOP 65536        /* so much of a message is kept in memory until it is sent */
 #define LOG_LINE 1024            /* longer lines of the log are cut */
 #define CHALLENGE_MAX 1024
 #define NONCE_MAX 512            /* the client's half of a SCRAM nonce */
@@ -181,7 +184,7 @@ enum field { NO_FIELD, RETURN_PATH, DELIVERED_TO, ENVELOPE_TO, X_ORIGINAL_TO, DE
 
 /* Walks over the block of header fields at the top of a queued message. */
 struct envelope_reader {
-    int fd;
+    const struct message *of;
     off_t next_read, line_size;
     off_t end;          /* where the block ends, as far as was read */
     enum field field;   /* the field under way */
@@ -217,6 +220,8 @@ struct message {
     dev_t device;
     ino_t inode;
     struct timespec arrived;
+    char *top;         /* its first octets, as long as that is of use; NULL: they must be read */
+    size_t top_len;
     enum field field;  /* the one that names its recipients */
     size_t recipients;
     unsigned char *fate; /* one octet a recipient */
@@ -381,6 +386,10 @@ bool stream_start_tls(struct stream *s, SSL *tls, const char *host);
 bool stream_flush(struct stream *s);
 /* Buffers octets, sending when the buffer is full. Failure shows in s->broken. */
 void stream_write(struct stream *s, const char *data, size_t len);
+/* Room for len octets, no more than a WIRE_PART doubled, in the stream's own buffer, which is sent first if need be.
+ * stream_add() says how many were put there. */
+char *stream_space(struct stream *s, size_t len);
+void stream_add(struct stream *s, size_t len);
 /* At least one octet of input, in the stream's own buffer until the next call. False: broken. */
 bool stream_peek(struct stream *s, const char **data, size_t *len);
 /* Takes len octets of what stream_peek() showed. */
@@ -484,8 +493,8 @@ struct accounts *accounts_load(const char *path, char *why, size_t why_size);
 
 /* Which field of an envelope a line starts, and where its value begins. */
 enum field envelope_field(const char *line, size_t *value);
-/* Starts at the top of the file. */
-void envelope_open(struct envelope_reader *r, int fd);
+/* Starts at the top of the message, which must outlive the reader. */
+void envelope_open(struct envelope_reader *r, const struct message *m);
 /* The next address and the field it stands in; NO_FIELD at the end of the block, or r->wrong says why. */
 enum field envelope_next(struct envelope_reader *r, char *address, size_t size);
 
@@ -499,6 +508,8 @@ void backlog_free(struct backlog *b);
 bool for_each_domain(int queue, bool (*visit)(void *context, int queue, const char *domain), void *context);
 /* Removes what was never finished; fits for_each_domain(), always true. */
 bool clean_domain(void *context, int queue, const char *domain);
+/* Octets of its file, from memory if it still has them; as pread(2). */
+ssize_t message_octets(const struct message *m, char *data, size_t size, off_t at);
 /* The next recipient, whatever its fate; false: no more. */
 bool message_next_recipient(const struct message *m, struct envelope_reader *r, char *address, size_t size);
 /* Opens a message without claiming it. REFUSED: held (m->held says why) or gone. LATER: m->trouble, and errno. Close

@@ -764,6 +764,8 @@ make_messages() {
     printf 'Subject: stray CR\n\none\rtwo\r\rthree\n\r\nfour\r' | put 7 a@example.edu eva@example.org
     : | put 8 a@example.edu eva@example.org
     printf 'Return-Path-Not: x\nDelivered-To: earlier@hop.example\n\nbody\n' | put 9 a@example.edu eva@example.org
+    # 17 octets again and again: whatever edges there are between what is read, each of them is at every edge once
+    perl -e 'print "Subject: edges\n\n", ".\r\na\r\n\n.b\n..\r\r\n\r." x 20000' | put 10 a@example.edu eva@example.org
     cp -r "$T/queue" "$T/copy"
 }
 # Content octet for octet, envelopes and order, in the three ways of sending, with a receiver not ours.
@@ -772,8 +774,8 @@ check_content() {
     provider
     make_messages
     turn
-    equal "$N_GOT" 9
-    for n in {1..9}; do
+    equal "$N_GOT" 10
+    for n in {1..10}; do
         sed '1,/^$/d' "$T/got/$n" > "$T/body"
         perl -0777 -pe 's/\A((Return-Path|Delivered-To): .*\n)*//' "$T/copy/example.org/new/$n" | wire > "$T/wanted"
         same "$T/wanted" "$T/body" "message $n"
@@ -806,7 +808,7 @@ t_content_into_our_maildir() {
     provider
     make_messages
     customer 0 "127.0.0.1:$PORT"
-    equal "$(mailbox)" 9
+    equal "$(mailbox)" 10
     n=0
     for file in $(ls "$T/mail/example.org/new" | sort -V); do
         n=$((n + 1))

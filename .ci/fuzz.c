@@ -981,7 +981,7 @@ static size_t list_recipients(const struct message *m, char *out, size_t size)
     char address[MAILBOX_MAX + 2];
     struct envelope_reader r;
     size_t count = 0, n = 0;
-    envelope_open(&r, m->fd);
+    envelope_open(&r, m);
     while (message_next_recipient(m, &r, address, sizeof address)) {
         must(mailbox_valid(address) && strlen(address) <= MAILBOX_MAX && strchr(address, '@'));
         for (const char *p = address; *p; p++)

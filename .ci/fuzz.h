@@ -50,6 +50,10 @@
 /* Limits that a few hundred octets of input can reach, and buffers that a short message fills. */
 #undef COPY_SIZE
 #define COPY_SIZE 128
+#undef WIRE_PART
+#define WIRE_PART 20
+#undef MESSAGE_TOP
+#define MESSAGE_TOP 300
 #undef ENDLESS_LINE
 #define ENDLESS_LINE 50000
 #undef REPLIES_IN_FLIGHT
