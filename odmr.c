@@ -2067,6 +2067,7 @@ bool message_scan(struct message *m)
     }
     m->wire_size = (uint64_t)(at - m->start) - t.cr - t.lf + 2 * (t.cr + t.lf - t.crlf);
     m->wire_size += last != '\n' && last != '\r' ? 2 : 0;
+    m->lf_only = t.cr == 0;
     m->eight_bit = t.all > 127;
     return n == 0 && (!m->eight_bit || scan_header(m));
 }
@@ -2107,6 +2108,7 @@ void message_close(struct message *m)
 /* Where content stands on its way out, from one part of it to the next. */
 struct wire {
     bool dots;        /* one that starts a line is doubled, as DATA wants it (RFC 5321, 4.5.2) */
+    bool lf_only;     /* there is no CR to look for */
     uint64_t doubled; /* how many were: they are no part of the content */
     enum { LINE_START, IN_LINE, AFTER_CR } state;
 };
@@ -2126,7 +2128,7 @@ static const char *next_octet(int octet, const char *p, const char *end, const c
  * before. No octet becomes more than two, so that is the room there must be in out. Returns how many they are. */
 static size_t wire_form(struct wire *w, char *out, const char *part, size_t len)
 {
-    const char *p = part, *end = part + len, *lf = NULL, *cr = NULL;
+    const char *p = part, *end = part + len, *lf = NULL, *cr = w->lf_only ? end : NULL;
     char *start = out;
     while (p < end) {
         const char *line_end;
@@ -2155,16 +2157,24 @@ static size_t wire_form(struct wire *w, char *out, const char *part, size_t len)
     return (size_t)(out - start);
 }
 
-/* The lone dot behind DATA's content is left to the caller. False when the file cannot be read to the end that
- * message_scan() saw: then the caller must break the connection, not end the message. */
+/* A message in the queue never changes; what somebody wrote into all the same was scanned in vain. */
+static bool unchanged(const struct message *m)
+{
+    struct stat st;
+    return fstat(m->fd, &st) == 0 && st.st_size == m->size && st.st_mtim.tv_sec == m->arrived.tv_sec &&
+           st.st_mtim.tv_nsec == m->arrived.tv_nsec;
+}
+
+/* The lone dot behind DATA's content is left to the caller. False when this is not what message_scan() saw: then
+ * the caller must break the connection, not end the message. */
 bool message_send(const struct message *m, struct stream *to, bool dots)
 {
     char data[COPY_SIZE];
-    struct wire w = {.dots = dots, .state = LINE_START};
+    struct wire w = {.dots = dots, .lf_only = m->lf_only, .state = LINE_START};
     uint64_t sent = 0;
     off_t at = m->start;
-    ssize_t n = 0;
-    while (!to->broken && (n = message_octets(m, data, sizeof data, at)) > 0) {
+    ssize_t n;
+    while (!to->broken && at < m->size && (n = message_octets(m, data, sizeof data, at)) > 0) {
         at += n;
         for (char *part = data, *end = data + n; part < end; part += WIRE_PART) {
             size_t len = end - part < WIRE_PART ? (size_t)(end - part) : WIRE_PART;
@@ -2177,7 +2187,7 @@ bool message_send(const struct message *m, struct stream *to, bool dots)
         stream_write(to, "\r\n", 2);
         sent += 2;
     }
-    return n == 0 && sent - w.doubled == m->wire_size;
+    return sent - w.doubled == m->wire_size && unchanged(m);
 }
 
 /* Those recipients who are in this part of the message's fate, above the unchanged content. */
@@ -3461,7 +3471,7 @@ static enum result send_data(struct sender *x, struct transaction *t)
         return DONE;
     /* RFC 2920, 3.1: a 354 although every RCPT failed must be honoured, with no content. */
     if (t->accepted > 0 && !message_send(t->message, io, true)) {
-        stream_break(io, "a message in the queue could not be read to its end");
+        stream_break(io, "a message in the queue cannot be read, or somebody wrote into it");
         return LATER;
     }
     trace_line(x->s, PROVIDER, "... %llu octets of message ...",
@@ -3474,7 +3484,7 @@ static enum result send_bdat(struct sender *x, struct transaction *t)
 {
     send_line(x->s, "BDAT %llu LAST", (unsigned long long)t->message->wire_size);
     if (!message_send(t->message, &x->s->io, false)) {
-        stream_break(&x->s->io, "a message in the queue could not be read to its end");
+        stream_break(&x->s->io, "a message in the queue cannot be read, or somebody wrote into it");
         return LATER;
     }
     trace_line(x->s, PROVIDER, "... %llu octets of message ...", (unsigned long long)t->message->wire_size);

@@ -51,7 +51,7 @@
 #define STREAM_IN 16384
 #define STREAM_OUT 131072
 #define TLS_OUT (STREAM_OUT + 4096) /* as TLS records, 16 kB each */
-#define COPY_SIZE 131072
+#define COPY_SIZE 262144
 #define WIRE_PART 4096           /* content becomes its wire form in such parts, twice as long at most */
 #define MESSAGE_TOP 65536        /* so much of a message is kept in memory until it is sent */
 #define LOG_LINE 1024            /* longer lines of the log are cut */
@@ -69,7 +69,7 @@
 #define NETWORKS_MAX 64
 #define LISTEN_BACKLOG 1024
 #define ACCEPT_PAUSE_MS 100
-#define THREAD_STACK (256 << 10) /* octets; only what is touched is used */
+#define THREAD_STACK (512 << 10) /* octets; only what is touched is used */
 #define TIMEOUT_MAX 86400
 #define DEMO_TIMEOUT 30
 #define DEMO_STRANGER "nobody@example.com"
@@ -229,6 +229,7 @@ struct message {
     const char *held;  /* why it is not sent; NULL: it is */
     const char *trouble; /* why it cannot be sent now, if that is not another session's claim */
     uint64_t wire_size; /* octets of content with CRLF line ends */
+    bool lf_only;      /* no CR, anywhere */
     bool eight_bit;    /* octets over 127, anywhere */
     bool utf8, utf8_recipients; /* in the sender's address or in the header; in a recipient's address */
     FILE *refusals;    /* why recipients were refused, REFUSAL_SIZE octets each; NULL: none was */
@@ -517,13 +518,13 @@ bool message_next_recipient(const struct message *m, struct envelope_reader *r, 
 enum result message_open(struct message *m, int queue, const char *path);
 /* Reads the envelope. REFUSED: held. LATER: it could not be read now; m->trouble, and errno. */
 enum result message_read(struct message *m);
-/* Fills in wire_size, eight_bit and utf8. False: it could not be read; errno. */
+/* Fills in wire_size, lf_only, eight_bit and utf8. False: it could not be read; errno. */
 bool message_scan(struct message *m);
 /* Opens, claims, reads and scans. LATER: another session has it, or it cannot be read now. */
 enum result message_claim(struct message *m, int queue, const char *path);
 /* Ends the claim and frees what the message holds, not the struct. */
 void message_close(struct message *m);
-/* Writes the content to the stream; false: the file could not be read as it was scanned. */
+/* Writes the content to the stream; false: it could not be read, or is not what was scanned. */
 bool message_send(const struct message *m, struct stream *to, bool dots);
 /* Leaves only those recipients in the envelope who have not got it. False: all is as before. */
 bool message_rewrite(const struct message *m);

@@ -818,6 +818,33 @@ t_content_into_our_maildir() {
     done
 }
 
+# A message in the queue never changes. If somebody writes into it while it is being sent, it is not ended as if it
+# were whole, and it stays: sent short, or with a CR where none was, it would be another message.
+t_message_that_somebody_writes_into() {
+    local size change file=$T/queue/example.org/new/1.a
+    provider
+    for size in 10 20000; do
+        for change in 'printf more >> "$file"' 'printf "\r" | dd bs=1 seek=90 conv=notrunc of="$file"' 'truncate -s 90 "$file"'; do
+            until_true settled
+            perl -e 'print "Subject: x\n\n", "some line\n" x $ARGV[0]' "$size" | put 1.a a@example.edu eva@example.org
+            touch -d '1 hour ago' "$file"
+            login
+            ask ATRN '^250 '
+            eval "$change" 2> "$T/err"
+            say '220 example.org'; expect_line '^EHLO '
+            say '250 example.org'; expect_line '^MAIL '
+            say '250 OK'; expect_line '^RCPT '
+            say '250 OK'; expect_line '^DATA$'
+            say '354 go on'
+            timeout "$PATIENCE" cat <&"$LINE" > "$T/line"
+            hang_up
+            hasnt "$T/line" $'^\\.\r$' "$size lines, $change"
+            equal "$(waiting)" 1 "$size lines, $change"
+        done
+    done
+    equal "$(grep -c 'a message in the queue cannot be read, or somebody wrote into it; what is not' "$LOG")" 6
+}
+
 # Two domains, null sender, several recipients, one file for each domain in the customer's Maildir.
 t_order_of_arrival() {
     local i
@@ -4914,7 +4941,7 @@ t_bench_prints_its_table() {
     needs smtp-sink make
     run 0 make -s -C "$here" bench SCALE=100
     equal "$(cat "$T/err")" ''
-    equal "$(grep -cE ' +[0-9.]+ s +[0-9.]+ s +[0-9]+\.[0-9]{2} ' "$T/out")" 6 'rows that compare'
+    equal "$(grep -cE ' +[0-9.]+ s +[0-9.]+ s +[0-9]+\.[0-9]{2} ' "$T/out")" 7 'rows that compare'
     equal "$(grep -cE '^([0-9]+ messages, 200 ms: round trips|polls a second|memory of|reply to ATRN|first octet).* [0-9]+\.?[0-9]*' "$T/out")" 9 'other rows'
 }
 

@@ -3,6 +3,7 @@
  *   bench fill DIR DOMAIN N SIZE        N messages of SIZE octets into DIR/DOMAIN/new
  *   bench files DIR DOMAIN N SIZE       the plain loop: create, write, fsync, rename
  *   bench pump [--tls CERT] FILE...     one thread reads the files and writes them to a socket, another reads there
+ *   bench pump --mail FILE...           the same, but as SMTP wants mail: its size told beforehand, lines ended by CRLF
  *   bench take [--tls] PORT USER        a CHUNKING customer that discards what it gets
  *   bench poll PORT USER N              N sessions that hear 453
  *   bench first PORT USER N             N sessions that leave with the first octet of mail
@@ -390,12 +391,58 @@ static void *drain(void *argument)
     return NULL;
 }
 
-static int main_pump(int argc, char **argv)
+static void pump_out(int fd, SSL *ssl, const char *data, ssize_t n)
+{
+    for (ssize_t at = 0, sent; at < n; at += sent)
+        if ((sent = ssl ? SSL_write(ssl, data + at, (int)(n - at)) : write(fd, data + at, (size_t)(n - at))) <= 0)
+            die("write");
+}
+
+/* How large it is with CRLF. */
+static unsigned long long wire_size(int file)
 {
     static char data[BUFFER];
-    bool tls = argc > 2 && strcmp(argv[1], "--tls") == 0;
+    unsigned long long size = 0;
+    off_t at = 0;
+    ssize_t n;
+    while ((n = pread(file, data, sizeof data, at)) > 0) {
+        memset(data + n, 0, sizeof data - (size_t)n);
+        for (ssize_t i = 0; i < n; i += 128) { /* an octet can hold the count of so many */
+            unsigned char newlines = 0;
+            for (ssize_t k = 0; k < 128; k++)
+                newlines += data[i + k] == '\n';
+            size += newlines;
+        }
+        at += n;
+    }
+    return size + (unsigned long long)at;
+}
+
+static ssize_t with_crlf(char *out, const char *data, ssize_t n)
+{
+    const char *end = data + n;
+    char *start = out;
+    while (data < end) {
+        const char *newline = memchr(data, '\n', (size_t)(end - data));
+        size_t len = (size_t)((newline ? newline : end) - data);
+        memcpy(out, data, len);
+        out += len;
+        data += len;
+        if (newline) {
+            *out++ = '\r';
+            *out++ = *data++;
+        }
+    }
+    return out - start;
+}
+
+static int main_pump(int argc, char **argv)
+{
+    static char data[BUFFER], wire[2 * BUFFER];
+    bool tls = argc > 2 && strcmp(argv[1], "--tls") == 0, mail = argc > 1 && strcmp(argv[1], "--mail") == 0;
     struct pump p = {.listener = socket(AF_INET, SOCK_STREAM, 0), .tls = tls};
     struct sockaddr_in a = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK)};
+    unsigned long long told = 0;
     pthread_t thread;
     double start;
     SSL *ssl = NULL;
@@ -406,21 +453,26 @@ static int main_pump(int argc, char **argv)
     if (tls)
         ssl = with_tls(fd, argv[2]);
     start = seconds();
-    for (int i = 1 + 2 * tls; i < argc; i++) {
+    for (int i = 1 + 2 * tls + mail; i < argc; i++) {
         int file = open(argv[i], O_RDONLY);
         ssize_t n;
         if (file < 0)
             die(argv[i]);
+        told += mail ? wire_size(file) : 0;
         while ((n = read(file, data, sizeof data)) > 0)
-            for (ssize_t at = 0, sent; at < n; at += sent)
-                if ((sent = ssl ? SSL_write(ssl, data + at, (int)(n - at)) : write(fd, data + at, (size_t)(n - at))) <= 0)
-                    die("write");
+            if (mail)
+                pump_out(fd, ssl, wire, with_crlf(wire, data, n));
+            else
+                pump_out(fd, ssl, data, n);
         close(file);
     }
     if (ssl)
         SSL_shutdown(ssl);
     close(fd);
     pthread_join(thread, NULL);
+    errno = 0;
+    if (mail && told != p.octets)
+        die("the size that was told");
     printf("%.4f %llu octets\n", seconds() - start, p.octets);
     return 0;
 }
