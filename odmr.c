@@ -5997,6 +5997,7 @@ int demo(bool stepwise, bool tls, enum mechanism mechanism)
     if (!mkdtemp(demo_dir))
         die(EX_CANTCREAT, "demo: cannot make a scratch directory: %s", strerror(errno));
     signal(SIGINT, demo_interrupted);
+    signal(SIGHUP, demo_interrupted);
     signal(SIGTERM, demo_interrupted);
     snprintf(path, sizeof path, "%s/queue", demo_dir);
     p.queue = open_queue(path, true);

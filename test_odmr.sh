@@ -2329,6 +2329,24 @@ t_demo_step_by_step() {
     has "$T/coloured" $'\e'
 }
 
+# Whatever ends it, a key or a terminal that is closed, nothing stays behind.
+t_demo_interrupted() {
+    local signal pid keys dir
+    mkfifo "$T/keys"
+    for signal in INT TERM HUP; do
+        : > "$T/out"
+        "$ODMR" demo --step < "$T/keys" >> "$T/out" 2>&1 & pid=$!; STARTED+=("$pid")
+        exec {keys}> "$T/keys"
+        until_true shows "$T/out" '(Return)'
+        dir=$(readlink /proc/"$pid"/fd/* | sed -n 's,^\(/.*/odmr-demo-[^/]*\)/queue$,\1,p')
+        [ -d "$dir" ] || fail "no such directory: $dir"
+        kill -"$signal" "$pid"
+        wait "$pid"
+        exec {keys}>&-
+        [ ! -e "$dir" ] || fail "after SIG$signal there is still $dir"
+    done
+}
+
 # The same picture of a real session, on either side; hostile lines do not break it.
 t_trace_ladder() {
     local i long

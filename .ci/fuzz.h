@@ -664,7 +664,9 @@ static ssize_t log_write(void *cookie, const char *data, size_t size)
 #undef SSL_set_tlsext_host_name
 #define SSL_new(context) TLS_TOKEN
 #define SSL_free(tls) ((void)(tls))
-#define SSL_set_bio(tls, in, out) ((void)(tls), (void)BIO_free(in))
+#define SSL_set0_rbio(tls, bio) ((void)(tls), (void)BIO_free(bio))
+#define SSL_set0_wbio(tls, bio) ((void)(tls), BIO_free_all(bio))
+#define SSL_get_wbio(tls) ((void)(tls), (BIO *)NULL)
 #define SSL_get0_param(tls) ((X509_VERIFY_PARAM *)NULL)
 #define X509_VERIFY_PARAM_set1_ip_asc(p, host) 1
 #define SSL_set1_host(tls, host) 1
