@@ -4988,6 +4988,11 @@ mail_of_every_fate() {
     { letter last; for ((i = 0; i < ${1:-5}; i++)); do printf '%079d\n' "$i"; done; } | put 1700000008.a s@example.edu eva@example.org
     begin_audit
 }
+# And before them one that is a little longer than what is kept in memory: the rest must be read while it is sent.
+mail_of_long_fate() {
+    { letter long; for ((i = 0; i < 820; i++)); do printf '%079d\n' "$i"; done; } | put 1700000000.a s@example.edu eva@example.org
+    mail_of_every_fate
+}
 # A single letter: whatever keeps it, the reply must not be that there is no mail.
 mail_of_one_fate() {
     put_letter one 1700000001.a s@example.edu eva@example.org
@@ -5436,6 +5441,7 @@ torture_fail_to_claim() {
 # taken for a part of it.
 # share: 5
 torture_fail_to_read() {
+    FATE=long
     fail_everywhere provider 20 '0 75' pread
 }
 # share: 3
