@@ -1857,8 +1857,8 @@ bool clean_domain(void *context, int queue, const char *domain)
 
 /* ---- One message: claim, look through, send, take out ----
  *
- * Its envelope is walked over several times, its content read twice. Most mail is short: its top, which for most is
- * all of it, is read once and kept until it is sent. */
+ * Its envelope is walked over several times, its content read twice. Most mail is short: of a claimed message the
+ * top, which for most is all of it, is read once and kept until it is sent. */
 
 /* Without memory for it the message has no top, and everything is read from the file. */
 static void message_keep_top(struct message *m)
@@ -1991,9 +1991,7 @@ enum result message_open(struct message *m, int queue, const char *path)
 
 enum result message_read(struct message *m)
 {
-    enum result result;
-    message_keep_top(m);
-    result = message_read_envelope(m);
+    enum result result = message_read_envelope(m);
     for (const char *p = m->path; *p != '/'; p++)
         if (isupper((unsigned char)*p))
             return message_hold(m, "its directory is not in lower case, and no ATRN looks there");
@@ -2086,6 +2084,7 @@ enum result message_claim(struct message *m, int queue, const char *path)
         return errno == ENOENT ? REFUSED : message_trouble(m, "its name cannot be looked up");
     if (st.st_ino != m->inode || st.st_dev != m->device)
         return LATER;
+    message_keep_top(m);
     result = message_read(m);
     if (result == DONE && !message_scan(m))
         result = message_trouble(m, "it cannot be read to its end");

@@ -255,6 +255,26 @@ static int by_size(const void *left, const void *right)
     return (a > b) - (a < b);
 }
 
+/* ATRN until it is granted; 451 is the answer while the session before has not let go of its message. Returns when
+ * the one that was granted was sent. */
+static double turn_round(struct line *l)
+{
+    char reply[1024] = "";
+    double start = 0;
+    for (int i = 0; i < 100 && strncmp(reply, "250", 3) != 0; i++) {
+        usleep(reply[0] ? 20000 : 0);
+        start = seconds();
+        give(l, "ATRN\r\n");
+        hear(l, reply, sizeof reply);
+        if (strncmp(reply, "250", 3) != 0 && strncmp(reply, "451", 3) != 0)
+            break;
+    }
+    errno = 0;
+    if (strncmp(reply, "250", 3) != 0)
+        die(reply);
+    return start;
+}
+
 static int main_first(int argc, char **argv)
 {
     static struct line l;
@@ -268,9 +288,7 @@ static int main_first(int argc, char **argv)
         l.at = l.end = 0;
         l.fd = connected(atoi(argv[1]));
         log_in(&l, argv[2]);
-        start = seconds();
-        give(&l, "ATRN\r\n");
-        expect(&l, "250", text, sizeof text);
+        start = turn_round(&l);
         to_reply[i] = seconds() - start;
         give(&l, "220 bench.example\r\n");
         hear(&l, text, sizeof text);
@@ -282,7 +300,6 @@ static int main_first(int argc, char **argv)
             die("no mail");
         to_mail[i] = seconds() - start;
         close(l.fd);
-        usleep(20000); /* until the claim is gone */
     }
     qsort(to_reply, (size_t)n, sizeof *to_reply, by_size);
     qsort(to_mail, (size_t)n, sizeof *to_mail, by_size);
