@@ -390,6 +390,7 @@ void stream_init(struct stream *s, int fd, int timeout)
     s->in_at = s->in_end = s->out_end = 0;
     s->line_octets = 0;
     s->waits = 0;
+    s->sent = 0;
 }
 
 void stream_break(struct stream *s, const char *why)
@@ -401,6 +402,7 @@ void stream_break(struct stream *s, const char *why)
 /* How long the operation that starts now may take: the patience for one wait, cut by the deadline. */
 static void set_patience(struct stream *s)
 {
+    s->sent = 0;
     s->until = now_ms() + (int64_t)s->timeout * 1000;
     if (s->deadline && s->deadline < s->until)
         s->until = s->deadline;
@@ -463,6 +465,8 @@ static ssize_t socket_write(struct stream *s, const void *data, size_t size)
         socket_wait(s, POLLOUT);
     if (n < 0)
         stream_break(s, "the connection was lost");
+    else if ((s->sent += (size_t)n) >= PATIENCE_OCTETS) /* it does read */
+        set_patience(s);
     return n;
 }
 
@@ -1503,7 +1507,7 @@ struct accounts *accounts_load(const char *path, char *why, size_t why_size)
  * A queued message is an RFC 5322 message below a block of header fields that the last delivery agent
  * wrote: Return-Path, Delivered-To, X-Original-To, Envelope-To, Delivery-Date, in any order, and nothing
  * else. That block is its envelope. It may be as long as it likes, 100,000 recipients say, so it is never
- * held in memory: a reader walks over it, address by address, as often as somebody wants to know. */
+ * held in memory as a whole: a reader walks over it, address by address, as often as somebody wants to know. */
 
 static const struct {
     const char *name;
@@ -1860,7 +1864,7 @@ bool clean_domain(void *context, int queue, const char *domain)
  * Its envelope is walked over several times, its content read twice. Most mail is short: of a claimed message the
  * top, which for most is all of it, is read once and kept until it is sent. */
 
-/* Without memory for it the message has no top, and everything is read from the file. */
+/* If there is no memory for it, or it cannot be read, the top is empty, and everything is read from the file. */
 static void message_keep_top(struct message *m)
 {
     size_t size = m->size < MESSAGE_TOP ? (size_t)m->size : MESSAGE_TOP;
@@ -2164,16 +2168,30 @@ static bool unchanged(const struct message *m)
            st.st_mtim.tv_nsec == m->arrived.tv_nsec;
 }
 
+/* The next octets of the content, none behind what was scanned. -1: they cannot be read; or these would be the last,
+ * and the file is not what it was: then they must not leave, for with BDAT the last octet ends a message. */
+static ssize_t scanned_octets(const struct message *m, char data[COPY_SIZE], off_t at)
+{
+    size_t left = (size_t)(m->size - at);
+    ssize_t n = message_octets(m, data, left < COPY_SIZE ? left : COPY_SIZE, at);
+    if ((n == 0 && left > 0) || (n == (ssize_t)left && !unchanged(m)))
+        return -1;
+    return n;
+}
+
 /* The lone dot behind DATA's content is left to the caller. False when this is not what message_scan() saw: then
  * the caller must break the connection, not end the message. */
 bool message_send(const struct message *m, struct stream *to, bool dots)
 {
+    _Static_assert(COPY_SIZE % WIRE_PART == 0, "no part starts behind the buffer");
     char data[COPY_SIZE];
     struct wire w = {.dots = dots, .lf_only = m->lf_only, .state = LINE_START};
     uint64_t sent = 0;
     off_t at = m->start;
-    ssize_t n;
-    while (!to->broken && at < m->size && (n = message_octets(m, data, sizeof data, at)) > 0) {
+    do {
+        ssize_t n = scanned_octets(m, data, at);
+        if (n < 0)
+            return false;
         at += n;
         for (char *part = data, *end = data + n; part < end; part += WIRE_PART) {
             size_t len = end - part < WIRE_PART ? (size_t)(end - part) : WIRE_PART;
@@ -2181,12 +2199,12 @@ bool message_send(const struct message *m, struct stream *to, bool dots)
             stream_add(to, made);
             sent += made;
         }
-    }
+    } while (at < m->size && !to->broken);
     if (w.state == IN_LINE) {
         stream_write(to, "\r\n", 2);
         sent += 2;
     }
-    return sent - w.doubled == m->wire_size && unchanged(m);
+    return sent - w.doubled == m->wire_size;
 }
 
 /* Those recipients who are in this part of the message's fate, above the unchanged content. */
@@ -2209,10 +2227,11 @@ static bool write_part(const struct message *m, bool refused, FILE *out)
 }
 
 /* Written to tmp, under a name of its own, and on disk before the name leads to it, so that a crash leaves either
- * the old or the new. It keeps the time of arrival; only then, for what is old in tmp is taken for debris. */
+ * the old or the new, and with the time of arrival, for it must not change any more once it is there. The time of
+ * the last access stays: what is old by both is taken for debris in tmp. */
 static bool message_copy(const struct message *m, bool refused, const char *maildir, const char *name, const char *to)
 {
-    struct timespec times[2] = {m->arrived, m->arrived};
+    struct timespec times[2] = {{.tv_nsec = UTIME_OMIT}, m->arrived};
     char tmp[PATH_MAX];
     FILE *out = NULL;
     bool done;
@@ -2224,10 +2243,11 @@ static bool message_copy(const struct message *m, bool refused, const char *mail
     out = fd < 0 ? NULL : fdopen(fd, "w");
     if (fd < 0)
         return false;
-    done = out && write_part(m, refused, out) && renameat(m->queue, tmp, m->queue, to) == 0;
+    done = out && write_part(m, refused, out);
     if (done)
         futimens(fd, times);
-    else
+    done = done && renameat(m->queue, tmp, m->queue, to) == 0;
+    if (!done)
         unlinkat(m->queue, tmp, 0);
     if (out)
         fclose(out);
@@ -5784,15 +5804,15 @@ int provider_run(struct provider *p)
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->session_ended, NULL);
     pthread_attr_init(&p->thread_attributes);
-    pthread_attr_setdetachstate(&p->thread_attributes, PTHREAD_CREATE_DETACHED);
     pthread_attr_setstacksize(&p->thread_attributes, THREAD_STACK);
     for (size_t i = 0; i < p->socket_count; i++) {
         name_of_socket(p->sockets[i], name, sizeof name);
         log_event(NULL, "listening on %s", name);
     }
-    cared_for = pthread_create(&care, NULL, caretaker, p) == 0;
+    cared_for = pthread_create(&care, &p->thread_attributes, caretaker, p) == 0;
     if (!cared_for)
         log_event(NULL, "no thread to look after old mail; the rest works");
+    pthread_attr_setdetachstate(&p->thread_attributes, PTHREAD_CREATE_DETACHED);
     serve(p);
     for (size_t i = 0; i < p->socket_count; i++)
         close(p->sockets[i]);
@@ -5996,7 +6016,8 @@ int demo(bool stepwise, bool tls, enum mechanism mechanism)
     if (!mkdtemp(demo_dir))
         die(EX_CANTCREAT, "demo: cannot make a scratch directory: %s", strerror(errno));
     signal(SIGINT, demo_interrupted);
-    signal(SIGHUP, demo_interrupted);
+    if (signal(SIGHUP, demo_interrupted) == SIG_IGN)
+        signal(SIGHUP, SIG_IGN); /* nohup */
     signal(SIGTERM, demo_interrupted);
     snprintf(path, sizeof path, "%s/queue", demo_dir);
     p.queue = open_queue(path, true);

@@ -48,10 +48,11 @@
 #define REPLIES_IN_FLIGHT 320    /* times 512 octets: under RECEIVE_BUFFER, see the sender */
 #define RECEIVE_BUFFER 212992    /* octets: what Linux grants by default (net.core.rmem_max) */
 #define PASSING_MAX 1024         /* replies the onlooker of --smtp and --exec can expect */
+#define PATIENCE_OCTETS 16384    /* a peer that has taken so many has its whole time for the next */
 #define STREAM_IN 16384
 #define STREAM_OUT 131072
 #define TLS_OUT (STREAM_OUT + 4096) /* as TLS records, 16 kB each */
-#define COPY_SIZE 262144
+#define COPY_SIZE 131072
 #define WIRE_PART 4096           /* content becomes its wire form in such parts, twice as long at most */
 #define MESSAGE_TOP 65536        /* so much of a message is kept in memory until it is sent */
 #define LOG_LINE 1024            /* longer lines of the log are cut */
@@ -136,6 +137,7 @@ struct stream {
     int timeout;       /* seconds for one wait */
     int64_t deadline;  /* now_ms() at which waiting ends in any case; 0: none */
     int64_t until;     /* end of the wait under way */
+    size_t sent;       /* octets since that was set */
     const char *broken; /* why nothing works any more; NULL while it does */
     bool woken, timed_out, tls_failed;
     bool line_records;   /* of TLS: fetchmail 6.4 waits on the socket though its TLS library holds more lines */
@@ -220,7 +222,7 @@ struct message {
     dev_t device;
     ino_t inode;
     struct timespec arrived;
-    char *top;         /* its first octets, as long as that is of use; NULL: they must be read */
+    char *top;         /* its first octets, top_len of them; freed, and none, once they are of no more use */
     size_t top_len;
     enum field field;  /* the one that names its recipients */
     size_t recipients;

@@ -819,30 +819,54 @@ t_content_into_our_maildir() {
 }
 
 # A message in the queue never changes. If somebody writes into it while it is being sent, it is not ended as if it
-# were whole, and it stays: sent short, or with a CR where none was, it would be another message.
+# were whole, and it stays: sent short, or with a CR where none was, it would be another message. Nor does what was
+# written behind its end leave, which after BDAT would be commands.
 t_message_that_somebody_writes_into() {
     local size change file=$T/queue/example.org/new/1.a
     provider
-    for size in 10 20000; do
-        for change in 'printf more >> "$file"' 'printf "\r" | dd bs=1 seek=90 conv=notrunc of="$file"' 'truncate -s 90 "$file"'; do
-            until_true settled
-            perl -e 'print "Subject: x\n\n", "some line\n" x $ARGV[0]' "$size" | put 1.a a@example.edu eva@example.org
-            touch -d '1 hour ago' "$file"
-            login
-            ask ATRN '^250 '
-            eval "$change" 2> "$T/err"
-            say '220 example.org'; expect_line '^EHLO '
-            say '250 example.org'; expect_line '^MAIL '
-            say '250 OK'; expect_line '^RCPT '
-            say '250 OK'; expect_line '^DATA$'
-            say '354 go on'
-            timeout "$PATIENCE" cat <&"$LINE" > "$T/line"
-            hang_up
-            hasnt "$T/line" $'^\\.\r$' "$size lines, $change"
-            equal "$(waiting)" 1 "$size lines, $change"
+    for OFFER in '' 'PIPELINING CHUNKING'; do
+        for size in 10 20000; do
+            for change in 'yes more | head -n 40000 >> "$file"' 'printf "\r" | dd bs=1 seek=90 conv=notrunc of="$file"' 'truncate -s 90 "$file"'; do
+                until_true settled
+                perl -e 'print "Subject: x\n\n", "some line\n" x $ARGV[0]' "$size" | put 1.a a@example.edu eva@example.org
+                touch -d '1 hour ago' "$file"
+                login
+                ask ATRN '^250 '
+                eval "$change" 2> "$T/err"
+                say '220 example.org'; expect_line '^EHLO '
+                offer_extensions
+                printf '%s\r\n' '250 OK' '250 OK' '354 go on' >&"$LINE"
+                timeout "$PATIENCE" cat <&"$LINE" > "$T/line"
+                hang_up
+                perl -0777 -ne '/^DATA\r\n.*^\.\r\n/ms || /^BDAT (\d+) LAST\r\n(.*)/ms && length $2 >= $1 || /more/ and die "a whole message\n"' \
+                    "$T/line" 2> "$T/err" || fail "$OFFER: $size lines, $change: $(cat "$T/err")"
+                equal "$(waiting)" 1 "$OFFER: $size lines, $change"
+            done
         done
     done
-    equal "$(grep -c 'a message in the queue cannot be read, or somebody wrote into it; what is not' "$LOG")" 6
+    equal "$(grep -c 'a message in the queue cannot be read, or somebody wrote into it; what is not' "$LOG")" 12
+}
+
+# What is rewritten, for some have got it and some have not, never changes either once its name leads to it.
+t_rewritten_message_has_its_time() {
+    [ -z "${SANITIZED:-}" ] || skip 'a sanitizer does not stand what makes calls fail'
+    run 0 make -s -C "$here" build/fail.so
+    put_letter one 1700000001.a a@example.edu eva@example.org bob@example.org
+    cp "$T/queue/example.org/new/1700000001.a" "$T/before"
+    touch -d '1 hour ago' "$T/queue/example.org/new/1700000001.a"
+    ANSWERS['RCPT TO:<bob@example.org>']='450 4.2.0 later'
+    AROUND=(env FAIL=futimens FAIL_AT=1 FAIL_ERRNO=KILL FAIL_FROM=accept4 FAIL_LOG="$T/fired" LD_PRELOAD="$here/build/fail.so")
+    provider
+    turn
+    wait "$PROVIDER"
+    has "$T/fired" '^fired$'
+    same "$T/before" "$T/queue/example.org/new/1700000001.a"
+    AROUND=()
+    provider
+    turn
+    until_true settled
+    equal "$(grep -h Delivered-To "$T/queue/example.org/new"/*)" 'Delivered-To: bob@example.org'
+    [ "$T/queue/example.org/new/1700000001.a" -ot "$T/before" ] || fail 'it has not kept its time of arrival'
 }
 
 # Two domains, null sender, several recipients, one file for each domain in the customer's Maildir.
@@ -4575,6 +4599,13 @@ t_judge_our_provider() {
     equal "$(grep -c '^[4-8][0-9.]*-[a-z] ' "$T/out")" 38
     equal "$(waiting)" 0
     has "$T/out" '^MUST and MUST NOT: 5 pass, 0 fail, 1 not observable\. Prose: 21 pass, 0 fail, 5 not observable\.$'
+}
+# The judge speaks in the clear; what stands between is socat.
+t_judge_a_provider_behind_tls() {
+    OVER_TLS=yes
+    provider
+    judged_provider 0 --only 5.1.1-b,5.2.1-a,5.2.1-e,5.3-c,6-a
+    equal "$(verdicts pass)" '5.1.1-b 5.2.1-a 5.2.1-e 5.3-c 6-a '
 }
 t_judge_our_customer() {
     judged_customer 0 --atrn-wait 2

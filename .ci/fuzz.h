@@ -51,7 +51,7 @@
 #undef COPY_SIZE
 #define COPY_SIZE 128
 #undef WIRE_PART
-#define WIRE_PART 20
+#define WIRE_PART 16
 #undef MESSAGE_TOP
 #define MESSAGE_TOP 300
 #undef ENDLESS_LINE
