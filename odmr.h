@@ -70,7 +70,7 @@
 #define NETWORKS_MAX 64
 #define LISTEN_BACKLOG 1024
 #define ACCEPT_PAUSE_MS 100
-#define THREAD_STACK (512 << 10) /* octets; only what is touched is used */
+#define THREAD_STACK (1 << 20)  /* octets; only what is touched is used */
 #define TIMEOUT_MAX 86400
 #define DEMO_TIMEOUT 30
 #define DEMO_STRANGER "nobody@example.com"
