@@ -2071,6 +2071,10 @@ bool message_scan(struct message *m)
     m->wire_size += last != '\n' && last != '\r' ? 2 : 0;
     m->lf_only = t.cr == 0;
     m->eight_bit = t.all > 127;
+    if (n == 0 && at != m->size) { /* somebody is still writing it, in new, where it should be whole */
+        errno = EBUSY;
+        return false;
+    }
     return n == 0 && (!m->eight_bit || scan_header(m));
 }
 

@@ -520,7 +520,7 @@ bool message_next_recipient(const struct message *m, struct envelope_reader *r, 
 enum result message_open(struct message *m, int queue, const char *path);
 /* Reads the envelope. REFUSED: held. LATER: it could not be read now; m->trouble, and errno. */
 enum result message_read(struct message *m);
-/* Fills in wire_size, lf_only, eight_bit and utf8. False: it could not be read; errno. */
+/* Fills in wire_size, lf_only, eight_bit and utf8. False: it could not be read, or it grows or shrinks; errno. */
 bool message_scan(struct message *m);
 /* Opens, claims, reads and scans. LATER: another session has it, or it cannot be read now. */
 enum result message_claim(struct message *m, int queue, const char *path);

@@ -847,6 +847,26 @@ t_message_that_somebody_writes_into() {
     equal "$(grep -c 'a message in the queue cannot be read, or somebody wrote into it; what is not' "$LOG")" 12
 }
 
+# One that is written in new, not in tmp as it should be, is left alone until it is whole.
+t_message_that_is_still_being_written() {
+    local i file=$T/queue/example.org/new/1.a
+    provider
+    perl -e 'print "Subject: x\n\n", "some line\n" x 1000000' | put 1.a a@example.edu eva@example.org
+    timeout "$PATIENCE" perl -e 'open my $f, ">>", $ARGV[0] or die; syswrite $f, "more\n" while -e $ARGV[1]' "$file" "$T/accounts" &
+    STARTED+=($!)
+    for i in {1..50}; do
+        login
+        say ATRN
+        expect '^(250|451) '
+        hang_up
+        until_true settled
+        [[ $ANSWER != 451* ]] || break
+    done
+    kill "${STARTED[-1]}"
+    match "$ANSWER" '^451 ' 'to a message that grows'
+    has "$LOG" 'cannot send example.org/new/1.a now: it cannot be read to its end (Device or resource busy)$'
+}
+
 # What is rewritten, for some have got it and some have not, never changes either once its name leads to it.
 t_rewritten_message_has_its_time() {
     run 0 make -s -C "$here" build/fail.so
@@ -1528,7 +1548,6 @@ t_customer_cannot_write() {
     equal "$(mailbox) $(waiting)" '2 0'
 }
 
-# What each answer means for the script that runs us.
 # A provider that says nothing but nonsense is left after a hundred of it, of whatever kind.
 t_customer_leaves_a_babbler() {
     serve peer_babbler
@@ -1545,6 +1564,7 @@ peer_babbler() {
     closed
 }
 
+# What each answer means for the script that runs us.
 t_customer_exit_codes() {
     local code reply
     serve peer_atrn
