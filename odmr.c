@@ -35,6 +35,7 @@
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <sysexits.h>
+#include <syslog.h>
 #include <termios.h>
 #include <time.h>
 #include <unistd.h>
@@ -73,10 +74,11 @@ __attribute__((format(printf, 2, 0))) static void print_line(const char *prefix,
     fprintf(stderr, "%s%s\n", prefix, safe);
 }
 
-void log_event(const struct session *s, const char *fmt, ...)
+void log_event(const struct session *s, int priority, const char *fmt, ...)
 {
     char prefix[48] = "odmr: ";
     va_list args;
+    (void)priority;
     if (s && s->muted)
         return;
     if (s)
@@ -1844,7 +1846,7 @@ static void clean_tmp(int queue, const char *maildir)
         if (entry->d_name[0] != '.' && fstatat(fd, entry->d_name, &st, AT_SYMLINK_NOFOLLOW) == 0 &&
             S_ISREG(st.st_mode) && time(NULL) - st.st_mtime > TMP_AGE && time(NULL) - st.st_atime > TMP_AGE &&
             unlinkat(fd, entry->d_name, 0) == 0)
-            log_event(NULL, "removed %s/%s: never finished, and 36 hours old", path, entry->d_name);
+            log_event(NULL, LOG_NOTICE, "removed %s/%s: never finished, and 36 hours old", path, entry->d_name);
     if (dir)
         closedir(dir);
 }
@@ -2496,7 +2498,7 @@ static enum result auth_failed(struct session *s, const char *name)
 {
     struct pollfd wake = {.fd = s->io.wake_fd, .events = POLLIN};
     int64_t left = s->responded + AUTH_FAILURE_MS - now_ms();
-    log_event(s, "authentication failed for \"%s\" from %s", name, s->peer);
+    log_event(s, LOG_WARNING, "authentication failed for \"%s\" from %s", name, s->peer);
     poll(&wake, 1, left > 0 ? (int)left : 0);
     send_line(s, "535 Authentication failed");
     if (++s->auth_failures >= AUTH_FAILURES)
@@ -2508,13 +2510,13 @@ static enum result auth_succeeded(struct session *s, const struct account *accou
 {
     s->account = account;
     send_line(s, "235 now authenticated as %s", account->name);
-    log_event(s, "authenticated as %s (%s)", account->name, mechanism);
+    log_event(s, LOG_INFO, "authenticated as %s (%s)", account->name, mechanism);
     return DONE; /* from here on, not before, the session counts as authenticated (5.1.2-b) */
 }
 
 static enum result auth_unavailable(struct session *s)
 {
-    log_event(s, "authentication is not possible just now: OpenSSL cannot compute");
+    log_event(s, LOG_ERR, "authentication is not possible just now: OpenSSL cannot compute");
     send_line(s, "454 Temporary authentication failure");
     return REFUSED;
 }
@@ -2871,7 +2873,7 @@ static bool starttls_command(struct session *s)
         refuse(s, "454 TLS not available just now");
     } else {
         if (stream_discard_input(&s->io))
-            log_event(s, "%s sent something behind STARTTLS in the clear; it is thrown away", s->peer);
+            log_event(s, LOG_WARNING, "%s sent something behind STARTTLS in the clear; it is thrown away", s->peer);
         send_line(s, "220 Ready to start TLS");
         s->greeted = false;
         snprintf(s->peer_name, sizeof s->peer_name, "unknown");
@@ -2937,7 +2939,7 @@ static enum result claim_next(struct session *s, struct backlog *b, struct messa
     const char *busy = NULL;
     *claimed = NULL;
     if (!m) {
-        log_event(s, "out of memory; the mail that waits stays queued");
+        log_event(s, LOG_ERR, "out of memory; the mail that waits stays queued");
         return LATER;
     }
     while (b->next < b->count) {
@@ -2947,9 +2949,9 @@ static enum result claim_next(struct session *s, struct backlog *b, struct messa
             return DONE;
         }
         if (m->held)
-            log_event(s, "held %s: %s", m->path, m->held);
+            log_event(s, LOG_WARNING, "held %s: %s", m->path, m->held);
         else if (m->trouble)
-            log_event(s, "cannot send %s now: %s (%s)", m->path, m->trouble, strerror(errno));
+            log_event(s, LOG_WARNING, "cannot send %s now: %s (%s)", m->path, m->trouble, strerror(errno));
         else if (got == LATER)
             busy = m->path;
         if (got == LATER)
@@ -2958,7 +2960,7 @@ static enum result claim_next(struct session *s, struct backlog *b, struct messa
     }
     free(m);
     if (busy)
-        log_event(s, "%s is left for later: another session is at work on it", busy);
+        log_event(s, LOG_INFO, "%s is left for later: another session is at work on it", busy);
     return result;
 }
 
@@ -2999,7 +3001,7 @@ static enum result atrn_command(struct session *s)
         return REFUSED;
     }
     if (!atrn_domains(s)) { /* (5.2.1-e): not even for those it has access to; (5.2.1-f): 450 */
-        log_event(s, "ATRN refused: %s has no access to all of %s", s->account->name, s->argument);
+        log_event(s, LOG_WARNING, "ATRN refused: %s has no access to all of %s", s->account->name, s->argument);
         send_line(s, "450 ATRN request refused");
         return REFUSED;
     }
@@ -3009,14 +3011,14 @@ static enum result atrn_command(struct session *s)
     }
     got = backlog_read(&s->backlog, s->provider->queue, s->asked);
     if (got != DONE)
-        log_event(s, "the queue of %s cannot be read: %s", s->asked, strerror(errno));
+        log_event(s, LOG_ERR, "the queue of %s cannot be read: %s", s->asked, strerror(errno));
     else
         got = claim_next(s, &s->backlog, &s->first);
     if (got == DONE) { /* (5.2.1-j) */
         send_line(s, "250 OK now reversing the connection");
         return DONE;
     }
-    log_event(s, "ATRN %s: %s", s->asked, got == LATER ? "not now" : "no mail");
+    log_event(s, LOG_INFO, "ATRN %s: %s", s->asked, got == LATER ? "not now" : "no mail");
     backlog_free(&s->backlog);
     if (got == LATER)
         send_line(s, "451 Unable to process ATRN request now"); /* (5.2.1-k) */
@@ -3208,13 +3210,14 @@ static bool hand_over_notice(const struct provider *p, FILE *notice, const struc
     rewind(notice);
     problem = start_program(argv, fileno(notice), -1, &pid);
     if (problem) {
-        log_event(s, "%s: %s; the notice about %s cannot be sent, and the message stays", p->sendmail,
+        log_event(s, LOG_ERR, "%s: %s; the notice about %s cannot be sent, and the message stays", p->sendmail,
                   strerror(problem), m->path);
         return false;
     }
     status = finish_program(pid, NOTICE_TIMEOUT);
     if (status != 0)
-        log_event(s, "%s did not take the notice about %s (exit %d); the message stays", p->sendmail, m->path, status);
+        log_event(s, LOG_ERR,
+                  "%s did not take the notice about %s (exit %d); the message stays", p->sendmail, m->path, status);
     return status == 0;
 }
 
@@ -3225,19 +3228,20 @@ static bool return_refused(const struct provider *p, const struct session *s, co
     bool done;
     if (m->sender[0] == '\0') {
         done = message_set_aside(m);
-        log_event(s, done ? "%s, from the null sender, is set aside in " UNDELIVERABLE
+        log_event(s, done ? LOG_NOTICE : LOG_ERR, done ? "%s, from the null sender, is set aside in " UNDELIVERABLE
                           : "%s, from the null sender, cannot be set aside, and stays", m->path);
         return done;
     }
     notice = scratch_file();
     done = notice && write_notice(notice, p->name, s, m);
     if (!done)
-        log_event(s, "the notice about %s cannot be written (%s); the message stays", m->path, strerror(errno));
+        log_event(s, LOG_ERR,
+                  "the notice about %s cannot be written (%s); the message stays", m->path, strerror(errno));
     done = done && hand_over_notice(p, notice, m, s);
     if (notice)
         fclose(notice);
     if (done)
-        log_event(s, "returned %s to <%s>", m->path, m->sender);
+        log_event(s, LOG_NOTICE, "returned %s to <%s>", m->path, m->sender);
     return done;
 }
 
@@ -3256,11 +3260,11 @@ static void message_settle(const struct provider *p, const struct session *s, st
     }
     if (count[DELIVERED] + count[RETURNED] == m->recipients) {
         if (!message_remove(m))
-            log_event(s, "cannot remove %s (%s): it will be sent again", m->path, strerror(errno));
+            log_event(s, LOG_ERR, "cannot remove %s (%s): it will be sent again", m->path, strerror(errno));
         else if (count[DELIVERED] > 0)
-            log_event(s, "delivered %s, %llu octets", m->path, (unsigned long long)m->wire_size);
+            log_event(s, LOG_INFO, "delivered %s, %llu octets", m->path, (unsigned long long)m->wire_size);
     } else if (count[DELIVERED] + count[RETURNED] > 0 && !message_rewrite(m)) {
-        log_event(s, "cannot rewrite the envelope of %s (%s): all its recipients get it again", m->path,
+        log_event(s, LOG_ERR, "cannot rewrite the envelope of %s (%s): all its recipients get it again", m->path,
                   strerror(errno));
     }
 }
@@ -3327,7 +3331,7 @@ static void note_verdict(struct sender *x, struct message *m, size_t i, const st
     else
         x->refused++;
     if (result != DONE)
-        log_event(x->s, "%s: recipient %zu %s: %d %s", m->path, i + 1,
+        log_event(x->s, LOG_INFO, "%s: recipient %zu %s: %d %s", m->path, i + 1,
                   result == LATER ? "deferred" : "refused", r->code, r->text);
 }
 
@@ -3554,7 +3558,7 @@ static bool refuse_beforehand(struct sender *x, struct message *m)
         if (m->fate[i] == OWED && customer_cannot_take(x, m, address, &why))
             note_verdict(x, m, i, &why);
     if (r.wrong)
-        log_event(x->s, "%s: %s; it stays", m->path, r.wrong);
+        log_event(x->s, LOG_ERR, "%s: %s; it stays", m->path, r.wrong);
     return !r.wrong;
 }
 
@@ -3695,11 +3699,12 @@ static void reversed_state(struct session *s)
         s->first = NULL;
     }
     backlog_free(&s->backlog);
-    log_event(s, "%s: %zu messages, %llu octets, recipients: %zu delivered, %zu deferred, %zu refused; %lu waits",
+    log_event(s, LOG_INFO,
+              "%s: %zu messages, %llu octets, recipients: %zu delivered, %zu deferred, %zu refused; %lu waits",
               s->account->name, x.messages, (unsigned long long)x.octets, x.delivered, x.deferred, x.refused,
               s->io.waits);
     if (result != DONE)
-        log_event(s, "the reversed session ended early: %s; what is not delivered stays queued",
+        log_event(s, LOG_WARNING, "the reversed session ended early: %s; what is not delivered stays queued",
                   s->io.broken ? s->io.broken : "the customer does not take mail");
 }
 
@@ -3715,13 +3720,13 @@ static bool tls_at_once(struct session *s)
 /* (4-b): authenticate, ask, turn, and SMTP on the same connection. */
 void provider_session(struct session *s)
 {
-    log_event(s, "%s connected", s->peer);
+    log_event(s, LOG_INFO, "%s connected", s->peer);
     s->io.wake_fd = s->provider->wake_fd;
     s->io.deadline = now_ms() + (int64_t)s->provider->login_timeout * 1000;
     if ((!s->tls_at_once || tls_at_once(s)) && initial_state(s) == DONE &&
         authenticated_state(s) == DONE)
         reversed_state(s);
-    log_event(s, "%s disconnected%s%s", s->peer, s->io.broken ? ": " : "", s->io.broken ? s->io.broken : "");
+    log_event(s, LOG_INFO, "%s disconnected%s%s", s->peer, s->io.broken ? ": " : "", s->io.broken ? s->io.broken : "");
     stream_close(&s->io);
 }
 
@@ -3741,7 +3746,7 @@ static void expire_message(const struct provider *p, const char *path)
         for (size_t i = 0; i < m.recipients; i++)
             if (m.fate[i] == OWED && keep_refusal(&m, i, &why))
                 m.fate[i] = REJECTED;
-        log_event(NULL, "%s: not collected for %d days", path, p->max_age);
+        log_event(NULL, LOG_NOTICE, "%s: not collected for %d days", path, p->max_age);
         message_settle(p, NULL, &m);
     }
     message_close(&m);
@@ -3755,7 +3760,8 @@ static bool care_for_domain(void *context, int queue, const char *domain)
     clean_domain(NULL, queue, domain);
     if (p->max_age > 0) {
         if (backlog_read(&b, queue, domain) != DONE)
-            log_event(NULL, "%s: its mail cannot be listed (%s), and none is returned", domain, strerror(errno));
+            log_event(NULL, LOG_ERR,
+                      "%s: its mail cannot be listed (%s), and none is returned", domain, strerror(errno));
         else
             for (size_t i = 0; i < b.count && b.list[i].second <= oldest && !atomic_load(&p->stopping); i++)
                 expire_message(p, b.list[i].path);
@@ -3903,7 +3909,7 @@ static void discard_deliveries(struct delivery *d, size_t count)
 
 static bool cannot_write(const struct receiver *rx)
 {
-    log_event(rx->s, "cannot write the message (%s); it stays with the provider", strerror(errno));
+    log_event(rx->s, LOG_ERR, "cannot write the message (%s); it stays with the provider", strerror(errno));
     return false;
 }
 
@@ -4134,7 +4140,7 @@ static void show_summary(const struct session *s, const char *what, size_t messa
     if (s->progress && s->last_progress > 0)
         fprintf(stderr, "\r%*s\r", PROGRESS_WIDTH, "");
     if (!s->quiet)
-        log_event(s, "%zu messages, %llu octets %s", messages, (unsigned long long)octets, what);
+        log_event(s, LOG_INFO, "%zu messages, %llu octets %s", messages, (unsigned long long)octets, what);
 }
 
 /* Is the message under way in its files, as far as we know? If the disk is full, room is made for others. */
@@ -4341,7 +4347,7 @@ static void rcpt_command(struct receiver *rx)
     else if (rx->count == RECIPIENTS_MAX || too_many_domains(rx, domain))
         answer(rx, "452 4.5.3 Too many recipients");
     else if (!(rx->recipients[rx->count] = strdup(mailbox))) {
-        log_event(rx->s, "out of memory for a recipient; the message stays with the provider");
+        log_event(rx->s, LOG_ERR, "out of memory for a recipient; the message stays with the provider");
         answer(rx, "452 4.3.1 No memory for it now");
     } else {
         rx->count++;
@@ -4638,13 +4644,13 @@ static int connect_to(const char *where, const char *default_port, int timeout, 
     struct timeval patience = {.tv_sec = timeout};
     int fd = -1, problem;
     if (!split_host_port(where, default_port, host, sizeof host, port, sizeof port)) {
-        log_event(NULL, "%s: not HOST:PORT", where);
+        log_event(NULL, LOG_ERR, "%s: not HOST:PORT", where);
         *code = EX_USAGE;
         return -1;
     }
     problem = getaddrinfo(host, port, &hints, &list);
     if (problem) {
-        log_event(NULL, "%s: %s", where, gai_strerror(problem));
+        log_event(NULL, LOG_ERR, "%s: %s", where, gai_strerror(problem));
         *code = problem == EAI_AGAIN || problem == EAI_MEMORY || problem == EAI_SYSTEM ? EX_TEMPFAIL : EX_NOHOST;
         return -1;
     }
@@ -4660,7 +4666,7 @@ static int connect_to(const char *where, const char *default_port, int timeout, 
     }
     freeaddrinfo(list);
     if (fd < 0) {
-        log_event(NULL, "%s: %s", where, strerror(problem == EINPROGRESS ? ETIMEDOUT : problem));
+        log_event(NULL, LOG_ERR, "%s: %s", where, strerror(problem == EINPROGRESS ? ETIMEDOUT : problem));
         *code = problem == ECONNREFUSED ? EX_UNAVAILABLE : EX_TEMPFAIL;
         return -1;
     }
@@ -4690,13 +4696,13 @@ static int start_receiver(const char *command, pid_t *pid)
 /* The lost connection, in the words of the exit code. */
 static int lost(const struct session *s)
 {
-    log_event(s, "%s: %s", s->peer, s->io.broken ? s->io.broken : "the connection was lost");
+    log_event(s, LOG_ERR, "%s: %s", s->peer, s->io.broken ? s->io.broken : "the connection was lost");
     return s->protocol_broken ? EX_PROTOCOL : EX_TEMPFAIL;
 }
 
 static int unwelcome(const struct session *s, const char *command, const struct reply *r, int permanent)
 {
-    log_event(s, "%s: the reply to %s was %d %s", s->peer, command, r->code, r->text);
+    log_event(s, LOG_ERR, "%s: the reply to %s was %d %s", s->peer, command, r->code, r->text);
     return r->code >= 500 ? permanent : r->code >= 400 ? EX_TEMPFAIL : EX_PROTOCOL;
 }
 
@@ -4715,12 +4721,12 @@ static int client_tls(struct session *s, const struct customer *c)
     SSL *tls;
     if (!split_host_port(c->provider, ODMR_PORT, host, sizeof host, port, sizeof port) ||
         !(tls = stream_offer_tls(&s->io, c->tls_context, host))) {
-        log_event(s, "%s: TLS cannot be set up", s->peer);
+        log_event(s, LOG_ERR, "%s: TLS cannot be set up", s->peer);
         return EX_SOFTWARE;
     }
     if (stream_start_tls(&s->io, tls, host))
         return EX_OK;
-    log_event(s, "%s: %s; nothing was told to it", s->peer, s->io.broken);
+    log_event(s, LOG_ERR, "%s: %s; nothing was told to it", s->peer, s->io.broken);
     if (SSL_get_verify_result(tls) != X509_V_OK && !c->insecure)
         return EX_NOPERM;
     return s->io.tls_failed ? EX_PROTOCOL : EX_TEMPFAIL;
@@ -4736,7 +4742,7 @@ static int client_starttls(struct session *s, const struct customer *c, struct r
     if (!reply_keyword(r, "STARTTLS")) {
         if (!c->require_tls)
             return EX_OK;
-        log_event(s, "%s does not offer STARTTLS, which --require-tls asks for", s->peer);
+        log_event(s, LOG_ERR, "%s does not offer STARTTLS, which --require-tls asks for", s->peer);
         return EX_UNAVAILABLE;
     }
     send_line(s, "STARTTLS");
@@ -4745,7 +4751,7 @@ static int client_starttls(struct session *s, const struct customer *c, struct r
     if (r->code != 220)
         return unwelcome(s, "STARTTLS", r, EX_UNAVAILABLE);
     if (stream_discard_input(&s->io))
-        log_event(s, "%s sent something behind its reply to STARTTLS; it is thrown away", s->peer);
+        log_event(s, LOG_WARNING, "%s sent something behind its reply to STARTTLS; it is thrown away", s->peer);
     code = client_tls(s, c);
     return code == EX_OK ? client_ehlo(s, r) : code;
 }
@@ -4761,7 +4767,7 @@ static int client_challenge(struct session *s, struct reply *r)
         return unwelcome(s, "AUTH", r, EX_NOPERM);
     s->response_len = base64_decode(s->response, sizeof s->response, r->text);
     if (s->response_len < 0 || strlen(s->response) != (size_t)s->response_len) {
-        log_event(s, "%s: its challenge is not base64", s->peer);
+        log_event(s, LOG_ERR, "%s: its challenge is not base64", s->peer);
         return EX_PROTOCOL;
     }
     return EX_OK;
@@ -4777,7 +4783,7 @@ static int client_verdict(struct session *s, struct reply *r)
 
 static int cannot_compute(const struct session *s)
 {
-    log_event(s, "%s: no response to it: OpenSSL cannot compute", s->peer);
+    log_event(s, LOG_ERR, "%s: no response to it: OpenSSL cannot compute", s->peer);
     return EX_SOFTWARE;
 }
 
@@ -4918,7 +4924,7 @@ static int client_scram(struct session *s, const struct customer *c, struct repl
     if (code != EX_OK)
         return code;
     if (!client_scram_challenge(&x, s->response, &v)) {
-        log_event(s, "%s: its SCRAM challenge is not acceptable: %s; AUTH is given up", s->peer, s->response);
+        log_event(s, LOG_ERR, "%s: its SCRAM challenge is not acceptable: %s; AUTH is given up", s->peer, s->response);
         send_line(s, "*");
         return read_reply(s, r) == DONE ? EX_NOPERM : lost(s);
     }
@@ -4933,7 +4939,8 @@ static int client_scram(struct session *s, const struct customer *c, struct repl
         return cannot_compute(s);
     if (r->code == 235 || strlen(s->response) != strlen(final) ||
         CRYPTO_memcmp(s->response, final, strlen(final)) != 0) {
-        log_event(s, "%s has not proved that it knows the account; it is not the provider it claims to be", s->peer);
+        log_event(s, LOG_ERR,
+                  "%s has not proved that it knows the account; it is not the provider it claims to be", s->peer);
         stream_break(&s->io, "the provider did not authenticate itself");
         return EX_NOPERM;
     }
@@ -4986,7 +4993,7 @@ static int client_authenticate(struct session *s, const struct customer *c, stru
     case SCRAM_PLUS:
         return client_scram(s, c, r, m == SCRAM_PLUS, plus_offered);
     default:
-        log_event(s, "%s offers no mechanism that we can use here%s%s", s->peer,
+        log_event(s, LOG_ERR, "%s offers no mechanism that we can use here%s%s", s->peer,
                   c->mechanism ? "; wanted: " : "", c->mechanism ? mechanism_name[c->mechanism] : "");
         return EX_NOPERM;
     }
@@ -5006,7 +5013,7 @@ static int client_atrn(struct session *s, const struct customer *c, struct reply
         return EX_OK;
     case 453:
         if (!s->quiet)
-            log_event(s, "%s: %d %s", s->peer, r->code, r->text);
+            log_event(s, LOG_INFO, "%s: %d %s", s->peer, r->code, r->text);
         return EXIT_NO_MAIL;
     case 530:
         return unwelcome(s, "ATRN", r, EX_NOPERM);
@@ -5085,7 +5092,7 @@ static int client_dialogue(struct session *s, const struct customer *c)
     if (code == EX_OK)
         code = client_starttls(s, c, &r);
     if (code == EX_OK && !reply_keyword(&r, "ATRN")) {
-        log_event(s, "%s does not offer ATRN", s->peer);
+        log_event(s, LOG_ERR, "%s does not offer ATRN", s->peer);
         code = EX_UNAVAILABLE;
     }
     if (code == EX_OK)
@@ -5132,13 +5139,13 @@ static int reach_receiver(const struct customer *c, struct session **receiver, s
     int code = EX_TEMPFAIL;
     int fd = c->smtp ? connect_to(c->smtp, "25", c->timeout, &code) : start_receiver(c->exec, child);
     if (fd < 0) {
-        log_event(NULL, "%s cannot be reached; no ATRN is sent", c->smtp ? c->smtp : c->exec);
+        log_event(NULL, LOG_ERR, "%s cannot be reached; no ATRN is sent", c->smtp ? c->smtp : c->exec);
         return code == EX_NOHOST || code == EX_USAGE ? code : EX_TEMPFAIL;
     }
     *receiver = must_alloc(session_new(fd, PROVIDER, c->timeout, c->name, TRACE_OFF));
     if (read_reply(*receiver, greeting) == DONE && greeting->code == 220)
         return EX_OK;
-    log_event(NULL, "%s does not take mail (%s); no ATRN is sent", c->smtp ? c->smtp : c->exec,
+    log_event(NULL, LOG_ERR, "%s does not take mail (%s); no ATRN is sent", c->smtp ? c->smtp : c->exec,
               (*receiver)->io.broken ? (*receiver)->io.broken : greeting->text);
     return EX_TEMPFAIL;
 }
@@ -5251,7 +5258,7 @@ int enqueue(int queue, const char *sender, const char *name, char **recipients, 
     free(d);
     if (done)
         return EX_OK;
-    log_event(NULL, "cannot write the message into the queue: %s; try again later", strerror(problem));
+    log_event(NULL, LOG_ERR, "cannot write the message into the queue: %s; try again later", strerror(problem));
     return EX_TEMPFAIL;
 }
 
@@ -5290,7 +5297,7 @@ static bool summarize_domain(int queue, const char *domain, bool list)
     char when[32] = "-";
     struct tm tm;
     if (backlog_read(&b, queue, domain) != DONE) {
-        log_event(NULL, "%s: its mail cannot be listed: %s", domain, strerror(errno));
+        log_event(NULL, LOG_ERR, "%s: its mail cannot be listed: %s", domain, strerror(errno));
         backlog_free(&b);
         return false;
     }
@@ -5647,28 +5654,28 @@ static void start_session(struct provider *p, int fd, const struct sockaddr_stor
     const char *why;
     pthread_t thread;
     if (!s) {
-        log_event(NULL, "a connection is turned away: out of memory");
+        log_event(NULL, LOG_ERR, "a connection is turned away: out of memory");
         turn_away(fd, tls_at_once, "421", p->name, "out of memory, closing connection");
         return;
     }
     address_bytes(s->address, address);
     s->tls_at_once = tls_at_once;
     if (!address_allowed(p, s->address)) {
-        log_event(s, "%s refused: its address is not allowed", s->peer);
+        log_event(s, LOG_WARNING, "%s refused: its address is not allowed", s->peer);
         turn_away(fd, tls_at_once, "554", p->name, "does not serve your address");
         free(s);
         return;
     }
     why = session_admit(p, s);
     if (why) {
-        log_event(s, "%s turned away: %s", s->peer, why);
+        log_event(s, LOG_WARNING, "%s turned away: %s", s->peer, why);
         turn_away(fd, tls_at_once, "421", p->name, why);
         free(s);
         return;
     }
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
     if (pthread_create(&thread, &p->thread_attributes, session_thread, s) != 0) {
-        log_event(s, "%s turned away: no thread for it", s->peer);
+        log_event(s, LOG_ERR, "%s turned away: no thread for it", s->peer);
         turn_away(fd, tls_at_once, "421", p->name, "cannot serve you now, closing connection");
         session_free(s);
         session_over(p);
@@ -5683,7 +5690,7 @@ static void accept_session(struct provider *p, size_t i)
     if (fd >= 0) {
         start_session(p, fd, &address, p->socket_tls[i]);
     } else if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
-        log_event(NULL, "cannot accept a connection: %s; waiting a moment", strerror(errno));
+        log_event(NULL, LOG_ERR, "cannot accept a connection: %s; waiting a moment", strerror(errno));
         poll(NULL, 0, ACCEPT_PAUSE_MS);
     }
 }
@@ -5710,10 +5717,10 @@ static void reload(struct provider *p)
     struct accounts *accounts, *old_accounts;
     SSL_CTX *tls, *old_tls;
     if (!load_configuration(p, &accounts, &tls, why, sizeof why)) {
-        log_event(NULL, "%s; accounts and certificates stay as they were", why);
+        log_event(NULL, LOG_ERR, "%s; accounts and certificates stay as they were", why);
         return;
     }
-    log_event(NULL, "accounts read again: %zu%s", accounts->count, tls ? "; certificates too" : "");
+    log_event(NULL, LOG_NOTICE, "accounts read again: %zu%s", accounts->count, tls ? "; certificates too" : "");
     pthread_mutex_lock(&p->lock);
     old_accounts = p->accounts;
     old_tls = p->tls_context;
@@ -5753,11 +5760,11 @@ static void stop_sessions(struct provider *p, int wake_fd)
     close(wake_fd); /* the writing end: the reading one, which every session watches, now reports it */
     release_signals();
     pthread_mutex_lock(&p->lock);
-    log_event(NULL, "stopping; %zu sessions to end", p->session_count);
+    log_event(NULL, LOG_NOTICE, "stopping; %zu sessions to end", p->session_count);
     while (p->session_count > 0)
         pthread_cond_wait(&p->session_ended, &p->lock);
     pthread_mutex_unlock(&p->lock);
-    log_event(NULL, "stopped");
+    log_event(NULL, LOG_NOTICE, "stopped");
 }
 
 static void serve(struct provider *p)
@@ -5811,11 +5818,11 @@ int provider_run(struct provider *p)
     pthread_attr_setstacksize(&p->thread_attributes, THREAD_STACK);
     for (size_t i = 0; i < p->socket_count; i++) {
         name_of_socket(p->sockets[i], name, sizeof name);
-        log_event(NULL, "listening on %s", name);
+        log_event(NULL, LOG_NOTICE, "listening on %s", name);
     }
     cared_for = pthread_create(&care, &p->thread_attributes, caretaker, p) == 0;
     if (!cared_for)
-        log_event(NULL, "no thread to look after old mail; the rest works");
+        log_event(NULL, LOG_ERR, "no thread to look after old mail; the rest works");
     pthread_attr_setdetachstate(&p->thread_attributes, PTHREAD_CREATE_DETACHED);
     serve(p);
     for (size_t i = 0; i < p->socket_count; i++)

@@ -356,8 +356,9 @@ struct session {
 
 /* Text with every octet that is not printable ASCII as \xNN; cut to size. */
 void escape(char *out, size_t size, const char *text);
-/* One line on standard error, escaped; s may be NULL. */
-void log_event(const struct session *s, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/* One line on standard error, escaped; s may be NULL. The priority is one of syslog(3): LOG_ERR when the administrator
+ * must act, LOG_WARNING, LOG_NOTICE, LOG_INFO. */
+void log_event(const struct session *s, int priority, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 /* One line on standard error, then exit(code). For the start and for tools, never in a session. */
 void die(int code, const char *fmt, ...) __attribute__((noreturn, format(printf, 2, 3)));
 /* The memory, or the end of the program. For the start and for tools. */
