@@ -985,30 +985,80 @@ const char *mailbox_domain(const char *mailbox)
     return at;
 }
 
-/* Fit to stand between < and > in a command: RFC 5321, 4.1.2, and its limits in 4.5.3.1, except that
- * octets over 127 may be UTF-8 (RFC 6531) and that a local part's atoms are not counted. */
-bool mailbox_valid(const char *mailbox)
+size_t utf8_prefix(const char *text, size_t len)
 {
-    bool quoted = false;
-    const char *at = mailbox_domain(mailbox);
-    if (strlen(mailbox) > MAILBOX_MAX || mailbox[0] == '\0' || at == mailbox + 1)
+    size_t at = 0;
+    while (at < len) {
+        unsigned long character;
+        int n = UTF8_getc((const unsigned char *)text + at, len - at > 4 ? 4 : (int)(len - at), &character);
+        if (n <= 0)
+            break;
+        at += (size_t)n;
+    }
+    return at;
+}
+
+/* The length of the part before the @ (RFC 5321, 4.1.2), which is a quoted string, or atoms and dots. Real senders
+ * write two dots in a row, so dots may stand anywhere. 0: it is neither. */
+static size_t local_part(const char *text)
+{
+    size_t n = 0;
+    if (*text != '"') {
+        while (isalnum((unsigned char)text[n]) || !isascii((unsigned char)text[n]) ||
+               (text[n] && strchr("!#$%&'*+-/=?^_`{|}~.", text[n])))
+            n++;
+        return n;
+    }
+    for (n = 1; text[n] != '"'; n++) {
+        n += text[n] == '\\';
+        if ((unsigned char)text[n] < 0x20 || text[n] == 0x7f)
+            return 0;
+    }
+    return n + 1;
+}
+
+/* [192.0.2.1] or [IPv6:2001:db8::1] (RFC 5321, 4.1.3). */
+static bool address_literal_valid(const char *text)
+{
+    unsigned char octets[16];
+    char address[64];
+    size_t len = strlen(text);
+    if (len < 3 || len - 2 >= sizeof address || text[0] != '[' || text[len - 1] != ']')
         return false;
-    for (const char *p = mailbox; *p; p++) {
-        unsigned char c = (unsigned char)*p;
-        if (c < 0x20 || c == 0x7f || (c == '"' && at && p >= at))
-            return false;
-        if (c == '"')
-            quoted = !quoted;
-        else if (quoted && c == '\\' && ((p[1] < 0x20 && p[1] >= 0) || p[1] == 0x7f))
-            return false;
-        else if (quoted && c == '\\')
-            p++;
-        else if (!quoted && strchr(" <>()\\,;:", c) && (!at || p < at))
-            return false;
-        else if (!quoted && strchr(" <>", c))
+    snprintf(address, sizeof address, "%.*s", (int)len - 2, text + 1);
+    return inet_pton(AF_INET, address, octets) == 1 ||
+           (strncasecmp(address, "IPv6:", 5) == 0 && inet_pton(AF_INET6, address + 5, octets) == 1);
+}
+
+/* The part after the @. More is allowed in a sender's domain, because it is only passed on. */
+static bool mailbox_domain_valid(const char *domain, bool sender)
+{
+    char before = '.';
+    if (sender && address_literal_valid(domain))
+        return true;
+    for (const char *p = domain; *p; before = *p++) {
+        bool letter = isalnum((unsigned char)*p) || *p == '-' || (sender && (*p == '_' || !isascii((unsigned char)*p)));
+        if (*p == '.' ? before == '.' : !letter)
             return false;
     }
-    return !quoted && (!at || *at != '\0');
+    return before != '.' && strlen(domain) <= DOMAIN_MAX;
+}
+
+static bool mailbox_valid(const char *mailbox, bool sender)
+{
+    size_t len = strlen(mailbox), local = local_part(mailbox);
+    return local > 0 && len <= MAILBOX_MAX && mailbox[local] == '@' && utf8_prefix(mailbox, len) == len &&
+           mailbox_domain_valid(mailbox + local + 1, sender);
+}
+
+bool recipient_valid(const char *mailbox)
+{
+    return mailbox_valid(mailbox, false);
+}
+
+bool sender_valid(const char *mailbox)
+{
+    return *mailbox == '\0' || mailbox_valid(mailbox, true);
 }
 
 /* A date as RFC 5322, 3.3, writes it, on a line of its own. */
@@ -1919,7 +1969,7 @@ static enum result message_read_envelope(struct message *m)
     while ((field = envelope_next(&r, address, sizeof address)) != NO_FIELD) {
         if (field != RETURN_PATH) {
             count[field]++;
-        } else if (address[0] != '\0' && !mailbox_valid(address)) {
+        } else if (!sender_valid(address)) {
             return message_hold(m, "its Return-Path is not a mailbox");
         } else {
             memcpy(m->sender, address, strlen(address) + 1);
@@ -1959,7 +2009,7 @@ static enum result message_read_recipients(struct message *m)
     envelope_open(&r, m);
     for (size_t i = 0; i < m->recipients && message_next_recipient(m, &r, address, sizeof address); i++) {
         const char *domain = mailbox_domain(address);
-        if (!mailbox_valid(address) || !domain)
+        if (!recipient_valid(address))
             return message_hold(m, "a recipient in its envelope is not a mailbox");
         m->fate[i] = FOREIGN;
         m->utf8_recipients |= !ascii(address);
@@ -4302,7 +4352,7 @@ static void mail_command(struct receiver *rx)
         answer(rx, "503 5.5.1 EHLO or HELO first");
     else if (rx->in_mail)
         answer(rx, "503 5.5.1 One message at a time");
-    else if (!parameters || (mailbox[0] != '\0' && !mailbox_valid(mailbox)))
+    else if (!parameters || !sender_valid(mailbox))
         answer(rx, "501 5.1.7 Not a reverse-path");
     else if (!mail_parameters_known(parameters))
         answer(rx, "555 5.5.4 Parameter not known");
@@ -4336,7 +4386,7 @@ static void rcpt_command(struct receiver *rx)
     const char *domain = parameters ? mailbox_domain(mailbox) : NULL;
     if (!rx->in_mail)
         answer(rx, "503 5.5.1 MAIL first");
-    else if (!parameters || !mailbox_valid(mailbox) || !domain || !domain_valid(domain, strlen(domain)))
+    else if (!parameters || !recipient_valid(mailbox) || !domain_valid(domain, strlen(domain)))
         answer(rx, "501 5.1.3 Not a mailbox");
     else if (*parameters != '\0')
         answer(rx, "555 5.5.4 Parameter not known");
@@ -6460,11 +6510,11 @@ static int main_enqueue(int argc, char **argv)
     }
     if (optind == argc)
         die(EX_USAGE, "enqueue: no RECIPIENT; see odmr enqueue --help");
-    if (*sender && !mailbox_valid(sender))
+    if (!sender_valid(sender))
         die(EX_DATAERR, "enqueue: -f %s: not a mailbox", sender);
     for (int i = optind; i < argc; i++) {
         const char *domain = mailbox_domain(argv[i]);
-        if (!mailbox_valid(argv[i]) || !domain || !domain_valid(domain, strlen(domain)))
+        if (!recipient_valid(argv[i]) || !domain_valid(domain, strlen(domain)))
             die(EX_DATAERR, "enqueue: %s: not a mailbox; nothing is queued", argv[i]);
     }
     queue = open_queue(queue_path, false);

@@ -437,8 +437,13 @@ bool ascii(const char *text);
 void lower_case(char *text);
 /* Behind the @; NULL: no domain. */
 const char *mailbox_domain(const char *mailbox);
-/* May it stand between < and > in a command? The domain may be missing. */
-bool mailbox_valid(const char *mailbox);
+/* How many octets at the start of the text are whole, valid UTF-8 (RFC 3629). */
+size_t utf8_prefix(const char *text, size_t len);
+/* RFC 5321's mailbox, the one definition for envelopes, commands and options: one unquoted @; before it atoms and dots in
+ * any order or a quoted string, in UTF-8; behind it a domain of letters, digits, hyphens and dots. */
+bool recipient_valid(const char *mailbox);
+/* The same, or empty for the null sender; the domain may have underscores and UTF-8, or be an address literal. */
+bool sender_valid(const char *mailbox);
 
 /* TLS */
 

@@ -1933,6 +1933,74 @@ t_enqueue_edges() {
     equal "$(find "$T/queue" -type f)" "$T/queue/example.net/new"
 }
 
+# Envelopes, commands and options have one definition of a mailbox: whatever enqueue and the customer accept, the
+# provider can send, and what they refuse is held.
+t_one_definition_of_a_mailbox() {
+    local address
+    mkdir -p "$T/queue/example.org/new"
+    cat > "$T/senders" <<'END'
+s..t@example.edu
+.s.@example.edu
+s@under_score.example
+s@[192.0.2.1]
+s@[IPv6:2001:db8::1]
+"a b"@example.edu
+"a\"@b"@example.edu
+!#$%&'*+-/=?^_`{|}~s@localhost
+zo\xc3\xab@ex\xc3\xa4mple.edu
+END
+    cat > "$T/bad" <<'END'
+s
+@example.org
+s@
+a@b@example.org
+a"b"c@example.org
+"a"b@example.org
+"a@example.org
+s@x.org:25
+s@x.org,c
+s@example..org
+s@.example.org
+s@example.org.
+s t@example.org
+s@[127.0.0.1
+s@[300.1.1.1]
+s@[x]
+|/bin/sh
+s\xc3@example.org
+\xff\xfe@example.org
+s(c)@example.org
+<s@example.org>
+END
+    for file in senders bad; do printf '%b\n' "$(sed 's/\\"/\\\\"/g' "$T/$file")" > "$T/$file.raw"; done
+    while IFS= read -r address; do
+        run 0 "$ODMR" enqueue -q "$T/queue" -f "$address" eva@example.org < /dev/null
+    done < "$T/senders.raw"
+    while IFS= read -r address; do
+        run 65 "$ODMR" enqueue -q "$T/queue" -f "$address" eva@example.org < /dev/null
+        run 65 "$ODMR" enqueue -q "$T/queue" "$address" < /dev/null
+        printf 'Return-Path: <%s>\nDelivered-To: eva@example.org\n\nx\n' "$address" > "$T/queue/example.org/new/bad.$((n = ${n:-0} + 1))"
+    done < "$T/bad.raw"
+    for address in s@under_score.org 's@[192.0.2.1]' $'s@ex\xc3\xa4mple.org'; do run 65 "$ODMR" enqueue -q "$T/queue" "$address" < /dev/null; done
+    provider
+    login; ask ATRN '^250 '; OFFER='PIPELINING CHUNKING 8BITMIME SMTPUTF8'; take_mail; hang_up
+    same "$T/senders.raw" <(cat "$T"/got/* | sed -n 's/^MAIL FROM:<\(.*\)> *\(SMTPUTF8\)*$/\1/p') 'the senders that arrived'
+    equal "$(grep -c 'held example.org/new/bad' "$LOG")" "$(wc -l < "$T/bad")" 'bad senders that are held'
+    serve peer_with_addresses
+    customer 1 "127.0.0.1:$PORT"
+    peer_ok
+}
+peer_with_addresses() {
+    local address
+    reverse
+    while IFS= read -r address; do ask "MAIL FROM:<$address>" '^250 '; ask RSET '^250 '; done < "$T/senders.raw"
+    while IFS= read -r address; do
+        ask "MAIL FROM:<$address>" '^501 '
+        ask 'MAIL FROM:<>' '^250 '; ask "RCPT TO:<$address>" '^501 '; ask RSET '^250 '
+    done < "$T/bad.raw"
+    ask QUIT '^221 '
+}
+
 t_queue_shows_what_waits() {
     mkdir -p "$T/queue"
     run 0 "$ODMR" queue -q "$T/queue"
