@@ -120,7 +120,7 @@ demo: odmr
 	./odmr demo
 
 # What the tests are made with.
-build/proxy build/bench: build/%: .ci/%.c
+build/proxy build/tls build/bench: build/%: .ci/%.c
 	@mkdir -p build
 	$(COMPILE) -o $@ $< $(LIBS)
 
@@ -147,10 +147,10 @@ build/vectors: .ci/vectors.c odmr.c odmr.h build/openssl
 	$(COMPILE) -o $@ $< $(LIBS)
 
 ifdef SANITIZE
-check: odmr build/$(SANITIZE)/odmr build/proxy build/vectors
+check: odmr build/$(SANITIZE)/odmr build/proxy build/tls build/vectors
 	SANITIZED=1 ODMR=build/$(SANITIZE)/odmr ./test_odmr.sh $(TESTS)
 else
-check: odmr build/proxy build/vectors
+check: odmr build/proxy build/tls build/vectors
 	./test_odmr.sh $(TESTS)
 endif
 

@@ -367,7 +367,8 @@ void enter_state(struct session *s, enum state state)
  *   - Waiting. socket_wait() is the one place where a thread waits for its peer, with its patience, its
  *     deadline and the pipe that says "the server is shutting down".
  *   - OpenSSL's I/O. TLS reads and writes the socket through the same two functions as everybody else
- *     (a BIO of our own), so half a TLS record is waited for just like half a line.
+ *     (a BIO of our own), so half a TLS record is waited for just like half a line. What counts as input is
+ *     application data: octets of TLS that carry none are taken in and are no reason to read.
  *   - Why a connection is of no more use. The first reason is kept in `broken`, in words; from then on
  *     every call fails at once, so callers may check once, at the end of what they do.
  *
@@ -387,12 +388,13 @@ void stream_init(struct stream *s, int fd, int timeout)
     s->tls = NULL;
     s->timeout = timeout;
     s->deadline = s->until = 0;
-    s->broken = NULL;
-    s->woken = s->timed_out = s->spoke = s->tls_failed = s->said_quit = s->line_records = false;
+    s->broken = s->ended = NULL;
+    s->woken = s->timed_out = s->spoke = s->tls_failed = s->said_quit = s->line_records = s->dry = false;
     s->in_at = s->in_end = s->out_end = 0;
     s->line_octets = 0;
     s->waits = 0;
     s->sent = 0;
+    s->gone = 0;
 }
 
 void stream_break(struct stream *s, const char *why)
@@ -447,16 +449,18 @@ static bool socket_wait(struct stream *s, short events)
 
 /* The two functions that touch the socket. The descriptor blocks; MSG_DONTWAIT makes the kernel give what it
  * has, or take what it has room for, so that the waiting stays in socket_wait(). */
+
+/* What has arrived; never waits. -1: nothing has (s->dry), or nothing more will (s->ended). */
 static ssize_t socket_read(struct stream *s, void *data, size_t size)
 {
-    ssize_t n = -1;
-    while (!s->broken && (n = recv(s->fd, data, size, MSG_DONTWAIT)) < 0 && (errno == EAGAIN || errno == EINTR))
-        socket_wait(s, POLLIN);
-    if (n == 0)
-        stream_break(s, "the peer closed the connection");
-    else if (n < 0)
-        stream_break(s, "the connection was lost");
-    return n;
+    ssize_t n;
+    do
+        n = recv(s->fd, data, size, MSG_DONTWAIT);
+    while (n < 0 && errno == EINTR);
+    s->dry = n < 0 && errno == EAGAIN;
+    if (n <= 0 && !s->dry)
+        s->ended = n == 0 ? "the peer closed the connection" : "the connection was lost";
+    return n > 0 ? n : -1;
 }
 
 static ssize_t socket_write(struct stream *s, const void *data, size_t size)
@@ -472,13 +476,6 @@ static ssize_t socket_write(struct stream *s, const void *data, size_t size)
     return n;
 }
 
-/* Has the peer said more already, so that reading would not wait? */
-bool stream_ready(const struct stream *s)
-{
-    struct pollfd p = {.fd = s->fd, .events = POLLIN};
-    return s->in_at < s->in_end || (s->tls && SSL_has_pending(s->tls)) || (!s->broken && poll(&p, 1, 0) > 0);
-}
-
 /* ---- TLS over the same two functions ---- */
 
 static int tls_bio_read(BIO *bio, char *data, int size)
@@ -486,14 +483,16 @@ static int tls_bio_read(BIO *bio, char *data, int size)
     struct stream *s = BIO_get_data(bio);
     ssize_t n = socket_read(s, data, (size_t)size);
     BIO_clear_retry_flags(bio);
-    if (n < 0 && (s->timed_out || s->woken))
-        BIO_set_retry_read(bio); /* the connection is sound: a last word may still go out */
-    return n > 0 ? (int)n : -1;
+    if (s->dry)
+        BIO_set_retry_read(bio);
+    return (int)n;
 }
 
+/* OpenSSL does not learn of a failure: s->broken stops all writing then, and what has arrived can still be read. */
 static int tls_bio_write(BIO *bio, const char *data, int size)
 {
-    return (int)socket_write(BIO_get_data(bio), data, (size_t)size);
+    ssize_t n = socket_write(BIO_get_data(bio), data, (size_t)size);
+    return n < 0 ? size : (int)n;
 }
 
 static long tls_bio_control(BIO *bio, int command, long number, void *pointer)
@@ -553,50 +552,52 @@ SSL *stream_offer_tls(struct stream *s, SSL_CTX *context, const char *host)
     return NULL;
 }
 
-/* RFC 3207, 4.2: what was said in the clear is of no worth. Octets that somebody put behind STARTTLS are
- * thrown away, those we have read and those that are still in the socket, and never obeyed. */
-bool stream_discard_input(struct stream *s)
+/* Why SSL_read() or a handshake returned no success. True: the peer has to say more first. */
+static bool tls_wants_more(struct stream *s, int returned)
 {
-    bool some = stream_ready(s);
-    s->in_at = s->in_end = 0;
-    for (int i = 0; i < LINGER_READS && stream_ready(s); i++)
-        if (recv(s->fd, s->in, sizeof s->in, 0) <= 0)
-            break;
-    return some;
+    int error = SSL_get_error(s->tls, returned);
+    if (error == SSL_ERROR_WANT_READ)
+        return true;
+    if (error == SSL_ERROR_ZERO_RETURN)
+        s->ended = "the peer closed the connection";
+    s->tls_failed |= !s->ended && !s->broken;
+    return false;
 }
 
 bool stream_start_tls(struct stream *s, SSL *tls, const char *host)
 {
+    int n;
     stream_flush(s);
     s->tls = tls;
     s->in_at = s->in_end = 0;
     set_patience(s);
-    ERR_clear_error();
-    if ((host ? SSL_connect(tls) : SSL_accept(tls)) == 1)
-        return true;
-    s->tls_failed = !s->broken;
-    stream_break(s, SSL_get_verify_result(tls) == X509_V_OK
-                        ? "the TLS handshake failed"
-                        : X509_verify_cert_error_string(SSL_get_verify_result(tls)));
-    return false;
+    do {
+        ERR_clear_error();
+        n = host ? SSL_connect(tls) : SSL_accept(tls);
+    } while (n <= 0 && tls_wants_more(s, n) && socket_wait(s, POLLIN));
+    if (s->ended)
+        stream_break(s, s->ended);
+    if (n <= 0)
+        stream_break(s, SSL_get_verify_result(tls) == X509_V_OK
+                            ? "the TLS handshake failed"
+                            : X509_verify_cert_error_string(SSL_get_verify_result(tls)));
+    return !s->broken;
 }
 
-/* What SSL_read() or SSL_write() returned when it was no success, in words. */
-static ssize_t tls_broken(struct stream *s, int returned)
-{
-    if (SSL_get_error(s->tls, returned) == SSL_ERROR_ZERO_RETURN)
-        stream_break(s, "the peer closed the connection");
-    s->tls_failed |= !s->broken;
-    stream_break(s, "TLS failed");
-    return -1;
-}
-
+/* The application data of the next record; never waits. -1: there is none (yet). Not every record carries some: a key
+ * update or a session ticket does not, and a peer that sends nothing else must not keep us here. */
 static ssize_t encrypted_read(struct stream *s, void *data, size_t size)
 {
-    int n;
-    ERR_clear_error();
-    n = SSL_read(s->tls, data, (int)size);
-    return n > 0 ? n : tls_broken(s, n);
+    int64_t until = s->until; /* a key update is answered, which must not renew our patience */
+    int n, records = 0;
+    do {
+        ERR_clear_error();
+        n = SSL_read(s->tls, data, (int)size);
+        if (n <= 0 && !tls_wants_more(s, n) && !s->ended)
+            stream_break(s, "TLS failed");
+    } while (n <= 0 && !s->dry && !s->ended && !s->broken && ++records < EMPTY_RECORDS);
+    s->until = until;
+    return n > 0 ? n : -1;
 }
 
 static ssize_t encrypted_write(struct stream *s, const void *data, size_t size)
@@ -607,7 +608,11 @@ static ssize_t encrypted_write(struct stream *s, const void *data, size_t size)
         size = (size_t)(newline + 1 - (const char *)data);
     ERR_clear_error();
     n = SSL_write(s->tls, data, (int)size);
-    return n > 0 ? n : tls_broken(s, n);
+    if (n <= 0) {
+        s->tls_failed |= !s->broken;
+        stream_break(s, "TLS failed");
+    }
+    return n;
 }
 
 /* ---- Buffered octets ---- */
@@ -624,6 +629,7 @@ bool stream_flush(struct stream *s)
     }
     if (s->tls)
         BIO_flush(SSL_get_wbio(s->tls)); /* if that fails, socket_write() has said why */
+    s->gone += !s->tls || !s->broken ? at : 0;
     s->spoke = true;
     s->out_end = 0;
     return !s->broken;
@@ -655,21 +661,61 @@ void stream_add(struct stream *s, size_t len)
     s->out_end += len;
 }
 
+/* Takes what has arrived into the buffer, behind what is there; never waits. False: nothing has, or there is no
+ * room. */
+static bool stream_take_in(struct stream *s)
+{
+    ssize_t n = -1;
+    memmove(s->in, s->in + s->in_at, s->in_end - s->in_at);
+    s->in_end -= s->in_at;
+    s->in_at = 0;
+    if (!s->ended && s->in_end < sizeof s->in)
+        n = s->tls ? encrypted_read(s, s->in + s->in_end, sizeof s->in - s->in_end)
+                   : socket_read(s, s->in + s->in_end, sizeof s->in - s->in_end);
+    s->in_end += n > 0 ? (size_t)n : 0;
+    return n > 0;
+}
+
+bool stream_ready(struct stream *s)
+{
+    return s->in_at < s->in_end || stream_take_in(s) || s->ended;
+}
+
+bool stream_has_line(struct stream *s)
+{
+    while (!memchr(s->in + s->in_at, '\n', s->in_end - s->in_at))
+        if (!stream_take_in(s))
+            return s->in_end == sizeof s->in;
+    return true;
+}
+
+/* RFC 3207, 4.2: what was said in the clear is of no worth. Octets that somebody put behind STARTTLS are
+ * thrown away, those we have read and those that are still in the socket, and never obeyed. */
+bool stream_discard_input(struct stream *s)
+{
+    bool some = false;
+    for (int i = 0; i < LINGER_READS && (s->in_at < s->in_end || stream_take_in(s)); i++) {
+        some = true;
+        s->in_at = s->in_end = 0;
+    }
+    return some;
+}
+
 /* Called with the input buffer empty: flushes what we owe the peer, then waits for what it has to say. */
 static bool stream_fill(struct stream *s)
 {
-    ssize_t n;
     int64_t until = s->until;
     if (s->out_end > 0 && !stream_flush(s))
         return false;
     s->until = until;
-    if (out_of_time(s)) /* a peer that never pauses is never waited for, but its time is over all the same */
+    if (s->broken || out_of_time(s)) /* a peer that never pauses is never waited for, but its time ends all the same */
         return false;
-    s->in_at = s->in_end = 0;
-    n = s->tls ? encrypted_read(s, s->in, sizeof s->in) : socket_read(s, s->in, sizeof s->in);
-    if (n <= 0)
-        return false;
-    s->in_end = (size_t)n;
+    while (!stream_take_in(s)) {
+        if (s->ended)
+            stream_break(s, s->ended);
+        if (s->broken || !socket_wait(s, POLLIN))
+            return false;
+    }
     return true;
 }
 
@@ -857,12 +903,18 @@ static bool reply_line_valid(const char *line, size_t len)
  * not believed while the command, or a message, has not gone out and perhaps never will. */
 enum result read_reply(struct session *s, struct reply *r)
 {
+    r->code = 0;
+    if (s->io.broken || (s->io.out_end > 0 && !stream_flush(&s->io)))
+        return LATER;
+    return read_arrived_reply(s, r);
+}
+
+enum result read_arrived_reply(struct session *s, struct reply *r)
+{
     size_t used = 0;
     r->code = 0;
     r->cut = false;
     r->text[0] = '\0';
-    if (s->io.broken || (s->io.out_end > 0 && !stream_flush(&s->io)))
-        return LATER;
     for (int lines = 0; lines < REPLY_LINES; lines++) {
         enum result got = read_line(s);
         int code;
@@ -1107,6 +1159,7 @@ static SSL_CTX *tls_context(const SSL_METHOD *method, const char *cert, const ch
         SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_OFF);
         SSL_CTX_set_options(context, SSL_OP_NO_TICKET | SSL_OP_NO_RENEGOTIATION);
         SSL_CTX_set_mode(context, SSL_MODE_RELEASE_BUFFERS);
+        SSL_CTX_clear_mode(context, SSL_MODE_AUTO_RETRY); /* encrypted_read() looks at the time between records */
         return context;
     }
     SSL_CTX_free(context);
@@ -3997,10 +4050,11 @@ static void settle_answers(struct receiver *rx)
     rx->answer_count = rx->waiting = 0;
 }
 
-/* To be called before anything is read: nobody may wait for an answer that waits for us. */
-static void before_reading(struct receiver *rx)
+/* To be called before anything is read: the provider may be waiting for an answer that waits for us, also when it has
+ * sent half a command. At the end of the connection nobody waits. */
+static void before_reading(struct receiver *rx, bool (*arrived)(struct stream *))
 {
-    if (rx->answer_count > 0 && !stream_ready(&rx->s->io))
+    if (rx->answer_count > 0 && !arrived(&rx->s->io) && !rx->s->io.ended)
         settle_answers(rx);
 }
 
@@ -4238,7 +4292,7 @@ static bool data_command(struct receiver *rx)
     opened = open_deliveries(rx);
     answer(rx, "354 The message, then a dot on a line by itself");
     while (!c.ended) {
-        before_reading(rx);
+        before_reading(rx, stream_ready);
         if (!stream_peek(&s->io, &data, &len)) {
             forget_content(rx);
             return false;
@@ -4275,7 +4329,7 @@ static bool bdat_command(struct receiver *rx, struct content *c)
     while (left > 0) {
         const char *data;
         size_t len;
-        before_reading(rx);
+        before_reading(rx, stream_ready);
         if (!stream_peek(&s->io, &data, &len)) {
             forget_content(rx);
             return false;
@@ -4481,7 +4535,7 @@ static void receive_mail(struct receiver *rx)
     enter_state(s, REVERSED);
     answer(rx, "220 %s ready to receive email", s->name);
     while (!s->protocol_broken) {
-        before_reading(rx);
+        before_reading(rx, stream_has_line);
         got = read_line(s);
         if (got == LATER)
             break;

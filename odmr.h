@@ -34,6 +34,7 @@
 #define AUTH_FAILURES 3          /* then 421 */
 #define AUTH_FAILURE_MS 1000     /* what a guess costs */
 #define LAST_WORD 5              /* seconds for a 421 to leave */
+#define EMPTY_RECORDS 16         /* of TLS, without application data, that are taken in one after the other */
 #define LINGER_READS 64          /* bounds on what is thrown away when closing */
 #define LINGER_MS 500
 #define LABEL_MAX 63             /* RFC 1035, 2.3.4 */
@@ -139,6 +140,9 @@ struct stream {
     int64_t until;     /* end of the wait under way */
     size_t sent;       /* octets since that was set */
     const char *broken; /* why nothing works any more; NULL while it does */
+    const char *ended;  /* why nothing more will arrive; NULL: something may. Writing may still work */
+    bool dry;           /* the last look at the socket found nothing */
+    uint64_t gone;      /* octets of ours that have left; those in out have not, nor those of a flush that failed */
     bool woken, timed_out, tls_failed;
     bool line_records;   /* of TLS: fetchmail 6.4 waits on the socket though its TLS library holds more lines */
     bool said_quit;      /* the peer did: nothing more will come from it */
@@ -377,13 +381,9 @@ int64_t now_ms(void);
 void stream_init(struct stream *s, int fd, int timeout);
 /* Declares the stream useless; the first reason stands. why must live as long as the stream. */
 void stream_break(struct stream *s, const char *why);
-/* Whether reading would return at once. */
-bool stream_ready(const struct stream *s);
 /* What TLS over this stream needs. host: we are the client and the certificate must be for it; NULL: we are
  * the server. NULL: it cannot be had now. */
 SSL *stream_offer_tls(struct stream *s, SSL_CTX *context, const char *host);
-/* Throws away what has come so far; true if there was something. */
-bool stream_discard_input(struct stream *s);
 /* TLS from here on, with what stream_offer_tls() made, which the stream then owns. False: broken. */
 bool stream_start_tls(struct stream *s, SSL *tls, const char *host);
 /* Sends what was written so far. False: broken. */
@@ -394,6 +394,14 @@ void stream_write(struct stream *s, const char *data, size_t len);
  * stream_add() says how many were put there. */
 char *stream_space(struct stream *s, size_t len);
 void stream_add(struct stream *s, size_t len);
+/* Whether reading an octet would return at once: there is application data, or the end. Never waits. */
+bool stream_ready(struct stream *s);
+/* Whether a whole line has arrived, or as much of one as the buffer holds. Never waits, not for the rest of a line or
+ * of a TLS record. After a write has failed (broken), too: then stream_read_line() gives such lines, but waits for
+ * no others. */
+bool stream_has_line(struct stream *s);
+/* Throws away what has come so far; true if there was something. */
+bool stream_discard_input(struct stream *s);
 /* At least one octet of input, in the stream's own buffer until the next call. False: broken. */
 bool stream_peek(struct stream *s, const char **data, size_t *len);
 /* Takes len octets of what stream_peek() showed. */
@@ -418,6 +426,9 @@ enum result read_line(struct session *s);
 void split_command(struct session *s);
 /* A whole reply, validated and traced. LATER: the connection is broken, or that was no reply. */
 enum result read_reply(struct session *s, struct reply *r);
+/* The same, without flushing first, and after a failed write, too: for a reply of which stream_has_line() has shown a
+ * line, to a command that has left (stream.gone). */
+enum result read_arrived_reply(struct session *s, struct reply *r);
 /* 2xx, 4xx, 5xx; 3xx counts as 4xx: who asks for more has not said yes. */
 enum result reply_result(const struct reply *r);
 /* The parameters behind a keyword of an EHLO response; NULL: it is not there. */

@@ -1856,12 +1856,36 @@ peer_in_a_hurry() {
 
 # A line that ends before its answer: nothing is stored, so nothing will be there twice.
 t_no_answer_no_message() {
+    local pid
     serve peer_that_goes
-    customer 75 "127.0.0.1:$PORT"
+    ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org -q "$T/mail" "127.0.0.1:$PORT" 2> "$T/err" & pid=$!; STARTED+=("$pid")
+    until_true [ -e "$T/reversed" ]
+    kill -STOP "$pid"
+    touch "$T/stopped"
+    until_true [ -e "$T/gone" ]; moment 0.3
+    kill -CONT "$pid"
+    wait "$pid"
+    equal $? 75 'exit of the customer'
     peer_ok
     equal "$(find "$T/mail" -type f | wc -l)" 0
 }
-peer_that_goes() { reverse; printf 'MAIL FROM:<a@b.example>\r\nRCPT TO:<x@example.org>\r\nBDAT 4 LAST\r\nn: 1BDAT'; }
+peer_that_goes() {
+    reverse; touch "$T/reversed"; until_true [ -e "$T/stopped" ]
+    printf 'MAIL FROM:<a@b.example>\r\nRCPT TO:<x@example.org>\r\nBDAT 4 LAST\r\nn: 1'; touch "$T/gone"
+}
+
+# Half a command is no reason to keep back the answer to the message before it.
+t_answers_do_not_wait_for_half_a_command() {
+    serve peer_with_half_a_command
+    customer 0 "127.0.0.1:$PORT"
+    peer_ok
+    equal "$(mailbox)" 1
+}
+peer_with_half_a_command() {
+    reverse; printf 'MAIL FROM:<a@b.example>\r\nRCPT TO:<x@example.org>\r\nBDAT 4 LAST\r\nn: 1QU' > "$T/half"; cat "$T/half"
+    expect '^250 2.1.0'; expect '^250 2.1.5'; expect '^250 .* stored'
+    printf 'IT\r\n'; expect '^221 '
+}
 
 # 20 MB in the three ways of sending, to receivers that are not ours and to ours.
 t_a_message_of_20_megabytes() {
@@ -2522,6 +2546,14 @@ tunnel() {
     until_true listens "$T/tunnel.log"
     PORT=${PORTS[0]}
 }
+# noise [OPTION...] PORT: TLS in which each message is followed by records without data (.ci/tls.c); sets NOISE.
+noise() {
+    [ ! -e "$T/noise" ] || rm "$T/noise"
+    "$here/build/tls" "${@:1:$#-1}" "127.0.0.1:${*: -1}" > "$T/noise" 2> "$T/noise.err" &
+    STARTED+=($!)
+    until_true [ -s "$T/noise" ]
+    NOISE=$(< "$T/noise")
+}
 # s_client LINES [OPTION...]: what OpenSSL's client sees of the dialogue, in $T/s_client.
 s_client() {
     local lines=$1
@@ -2547,6 +2579,27 @@ t_starttls_with_openssl() {
     PORT=$TLS_PORT s_client 'EHLO x\nQUIT\n' -verify_hostname localhost
     has "$T/s_client" '^220 '
     has "$T/s_client" '^221 '
+}
+
+# TLS records without application data (key updates, session tickets) behind each message are no reason to wait for
+# more, on either side.
+t_tls_records_without_data() {
+    local start
+    authority
+    provider
+    put_many 40
+    put_letter last 99.b a@example.edu eva@example.org
+    noise --cert "$T/server.pem" "$PORT"
+    start=$SECONDS
+    customer 0 --tls --ca "$T/ca.crt" --timeout 8 "127.0.0.1:$NOISE"
+    [ $((SECONDS - start)) -lt 6 ] || fail 'it waited for what was not there'
+    equal "$(mailbox)" 41
+    tls_provider
+    put_many 40
+    noise "$TLS_PORT"
+    customer 0 "127.0.0.1:$NOISE"
+    equal "$(mailbox)" 81
+    equal "$(waiting)" 0
 }
 
 t_starttls_replies() {

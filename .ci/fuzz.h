@@ -675,7 +675,8 @@ static ssize_t log_write(void *cookie, const char *data, size_t size)
 #define SSL_connect(tls) world_handshake()
 #define SSL_read(tls, data, size) ((int)socket_read(&the_session.io, data, (size_t)(size)))
 #define SSL_write(tls, data, size) ((int)socket_write(&the_session.io, data, (size_t)(size)))
-#define SSL_get_error(tls, n) SSL_ERROR_SSL
+#define SSL_get_error(tls, n) \
+    (the_session.io.dry ? SSL_ERROR_WANT_READ : the_session.io.ended ? SSL_ERROR_SYSCALL : SSL_ERROR_SSL)
 #define SSL_has_pending(tls) 0
 #define SSL_shutdown(tls) 1
 #define SSL_version(tls) TLS1_3_VERSION
