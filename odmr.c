@@ -66,6 +66,20 @@ void escape(char *out, size_t size, const char *text)
     out[n] = '\0';
 }
 
+/* A word of the peer in quotes, cut to size, for the middle of a line of the log: backslash and quote are escaped, so it
+ * cannot pretend to be the rest of the line or an escaped octet. */
+static void quote(char *out, size_t size, const char *text)
+{
+    size_t n = 0;
+    out[n++] = '"';
+    for (; *text && n + 6 < size; text++) {
+        if (*text == '"' || *text == '\\')
+            out[n++] = '\\';
+        out[n++] = *text;
+    }
+    snprintf(out + n, size - n, "\"%s", *text ? "..." : "");
+}
+
 __attribute__((format(printf, 2, 0))) static void print_line(const char *prefix, const char *fmt, va_list args)
 {
     char plain[LOG_LINE], safe[LOG_LINE * 2];
@@ -2547,15 +2561,35 @@ static bool quit_command(struct session *s)
 
 /* ---- 5.1.2 AUTH: the exchange ---- */
 
-/* Takes a response in base64 apart: into s->response. REFUSED, and its 501: it is none. */
-static enum result decode_response(struct session *s, const char *text)
+/* An exchange that came to nothing, because the secret is wrong (name: whose) or the customer gave it up. Either is
+ * answered a second after the last response, however long that took to judge: otherwise the work of a challenge could be
+ * asked for without end. The third ends the session. fail2ban reads this line, and the address must be the peer's. */
+static enum result exchange_failed(struct session *s, const char *name, const char *reply)
 {
-    s->responded = now_ms();
-    s->response_len = base64_decode(s->response, sizeof s->response, text);
-    if (s->response_len >= 0)
-        return DONE;
-    refuse(s, "501 That is not base64");
+    struct pollfd wake = {.fd = s->io.wake_fd, .events = POLLIN};
+    int64_t left = s->responded + AUTH_FAILURE_MS - now_ms();
+    char whose[MAILBOX_MAX] = "";
+    if (name)
+        quote(whose, sizeof whose, name);
+    log_event(s, LOG_WARNING, "authentication failed from %s%s%s", s->peer, name ? " for " : ": ", name ? whose : reply + 4);
+    poll(&wake, 1, left > 0 ? (int)left : 0);
+    send_line(s, "%s", reply);
+    if (++s->auth_failures >= AUTH_FAILURES)
+        return hang_up(s, "too many failed authentications");
     return REFUSED;
+}
+
+/* A wrong secret and an unknown name are told the same. */
+static enum result auth_failed(struct session *s, const char *name)
+{
+    return exchange_failed(s, name, "535 Authentication failed");
+}
+
+/* Takes a response in base64 apart: into s->response. False: it is none. */
+static bool decode_response(struct session *s, const char *text)
+{
+    s->response_len = base64_decode(s->response, sizeof s->response, text);
+    return s->response_len >= 0;
 }
 
 /* One turn of a SASL exchange: our challenge out, the response in s->response. REFUSED: the customer
@@ -2563,27 +2597,21 @@ static enum result decode_response(struct session *s, const char *text)
 static enum result challenge(struct session *s, const char *text)
 {
     char encoded[BASE64_SIZE(CHALLENGE_MAX) + 1];
+    enum result got;
     base64_encode(encoded, text, strlen(text));
     send_line(s, "334 %s", encoded);
-    switch (read_line(s)) {
-    case LATER:
+    got = read_line(s);
+    if (got == LATER)
         return stop_waiting(s);
-    case REFUSED:
-        refuse(s, "500 Line too long");
-        return REFUSED;
-    case DONE:
-        break;
-    }
+    s->responded = now_ms();
+    if (got == REFUSED || s->io.line_octets > AUTH_LINE)
+        return exchange_failed(s, NULL, "500 Line too long");
     trace_line(s, CUSTOMER, "%s", s->hide_response ? "(response not shown)" : s->line);
-    if (s->io.line_octets > AUTH_LINE) {
-        refuse(s, "500 Line too long");
-        return REFUSED;
-    }
-    if (strcmp(s->line, "*") == 0) {
-        refuse(s, "501 Authentication cancelled");
-        return REFUSED;
-    }
-    return decode_response(s, s->line_len == strlen(s->line) ? s->line : "NUL");
+    if (strcmp(s->line, "*") == 0)
+        return exchange_failed(s, NULL, "501 Authentication cancelled");
+    if (s->line_len != strlen(s->line) || !decode_response(s, s->line))
+        return exchange_failed(s, NULL, "501 That is not base64");
+    return DONE;
 }
 
 /* The client's first message, where the client speaks first: the initial response, "=" standing for an
@@ -2592,20 +2620,10 @@ static enum result first_response(struct session *s, const char *initial)
 {
     if (!initial)
         return challenge(s, "");
-    return decode_response(s, strcmp(initial, "=") == 0 ? "" : initial);
-}
-
-/* Any failure is answered a second after the response that failed, however long that took to find out, and says no
- * more than that it failed; the third ends the session. */
-static enum result auth_failed(struct session *s, const char *name)
-{
-    struct pollfd wake = {.fd = s->io.wake_fd, .events = POLLIN};
-    int64_t left = s->responded + AUTH_FAILURE_MS - now_ms();
-    log_event(s, LOG_WARNING, "authentication failed for \"%s\" from %s", name, s->peer);
-    poll(&wake, 1, left > 0 ? (int)left : 0);
-    send_line(s, "535 Authentication failed");
-    if (++s->auth_failures >= AUTH_FAILURES)
-        return hang_up(s, "too many failed authentications");
+    s->responded = now_ms();
+    if (decode_response(s, strcmp(initial, "=") == 0 ? "" : initial))
+        return DONE;
+    refuse(s, "501 That is not base64");
     return REFUSED;
 }
 
@@ -5212,13 +5230,23 @@ static int client_dialogue(struct session *s, const struct customer *c)
     return code;
 }
 
+/* The address as text for the log: 127.0.0.1:366, [::1]:366. */
+static void address_text(char *out, size_t size, const struct sockaddr_storage *a, socklen_t len)
+{
+    char host[64], port[16];
+    if ((a->ss_family != AF_INET && a->ss_family != AF_INET6) ||
+        getnameinfo((const struct sockaddr *)a, len, host, sizeof host, port, sizeof port, NI_NUMERICHOST | NI_NUMERICSERV) != 0)
+        snprintf(out, size, "local program");
+    else
+        snprintf(out, size, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
+}
+
 /* A session with its numbers and names set; the caller frees it. */
 struct session *session_new(int fd, enum side self, int timeout, const char *name, enum trace trace)
 {
     static atomic_ulong numbers[2]; /* of each side's sessions */
-    struct sockaddr_storage address;
+    struct sockaddr_storage address = {.ss_family = AF_UNSPEC};
     socklen_t len = sizeof address;
-    char port[16] = "";
     struct session *s = malloc(sizeof *s);
     if (!s)
         return NULL;
@@ -5229,11 +5257,8 @@ struct session *session_new(int fd, enum side self, int timeout, const char *nam
     s->name = name;
     s->trace = trace;
     snprintf(s->peer_name, sizeof s->peer_name, "unknown");
-    snprintf(s->peer, sizeof s->peer, "local program");
-    if (getpeername(fd, (struct sockaddr *)&address, &len) == 0 && address.ss_family != AF_UNIX &&
-        getnameinfo((struct sockaddr *)&address, len, s->peer, sizeof s->peer, port, sizeof port,
-                    NI_NUMERICHOST | NI_NUMERICSERV) == 0)
-        snprintf(s->peer + strlen(s->peer), sizeof s->peer - strlen(s->peer), ":%s", port);
+    getpeername(fd, (struct sockaddr *)&address, &len);
+    address_text(s->peer, sizeof s->peer, &address, len);
     return s;
 }
 
@@ -5584,16 +5609,12 @@ static void release_signals(void)
     pthread_sigmask(SIG_UNBLOCK, &held, NULL);
 }
 
-/* The address as text for the log: [::1]:366, 127.0.0.1:366. */
 static void name_of_socket(int fd, char *out, size_t size)
 {
-    struct sockaddr_storage address;
+    struct sockaddr_storage address = {.ss_family = AF_UNSPEC};
     socklen_t len = sizeof address;
-    char host[64] = "?", port[16] = "?";
-    if (getsockname(fd, (struct sockaddr *)&address, &len) == 0)
-        getnameinfo((struct sockaddr *)&address, len, host, sizeof host, port, sizeof port,
-                    NI_NUMERICHOST | NI_NUMERICSERV);
-    snprintf(out, size, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
+    getsockname(fd, (struct sockaddr *)&address, &len);
+    address_text(out, size, &address, len);
 }
 
 static void listen_on_address(struct provider *p, const struct addrinfo *a, const char *where, bool tls)
