@@ -80,25 +80,57 @@ static void quote(char *out, size_t size, const char *text)
     snprintf(out + n, size - n, "\"%s", *text ? "..." : "");
 }
 
-__attribute__((format(printf, 2, 0))) static void print_line(const char *prefix, const char *fmt, va_list args)
+/* A moment in local time. A file can have a time that the calendar does not reach: that counts as the start of 1970. */
+static struct tm local_time(time_t when)
 {
-    char plain[LOG_LINE], safe[LOG_LINE * 2];
+    struct tm tm;
+    if (!localtime_r(&when, &tm))
+        tm = (struct tm){.tm_mday = 1, .tm_year = 70, .tm_wday = 4};
+    return tm;
+}
+
+/* The form of the log's lines: as they are for the customer and the tools; the provider's with the time (RFC 3339), or
+ * with the priority that the journal of systemd reads (sd-daemon(3)). */
+static enum { PLAIN_LINES, TIMED_LINES, JOURNAL_LINES } log_form;
+
+void log_start(void)
+{
+    const char *journal = getenv("JOURNAL_STREAM"); /* systemd.exec(5): device and inode of the journal's stream */
+    char ours[48] = "";
+    struct stat st;
+    if (fstat(STDERR_FILENO, &st) == 0)
+        snprintf(ours, sizeof ours, "%llu:%llu", (unsigned long long)st.st_dev, (unsigned long long)st.st_ino);
+    log_form = journal && strcmp(journal, ours) == 0 ? JOURNAL_LINES : TIMED_LINES;
+}
+
+__attribute__((format(printf, 3, 0)))
+static void print_line(int priority, const char *prefix, const char *fmt, va_list args)
+{
+    char plain[LOG_LINE], safe[LOG_LINE * 2], start[64] = "", line[sizeof safe + 128], zone[8] = "";
+    struct tm now = local_time(time(NULL));
     vsnprintf(plain, sizeof plain, fmt, args);
     escape(safe, sizeof safe, plain);
-    fprintf(stderr, "%s%s\n", prefix, safe);
+    if (log_form == TIMED_LINES) {
+        size_t n = strftime(start, sizeof start, "%Y-%m-%dT%H:%M:%S", &now);
+        strftime(zone, sizeof zone, "%z", &now);
+        snprintf(start + n, sizeof start - n, "%.3s:%s ", zone, zone + 3); /* RFC 3339 has +00:00, strftime(3) +0000 */
+    } else if (log_form == JOURNAL_LINES) {
+        snprintf(start, sizeof start, "<%d>", priority);
+    }
+    snprintf(line, sizeof line, "%s%s%s\n", start, prefix, safe);
+    fputs(line, stderr);
 }
 
 void log_event(const struct session *s, int priority, const char *fmt, ...)
 {
     char prefix[48] = "odmr: ";
     va_list args;
-    (void)priority;
     if (s && s->muted)
         return;
     if (s)
         snprintf(prefix, sizeof prefix, "odmr: [%lu] ", s->number);
     va_start(args, fmt);
-    print_line(prefix, fmt, args);
+    print_line(priority, prefix, fmt, args);
     va_end(args);
 }
 
@@ -106,7 +138,7 @@ void die(int code, const char *fmt, ...)
 {
     va_list args;
     va_start(args, fmt);
-    print_line("odmr: ", fmt, args);
+    print_line(LOG_ERR, "odmr: ", fmt, args);
     va_end(args);
     exit(code);
 }
@@ -116,6 +148,12 @@ void *must_alloc(void *memory)
     if (!memory)
         die(EX_OSERR, "out of memory; giving up");
     return memory;
+}
+
+/* "1 message", "2 messages" */
+static const char *plural(uint64_t count)
+{
+    return count == 1 ? "" : "s";
 }
 
 /* P: is the provider's line and C: the customer's, whichever of the two is writing the trace. */
@@ -1131,8 +1169,8 @@ bool sender_valid(const char *mailbox)
 static void write_date(FILE *out, const char *before, time_t when)
 {
     char date[64];
-    struct tm tm;
-    strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S %z", localtime_r(&when, &tm));
+    struct tm tm = local_time(when);
+    strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S %z", &tm);
     fprintf(out, "%s%s\n", before, date);
 }
 
@@ -3821,9 +3859,9 @@ static void reversed_state(struct session *s)
     }
     backlog_free(&s->backlog);
     log_event(s, LOG_INFO,
-              "%s: %zu messages, %llu octets, recipients: %zu delivered, %zu deferred, %zu refused; %lu waits",
-              s->account->name, x.messages, (unsigned long long)x.octets, x.delivered, x.deferred, x.refused,
-              s->io.waits);
+              "%s: %zu message%s, %llu octets, recipients: %zu delivered, %zu deferred, %zu refused; %lu wait%s",
+              s->account->name, x.messages, plural(x.messages), (unsigned long long)x.octets, x.delivered, x.deferred,
+              x.refused, s->io.waits, plural(s->io.waits));
     if (result != DONE)
         log_event(s, LOG_WARNING, "the reversed session ended early: %s; what is not delivered stays queued",
                   s->io.broken ? s->io.broken : "the customer does not take mail");
@@ -4253,7 +4291,7 @@ static void show_progress(struct session *s, size_t messages, uint64_t octets)
     if (!s->progress || now - s->last_progress < PROGRESS_MS)
         return;
     s->last_progress = now;
-    fprintf(stderr, "\rodmr: %zu messages, %llu octets ", messages, (unsigned long long)octets);
+    fprintf(stderr, "\rodmr: %zu message%s, %llu octets ", messages, plural(messages), (unsigned long long)octets);
 }
 
 /* The end of it, and the line that stays. */
@@ -4262,7 +4300,8 @@ static void show_summary(const struct session *s, const char *what, size_t messa
     if (s->progress && s->last_progress > 0)
         fprintf(stderr, "\r%*s\r", PROGRESS_WIDTH, "");
     if (!s->quiet)
-        log_event(s, LOG_INFO, "%zu messages, %llu octets %s", messages, (unsigned long long)octets, what);
+        log_event(s, LOG_INFO, "%zu message%s, %llu octets %s", messages, plural(messages), (unsigned long long)octets,
+                  what);
 }
 
 /* Is the message under way in its files, as far as we know? If the disk is full, room is made for others. */
@@ -5400,10 +5439,9 @@ struct domain_summary {
 static void list_message(const struct message *m, int64_t second)
 {
     char address[MAILBOX_MAX + 2], safe[2 * LOG_LINE], when[32];
+    struct tm tm = local_time((time_t)second);
     struct envelope_reader r;
-    time_t t = (time_t)second;
-    struct tm tm;
-    strftime(when, sizeof when, "%Y-%m-%d %H:%M:%S", localtime_r(&t, &tm));
+    strftime(when, sizeof when, "%Y-%m-%d %H:%M:%S", &tm);
     escape(safe, sizeof safe, m->path);
     printf("  %s  %lld  %s\n", when, (long long)m->size, safe);
     if (m->held) {
@@ -5430,10 +5468,9 @@ static bool summarize_domain(int queue, const char *domain, bool list)
         backlog_free(&b);
         return false;
     }
-    if (b.count > 0) {
-        time_t t = (time_t)b.list[0].second;
-        strftime(when, sizeof when, "%Y-%m-%d %H:%M:%S", localtime_r(&t, &tm));
-    }
+    tm = local_time(b.count > 0 ? (time_t)b.list[0].second : 0);
+    if (b.count > 0)
+        strftime(when, sizeof when, "%Y-%m-%d %H:%M:%S", &tm);
     for (int pass = 0; pass < (list ? 2 : 1); pass++) {
         for (size_t i = 0; i < b.count; i++) {
             struct message m;
@@ -5885,7 +5922,7 @@ static void stop_sessions(struct provider *p, int wake_fd)
     close(wake_fd); /* the writing end: the reading one, which every session watches, now reports it */
     release_signals();
     pthread_mutex_lock(&p->lock);
-    log_event(NULL, LOG_NOTICE, "stopping; %zu sessions to end", p->session_count);
+    log_event(NULL, LOG_NOTICE, "stopping; %zu session%s to end", p->session_count, plural(p->session_count));
     while (p->session_count > 0)
         pthread_cond_wait(&p->session_ended, &p->lock);
     pthread_mutex_unlock(&p->lock);
@@ -5919,6 +5956,7 @@ int provider_run(struct provider *p)
     pthread_t care;
     bool cared_for;
     int wake[2];
+    log_start();
     p->queue = open_queue(p->queue_path, false);
     if (p->queue < 0)
         die(EX_CONFIG, "%s: %s", p->queue_path, strerror(errno));

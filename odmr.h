@@ -360,6 +360,8 @@ struct session {
 
 /* Text with every octet that is not printable ASCII as \xNN; cut to size. */
 void escape(char *out, size_t size, const char *text);
+/* From here on each line of the log starts with the time, or with the priority if the journal reads it: the provider's. */
+void log_start(void);
 /* One line on standard error, escaped; s may be NULL. The priority is one of syslog(3): LOG_ERR when the administrator
  * must act, LOG_WARNING, LOG_NOTICE, LOG_INFO. */
 void log_event(const struct session *s, int priority, const char *fmt, ...) __attribute__((format(printf, 3, 4)));

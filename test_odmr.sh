@@ -101,6 +101,9 @@ provider() {
     if [ -n "${OVER_TLS:-}" ]; then TLS_PORT=$PORT; tunnel; fi
 }
 
+# How a line of the provider's log begins: RFC 3339, in local time.
+MOMENT='[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}[+-][0-9]{2}:[0-9]{2}'
+
 # listens LOG [N]: each port that a program says it listens on, into PORTS; false as long as there are not N.
 listens() {
     local line
@@ -362,7 +365,7 @@ t_4-a_port_366() {
         trap "kill $provider; wait" EXIT
         until [ "$(grep -c "listening on .*:366$" "$T/log")" = 2 ] || ! kill -0 "$provider"; do sleep 0.05; done
         customer 0 127.0.0.1; customer 1 127.0.0.1:366; customer 1 ::1; customer 1 "[::1]"' || fail "$(cat "$T/log")"
-    equal "$(grep -c '^odmr: listening on \(0.0.0.0\|\[::\]\):366$' "$T/log")" 2
+    equal "$(grep -cE "^$MOMENT odmr: listening on (0.0.0.0|\[::\]):366\$" "$T/log")" 2
 }
 
 silent() { local octet code=0; IFS= read -r -N 1 -t 1.5 octet <&"$LINE" || code=$?; [ "$code" -gt 128 ]; }
@@ -1156,13 +1159,13 @@ t_round_trips() {
         put_many 100
         turn
         equal "$N_GOT" 100
-        waits=$(sed -n 's/.*refused; \([0-9]*\) waits.*/\1/p' "$LOG" | tail -n 1)
+        waits=$(sed -n 's/.*refused; \([0-9]*\) waits*.*/\1/p' "$LOG" | tail -n 1)
         if [ "$OFFER" = PIPELINING ]; then [ "$waits" -le 110 ] || fail "$waits waits with PIPELINING"; fi
     done
     put_many 100
     customer 0 "127.0.0.1:$PORT"
-    until_true counted 3 '100 messages.* waits' "$LOG"
-    waits=$(sed -n 's/.*refused; \([0-9]*\) waits.*/\1/p' "$LOG" | tail -n 1)
+    until_true counted 3 '100 messages.* waits?' "$LOG"
+    waits=$(sed -n 's/.*refused; \([0-9]*\) waits*.*/\1/p' "$LOG" | tail -n 1)
     [ "$waits" -lt 12 ] || fail "$waits waits with CHUNKING"
 }
 
@@ -1364,13 +1367,38 @@ t_user_drops_privileges() {
 t_listening_sockets() {
     provider -l '[::1]:0' -l localhost:0
     until_true shows "$LOG" '\[::1\]'
-    [ "$(grep -c '^odmr: listening on 127.0.0.1:[1-9][0-9]*$' "$LOG")" = 2 ] || fail 'two sockets on 127.0.0.1 were asked for'
+    [ "$(grep -cE "^$MOMENT odmr: listening on 127.0.0.1:[1-9][0-9]*\$" "$LOG")" = 2 ] || fail 'two sockets on 127.0.0.1 were asked for'
     customer 1 "[::1]:$(sed -n 's/.*listening on \[::1\]:\([0-9]*\)$/\1/p' "$LOG" | head -n 1)"
     customer 1 "localhost:$PORT"
     run 71 "$ODMR" provider -l "127.0.0.1:$PORT" -q "$T/queue" -a "$T/accounts"
-    matches "$T/err" "^odmr: 127.0.0.1:$PORT: cannot listen: [^
+    matches "$T/err" "^$MOMENT odmr: 127.0.0.1:$PORT: cannot listen: [^
 ]*\$"
     run 68 "$ODMR" provider -l nonexistent.invalid:0 -q "$T/queue" -a "$T/accounts"
+}
+
+# Every line of the provider's log starts with the local time and its offset. When JOURNAL_STREAM names standard error,
+# as systemd sets it, the journal adds the time, and the line starts with its priority; when it names another stream,
+# the time stays.
+t_log_lines_have_time_or_priority() {
+    local log
+    export TZ=XYZ-5:30
+    provider
+    dial; expect '^220 '; hang_up
+    until_true settled
+    [ "$(grep -cvE '^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:]{8}\+05:30 odmr: ' "$LOG")" = 0 ] || fail "a line without its time: $(cat "$LOG")"
+    [ $(($(date +%s) - $(date -d "$(head -c 25 "$LOG")" +%s))) -lt 60 ] || fail "the log is not of this minute: $(cat "$LOG")"
+    log=$T/provider1.log
+    : > "$log"
+    JOURNAL_STREAM=$(stat -c %d:%i "$log") provider
+    login
+    ask 'ATRN elsewhere.example' '^450 '
+    stop_provider
+    has "$log" '^<5>odmr: listening on '
+    has "$log" '^<6>odmr: \[1\] authenticated as '
+    has "$log" '^<4>odmr: \[1\] ATRN refused'
+    equal "$(grep -cv '^<[3-6]>odmr: ' "$log")" 0 'lines without a priority'
+    JOURNAL_STREAM=$(stat -c %d:%i "$log") run 78 "$ODMR" provider -q "$T/none" -a "$T/accounts"
+    matches "$T/err" "^$MOMENT odmr: $T/none: "
 }
 
 t_sighup_reads_accounts_again() {
@@ -1442,7 +1470,7 @@ t_accounts_file() {
         printf '# first\n%s\n' "$bad" > "$T/accounts"
         chmod 600 "$T/accounts"
         run 78 "$ODMR" provider -l 127.0.0.1:0 -q "$T/queue" -a "$T/accounts"
-        matches "$T/err" "^odmr: $T/accounts:[23]: [^
+        matches "$T/err" "^$MOMENT odmr: $T/accounts:[23]: [^
 ]*\$"
     done
     run 78 "$ODMR" provider --listen 127.0.0.1:0 --queue "$T/queue" --accounts "$T/none"
@@ -2466,11 +2494,11 @@ t_customer_quiet_and_progress() {
     equal "$(cat "$T/err")" ''
     put_letter two 1.a a@example.edu eva@example.org
     customer 0 "127.0.0.1:$PORT"
-    matches "$T/err" '^odmr: \[1\] 1 messages, [0-9]+ octets received$'
+    matches "$T/err" '^odmr: \[1\] 1 message, [0-9]+ octets received$'
     needs unbuffer
     put_letter three 1.a a@example.edu eva@example.org
     ODMR_SECRET=tanstaaf unbuffer "$ODMR" customer -u example.org -q "$T/mail" "127.0.0.1:$PORT" > "$T/terminal"
-    match "$(tr '\r' '|' < "$T/terminal")" '^\|odmr: 0 messages, [0-9]+ octets \| +\|odmr: \[1\] 1 messages'
+    match "$(tr '\r' '|' < "$T/terminal")" '^\|odmr: 0 messages, [0-9]+ octets \| +\|odmr: \[1\] 1 message,'
 }
 
 # ---- The demo and the ladder -------------------------------------------------------------------------
