@@ -2669,7 +2669,9 @@ static enum result auth_succeeded(struct session *s, const struct account *accou
 {
     s->account = account;
     send_line(s, "235 now authenticated as %s", account->name);
-    log_event(s, LOG_INFO, "authenticated as %s (%s)", account->name, mechanism);
+    log_event(s, LOG_INFO, "authenticated as %s (%s, %s%s%s)", account->name, mechanism,
+              s->io.tls ? SSL_get_version(s->io.tls) : "in the clear", s->io.tls ? " " : "",
+              s->io.tls ? SSL_get_cipher_name(s->io.tls) : "");
     return DONE; /* from here on, not before, the session counts as authenticated (5.1.2-b) */
 }
 
@@ -3072,14 +3074,17 @@ static enum result initial_state(struct session *s)
 /* ---- 5.2.1 ATRN ---- */
 
 /* The domains of this request (5.2.1-a), each once; none named: all that the account has (5.2.1-d). False when the
- * customer has no access to one of them. */
+ * customer has no access to one of them (5.2.1-e): not even for those it has access to. */
 static bool atrn_domains(struct session *s)
 {
     const char *list = s->argument, *domain;
     size_t len;
     while ((domain = next_domain(&list, &len)))
-        if (!domain_in_list(s->account->domains, domain, len))
+        if (!domain_in_list(s->account->domains, domain, len)) {
+            log_event(s, LOG_WARNING, "ATRN refused (450): %s has no access to %.*s", s->account->name, (int)len,
+                      domain);
             return false;
+        }
     s->asked = s->account->domains;
     if (s->argument) {
         snprintf(s->domains, sizeof s->domains, "%s", s->argument);
@@ -3098,6 +3103,7 @@ static enum result claim_next(struct session *s, struct backlog *b, struct messa
     const char *busy = NULL;
     *claimed = NULL;
     if (!m) {
+        s->postponed = "there is no memory to send it";
         log_event(s, LOG_ERR, "out of memory; the mail that waits stays queued");
         return LATER;
     }
@@ -3113,8 +3119,10 @@ static enum result claim_next(struct session *s, struct backlog *b, struct messa
             log_event(s, LOG_WARNING, "cannot send %s now: %s (%s)", m->path, m->trouble, strerror(errno));
         else if (got == LATER)
             busy = m->path;
-        if (got == LATER)
+        if (got == LATER) {
+            s->postponed = m->trouble ? m->trouble : "other sessions have claimed it";
             result = LATER;
+        }
         message_close(m);
     }
     free(m);
@@ -3146,6 +3154,9 @@ static bool asked_too_soon(struct session *s)
     if (last && !soon)
         last->when = now_ms();
     pthread_mutex_unlock(&p->lock);
+    if (soon)
+        log_event(s, LOG_WARNING, "ATRN refused (450): %s repeats it within --interval %d s", s->account->name,
+                  p->interval);
     return soon;
 }
 
@@ -3159,15 +3170,11 @@ static enum result atrn_command(struct session *s)
         refuse(s, "501 ATRN takes domains, with commas and without blanks between them");
         return REFUSED;
     }
-    if (!atrn_domains(s)) { /* (5.2.1-e): not even for those it has access to; (5.2.1-f): 450 */
-        log_event(s, LOG_WARNING, "ATRN refused: %s has no access to all of %s", s->account->name, s->argument);
-        send_line(s, "450 ATRN request refused");
+    if (!atrn_domains(s) || asked_too_soon(s)) {
+        send_line(s, "450 ATRN request refused"); /* (5.2.1-f) */
         return REFUSED;
     }
-    if (asked_too_soon(s)) {
-        send_line(s, "450 ATRN request refused");
-        return REFUSED;
-    }
+    s->postponed = "it cannot be listed";
     got = backlog_read(&s->backlog, s->provider->queue, s->asked);
     if (got != DONE)
         log_event(s, LOG_ERR, "the queue of %s cannot be read: %s", s->asked, strerror(errno));
@@ -3177,7 +3184,10 @@ static enum result atrn_command(struct session *s)
         send_line(s, "250 OK now reversing the connection");
         return DONE;
     }
-    log_event(s, LOG_INFO, "ATRN %s: %s", s->asked, got == LATER ? "not now" : "no mail");
+    if (got == LATER)
+        log_event(s, LOG_WARNING, "ATRN %s: 451, mail waits, but %s", s->asked, s->postponed);
+    else
+        log_event(s, LOG_INFO, "ATRN %s: 453, no mail", s->asked);
     backlog_free(&s->backlog);
     if (got == LATER)
         send_line(s, "451 Unable to process ATRN request now"); /* (5.2.1-k) */
@@ -3471,7 +3481,6 @@ struct sender {
     struct expected fifo[REPLIES_IN_FLIGHT];
     size_t oldest, count;
     size_t delivered, deferred, refused; /* recipients, for the log */
-    size_t messages;
     uint64_t octets;
 };
 
@@ -3498,7 +3507,7 @@ static void note_verdict(struct sender *x, struct message *m, size_t i, const st
 static void message_conclude(struct sender *x, struct message *m)
 {
     bool taken = memchr(m->fate, DELIVERED, m->recipients) != NULL;
-    x->messages += taken;
+    x->s->messages += taken;
     x->octets += taken ? m->wire_size : 0;
     message_settle(x->s->provider, x->s, m);
     message_close(m);
@@ -3860,7 +3869,7 @@ static void reversed_state(struct session *s)
     backlog_free(&s->backlog);
     log_event(s, LOG_INFO,
               "%s: %zu message%s, %llu octets, recipients: %zu delivered, %zu deferred, %zu refused; %lu wait%s",
-              s->account->name, x.messages, plural(x.messages), (unsigned long long)x.octets, x.delivered, x.deferred,
+              s->account->name, s->messages, plural(s->messages), (unsigned long long)x.octets, x.delivered, x.deferred,
               x.refused, s->io.waits, plural(s->io.waits));
     if (result != DONE)
         log_event(s, LOG_WARNING, "the reversed session ended early: %s; what is not delivered stays queued",
@@ -5608,12 +5617,14 @@ int print_account(const char *name, const char *domains, bool scram)
  * under its lock or as an atomic, and nothing else. Signals come to the accepting thread alone, and only while
  * it waits for connections: no other thread is ever interrupted by one. */
 
-static volatile sig_atomic_t told_to_stop, told_to_reload;
+static volatile sig_atomic_t told_to_stop, told_to_reload, told_to_report;
 
 static void on_signal(int number)
 {
     if (number == SIGHUP)
         told_to_reload = 1;
+    else if (number == SIGUSR1)
+        told_to_report = 1;
     else
         told_to_stop = 1;
 }
@@ -5621,7 +5632,7 @@ static void on_signal(int number)
 /* From here on they are held back, in this thread and in those it starts, except in serve(). */
 static void catch_signals(void)
 {
-    static const int numbers[] = {SIGTERM, SIGINT, SIGHUP};
+    static const int numbers[] = {SIGTERM, SIGINT, SIGHUP, SIGUSR1};
     struct sigaction action = {.sa_handler = on_signal};
     sigset_t held;
     sigemptyset(&action.sa_mask);
@@ -5893,6 +5904,23 @@ static void reload(struct provider *p)
     SSL_CTX_free(old_tls);
 }
 
+/* SIGUSR1: who is here. What a session changes while this reads it is atomic; it leaves the list before it is freed. */
+static void report_sessions(struct provider *p)
+{
+    static const char *const name[] = {"initial", "authenticated", "reversed"};
+    pthread_mutex_lock(&p->lock);
+    log_event(NULL, LOG_NOTICE, "%zu session%s", p->session_count, plural(p->session_count));
+    for (const struct session *s = p->sessions; s; s = s->next) {
+        enum state state = s->state; /* first, since a session has its account before it enters the next state */
+        const struct account *account = s->account;
+        size_t messages = s->messages;
+        log_event(s, LOG_NOTICE, "%s, %s%s, %s state, %zu message%s so far", s->peer,
+                  account ? "account " : "no account yet", account ? account->name : "", name[state], messages,
+                  plural(messages));
+    }
+    pthread_mutex_unlock(&p->lock);
+}
+
 static void drop_privileges(const char *user)
 {
     struct passwd *pw = getpwnam(user);
@@ -5938,10 +5966,12 @@ static void serve(struct provider *p)
         for (size_t i = 0; i < p->socket_count; i++)
             ready[i] = (struct pollfd){.fd = p->sockets[i], .events = POLLIN};
         if (ppoll(ready, p->socket_count, NULL, &none) < 0) {
-            bool again = told_to_reload;
-            told_to_reload = 0;
+            bool again = told_to_reload, report = told_to_report;
+            told_to_reload = told_to_report = 0;
             if (again)
                 reload(p);
+            if (report)
+                report_sessions(p);
             continue;
         }
         for (size_t i = 0; i < p->socket_count; i++)

@@ -314,11 +314,12 @@ struct customer {
     enum trace trace;
 };
 
-/* One connection, on either side. Owned by its thread; `next` and `address` by the provider's lock. */
+/* One connection, on either side. Owned by its thread; `next` and `address` by the provider's lock; what is atomic is
+ * read by the listener, for SIGUSR1. */
 struct session {
     unsigned long number;
     enum side self; /* who we are */
-    enum state state;
+    _Atomic(enum state) state;
     enum trace trace;
     const char *name; /* ours, in greetings */
     char peer[80];    /* its address, for the log */
@@ -330,7 +331,9 @@ struct session {
 
     struct provider *provider;
     struct accounts *accounts;     /* a share in the table it logs in with */
-    const struct account *account; /* NULL until authenticated */
+    const struct account *_Atomic account; /* NULL until authenticated; its table stays until the session is freed */
+    atomic_size_t messages;        /* of which the customer has taken at least one copy */
+    const char *postponed;         /* why mail that waits is not sent now */
     bool greeted;                  /* EHLO was seen */
     SSL_CTX *tls_context;          /* a share in it; NULL: no TLS here */
     bool tls_at_once;              /* from the first octet */
@@ -360,7 +363,7 @@ struct session {
 
 /* Text with every octet that is not printable ASCII as \xNN; cut to size. */
 void escape(char *out, size_t size, const char *text);
-/* From here on each line of the log starts with the time, or with the priority if the journal reads it: the provider's. */
+/* For the provider: from here on a line of the log starts with the time or, for the journal, with its priority. */
 void log_start(void);
 /* One line on standard error, escaped; s may be NULL. The priority is one of syslog(3): LOG_ERR when the administrator
  * must act, LOG_WARNING, LOG_NOTICE, LOG_INFO. */

@@ -1210,7 +1210,8 @@ t_a_domain_named_twice() {
     hasnt "$LOG" 'left for later'
 }
 
-# Why 451 was said stands in the log, for those who run the provider.
+# The log gives the reason of each 451 and 450: mail that is claimed, that cannot be opened or listed; a domain without
+# access; a repetition within --interval.
 t_5.2.1-k_the_log_says_why() {
     needs flock
     provider
@@ -1222,6 +1223,41 @@ t_5.2.1-k_the_log_says_why() {
     mv "$T/queue/example.org/new" "$T/queue/example.org/old"; touch "$T/queue/example.org/new"
     ask ATRN '^451 '
     has "$LOG" 'the queue of example.org,example.com cannot be read: Not a directory$'
+    has "$LOG" 'ATRN example.org,example.com: 451, mail waits, but it cannot be listed$'
+    ask 'ATRN example.com,other.example,example.net' '^450 '
+    has "$LOG" '\[1\] ATRN refused (450): example.org has no access to other.example$'
+    provider --interval 3600
+    login; ask 'ATRN example.com' '^453 '; ask ATRN '^450 '
+    has "$LOG" '\[1\] ATRN refused (450): example.org repeats it within --interval 3600 s$'
+}
+
+# SIGUSR1: a line for each session with its number, peer, account, state and messages so far; all goes on as before.
+t_sigusr1_lists_the_sessions() {
+    local peers=()
+    provider
+    put_many 3
+    dial; expect '^220 '; peers+=("$LINE")
+    login other 'another secret: with colons'; peers+=("$LINE")
+    login; ask ATRN '^250 '
+    say '220 me'; expect '^EHLO '; say '250 me'; expect '^MAIL '; say '250 ok'; expect '^RCPT '; say '250 ok'
+    expect '^DATA'; say '354 go on'; expect '^From: '; until [[ $HEARD == . ]]; do hear; done; say '250 ok'; expect '^MAIL '
+    kill -USR1 "$PROVIDER"
+    until_true shows "$LOG" '3 sessions'
+    until_true counted 1 '\[1\] 127\.0\.0\.1:[0-9]+, no account yet, initial state, 0 messages so far$' "$LOG"
+    until_true counted 1 '\[2\] 127\.0\.0\.1:[0-9]+, account other, authenticated state, 0 messages so far$' "$LOG"
+    until_true counted 1 '\[3\] 127\.0\.0\.1:[0-9]+, account example\.org, reversed state, 1 message so far$' "$LOG"
+    LINE=${peers[1]}; ask ATRN '^453 '
+    stop_provider
+}
+
+# Many of these signals while sessions come, log in, take mail and go: nothing of a session is read that it may change.
+t_sigusr1_while_sessions_come_and_go() {
+    provider
+    put_many 60
+    ( while kill -USR1 "$PROVIDER" 2> /dev/null; do moment; done ) & STARTED+=($!)
+    for _ in 1 2 3 4; do customer 0 "127.0.0.1:$PORT"; put_many 60; done
+    until_true shows "$LOG" 'reversed state'
+    stop_provider
 }
 
 # Signals in any number and at any moment: the caretaker's thread stays, and so does the provider.
@@ -1407,6 +1443,7 @@ t_sighup_reads_accounts_again() {
     kill -HUP "$PROVIDER"
     until_true shows "$LOG" 'accounts read again: 1'
     login example.org 'new secret'
+    has "$LOG" 'authenticated as example.org (CRAM-MD5, \(in the clear\|TLSv1.3 TLS_AES_256_GCM_SHA384\))$'
     printf 'nonsense\n' > "$T/accounts"
     kill -HUP "$PROVIDER"
     until_true shows "$LOG" 'accounts:1: .*stay as they were'
@@ -2887,7 +2924,7 @@ t_5.1.2-d_each_mechanism() {
     for mechanism in SCRAM-SHA-256-PLUS SCRAM-SHA-256 CRAM-MD5 PLAIN; do
         put_letter "$mechanism" 1.a a@example.edu eva@example.org
         customer 0 --trace --ca "$T/ca.crt" --require-tls --mechanism "$mechanism" "localhost:$PORT"
-        has "$LOG" "authenticated as example.org ($mechanism)"
+        has "$LOG" "authenticated as example.org ($mechanism, TLSv1.3 TLS_AES_256_GCM_SHA384)"
         has "$T/err" 'C: STARTTLS'
         [ "$mechanism" != PLAIN ] || { has "$T/err" 'AUTH PLAIN (response not shown)'; hasnt "$T/err" dGFuc3RhYWY; }
     done
@@ -3133,11 +3170,11 @@ t_5.1.2-f_external() {
     certificate stranger /CN=example.org DNS:stranger.example ca
     certificate forged /CN=example.org DNS:example.org other_ca
     tls_provider --client-ca "$T/ca.crt"
-    external 1 me; has "$LOG" 'authenticated as example.org (EXTERNAL)'
+    external 1 me; has "$LOG" 'authenticated as example.org (EXTERNAL, TLSv1.3'
     external 1 me -u example.org
     external 77 me -u other
     external 1 cn
-    external 1 mail; has "$LOG" 'authenticated as other (EXTERNAL)'
+    external 1 mail; has "$LOG" 'authenticated as other (EXTERNAL, TLSv1.3'
     external 1 both -u example.org
     external 1 both -u other
     external 77 stranger
@@ -3190,7 +3227,7 @@ t_swaks_authenticates() {
     for mechanism in PLAIN CRAM-MD5; do
         swaks -s 127.0.0.1 -p "$PORT" -tls --tls-ca-path "$T/ca.crt" -a "$mechanism" -au example.org -ap tanstaaf \
             --quit-after AUTH > "$T/out" 2>&1 || { cat "$T/out" >&2; fail "swaks $mechanism"; }
-        has "$LOG" "authenticated as example.org ($mechanism)"
+        has "$LOG" "authenticated as example.org ($mechanism, "
         ! swaks -s 127.0.0.1 -p "$PORT" -tls -a "$mechanism" -au example.org -ap wrong --quit-after AUTH > "$T/out" 2>&1 ||
             fail 'a wrong secret was accepted'
     done
@@ -3210,7 +3247,7 @@ gsasl_logs_in() {
     shift
     echo | timeout "$PATIENCE" gsasl --client --smtp --connect "localhost:$PORT" -m "$mechanism" -a example.org -p tanstaaf "$@" \
         > "$T/out" 2>&1 || { cat "$T/out" "$LOG" >&2; fail "gsasl $mechanism $*"; }
-    has "$LOG" "authenticated as example.org ($mechanism)"
+    has "$LOG" "authenticated as example.org ($mechanism, "
 }
 
 t_fetchmail_over_tls() {
@@ -3221,7 +3258,7 @@ t_fetchmail_over_tls() {
     for i in {1..5}; do { letter one; seq 5000; } | put "$i.a" a@example.edu eva@example.org; done
     MX=$SINK PORT=$TLS_PORT FETCHMAIL_TLS="ssl sslproto 'tls1.2+' sslcertck sslcertfile $T/ca.crt sslcommonname localhost" fetchmail_collects
     equal "$(waiting)" 0
-    has "$LOG" 'authenticated as example.org (CRAM-MD5)'
+    has "$LOG" 'authenticated as example.org (CRAM-MD5, TLSv1.[23] '
 }
 
 # ---- The rest of 5.1.2 and of RFC 4954 ----
