@@ -426,6 +426,8 @@ void enter_state(struct session *s, enum state state)
  *
  * Whatever was written is flushed before any wait for input: two peers never wait for each other. */
 
+static const char closed_by_peer[] = "the peer closed the connection";
+
 int64_t now_ms(void)
 {
     struct timespec t;
@@ -511,7 +513,7 @@ static ssize_t socket_read(struct stream *s, void *data, size_t size)
     while (n < 0 && errno == EINTR);
     s->dry = n < 0 && errno == EAGAIN;
     if (n <= 0 && !s->dry)
-        s->ended = n == 0 ? "the peer closed the connection" : "the connection was lost";
+        s->ended = n == 0 ? closed_by_peer : "the connection was lost";
     return n > 0 ? n : -1;
 }
 
@@ -611,7 +613,7 @@ static bool tls_wants_more(struct stream *s, int returned)
     if (error == SSL_ERROR_WANT_READ)
         return true;
     if (error == SSL_ERROR_ZERO_RETURN)
-        s->ended = "the peer closed the connection";
+        s->ended = closed_by_peer;
     s->tls_failed |= !s->ended && !s->broken;
     return false;
 }
@@ -733,6 +735,11 @@ bool stream_ready(struct stream *s)
     return s->in_at < s->in_end || stream_take_in(s) || s->ended;
 }
 
+bool stream_over(const struct stream *s)
+{
+    return s->in_at == s->in_end && (s->ended || s->broken);
+}
+
 bool stream_has_line(struct stream *s)
 {
     while (!memchr(s->in + s->in_at, '\n', s->in_end - s->in_at))
@@ -827,6 +834,7 @@ void stream_end(struct stream *s)
         stream_flush(s);
     if (s->tls && !s->broken)
         SSL_shutdown(s->tls);
+    shutdown(s->fd, SHUT_WR);
 }
 
 /* A close() with unread input makes the kernel send a reset, which can overtake our last reply (a 421,
@@ -837,7 +845,6 @@ void stream_close(struct stream *s)
     stream_end(s);
     SSL_free(s->tls);
     s->tls = NULL;
-    shutdown(s->fd, SHUT_WR);
     for (int i = 0; i < LINGER_READS && !s->said_quit; i++) {
         struct pollfd p = {.fd = s->fd, .events = POLLIN};
         if (poll(&p, 1, LINGER_MS) <= 0 || recv(s->fd, s->in, sizeof s->in, 0) <= 0)
@@ -853,7 +860,8 @@ void stream_close(struct stream *s)
  * What is run besides us: sendmail for notices, --exec's command. No shell stands between unless it was
  * asked for, and nothing that a peer sent is ever a part of a command but an address behind "--". */
 
-/* Starts argv[0] with these as its standard input and output (-1: ours). 0, or an errno. */
+/* Starts argv[0], in a process group of its own, with these as its standard input and output (-1: ours). 0, or an
+ * errno. */
 static int start_program(char *const argv[], int in, int out, pid_t *pid)
 {
     posix_spawn_file_actions_t actions;
@@ -866,7 +874,7 @@ static int start_program(char *const argv[], int in, int out, pid_t *pid)
     posix_spawnattr_init(&attributes);
     posix_spawnattr_setsigdefault(&attributes, &ignored_by_us);
     posix_spawnattr_setsigmask(&attributes, &none);
-    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSIGMASK);
+    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETPGROUP);
     posix_spawn_file_actions_init(&actions);
     problem = in >= 0 ? posix_spawn_file_actions_adddup2(&actions, in, STDIN_FILENO) : 0;
     if (!problem && out >= 0)
@@ -878,22 +886,28 @@ static int start_program(char *const argv[], int in, int out, pid_t *pid)
     return problem;
 }
 
-/* Waits for its end, ends it after so many seconds. The exit status, or -1: killed. */
+/* Waits so many seconds for its end. After them its whole process group gets SIGTERM, and KILL_AFTER_MS later SIGKILL.
+ * The exit status; -1: it did not end by itself. */
 static int finish_program(pid_t pid, int seconds)
 {
     int64_t until = now_ms() + (int64_t)seconds * 1000;
-    int status, pause = 1;
-    pid_t ended;
-    while ((ended = waitpid(pid, &status, WNOHANG)) == 0 && now_ms() < until) {
+    int status = -1, pause = 1, told = 0;
+    bool ended = false;
+    for (;;) {
+        ended = ended || waitpid(pid, &status, WNOHANG) != 0;
+        if (ended && (told == 0 || kill(-pid, 0) < 0)) /* its children may live on, unless we had to end it */
+            break;
+        if (now_ms() >= until) {
+            if (told == SIGKILL)
+                break;
+            told = told == 0 ? SIGTERM : SIGKILL;
+            kill(-pid, told);
+            until = now_ms() + KILL_AFTER_MS;
+        }
         poll(NULL, 0, pause);
         pause = pause < 100 ? pause * 2 : pause;
     }
-    if (ended == 0) {
-        kill(pid, SIGKILL);
-        while (waitpid(pid, &status, 0) < 0 && errno == EINTR)
-            ;
-    }
-    return ended == pid && WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+    return told == 0 && WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
 
 /* ==== Lines and replies ===============================================================================
@@ -4630,9 +4644,10 @@ static void receive_mail(struct receiver *rx)
  *
  * The customer's own mail server speaks SMTP, so the two connections are joined and every octet passes.
  * We only look on: to know what is a command, what a reply and what content, for the trace, for the count
- * of messages, and to know a proper end when we see it. */
+ * of messages, and to know a proper end when we see it. If that server offers STARTTLS and the provider takes
+ * it, the rest is hidden from us. */
 
-enum passing { PASS_OTHER, PASS_DATA, PASS_CONTENT, PASS_QUIT };
+enum passing { PASS_OTHER, PASS_DATA, PASS_CONTENT, PASS_STARTTLS, PASS_QUIT };
 
 struct onlooker {
     struct session *s;
@@ -4641,6 +4656,7 @@ struct onlooker {
     enum passing fifo[PASSING_MAX];
     size_t oldest, count;
     bool in_data;
+    bool hidden;            /* the two speak TLS with each other from here on */
     uint64_t chunk, octets; /* octets of a BDAT still to come; of this content so far */
     unsigned tail;          /* how much of CRLF.CRLF was just seen */
     size_t messages;
@@ -4664,7 +4680,9 @@ static void looker_command(struct onlooker *o, const char *line)
     } else if (strcasecmp(line, "DATA") == 0) {
         looker_expect(o, PASS_DATA);
     } else {
-        looker_expect(o, strcasecmp(line, "QUIT") == 0 ? PASS_QUIT : PASS_OTHER);
+        looker_expect(o, strcasecmp(line, "QUIT") == 0 ? PASS_QUIT
+                         : strcasecmp(line, "STARTTLS") == 0 ? PASS_STARTTLS
+                                                             : PASS_OTHER);
     }
 }
 
@@ -4684,6 +4702,9 @@ static void looker_reply(struct onlooker *o, const char *line)
     }
     o->messages += what == PASS_CONTENT && line[0] == '2';
     o->quit |= what == PASS_QUIT;
+    o->hidden = what == PASS_STARTTLS && line[0] == '2';
+    if (o->hidden)
+        trace_line(o->s, CUSTOMER, "(from here on the two speak TLS with each other, and nothing more can be seen)");
 }
 
 /* Octets of a DATA content: how many of them belong to it, up to and with the lone dot's line end. */
@@ -4708,7 +4729,7 @@ static size_t looker_data(struct onlooker *o, const char *data, size_t len)
 static void looker_sees(struct onlooker *o, enum side who, const char *data, size_t len)
 {
     char *line = o->line[who];
-    while (len > 0) {
+    while (len > 0 && !o->hidden) {
         size_t n = 1;
         if (who == PROVIDER && o->chunk > 0) {
             n = len < o->chunk ? len : (size_t)o->chunk;
@@ -4719,8 +4740,9 @@ static void looker_sees(struct onlooker *o, enum side who, const char *data, siz
             if (o->len[who] < COMMAND_LINE)
                 line[o->len[who]++] = *data;
         } else {
+            while (o->len[who] > 0 && strchr(" \t\r", line[o->len[who] - 1])) /* "DATA " is DATA (RFC 5321, 4.1.1) */
+                o->len[who]--;
             line[o->len[who]] = '\0';
-            line[strcspn(line, "\r")] = '\0';
             o->len[who] = 0;
             if (who == PROVIDER)
                 looker_command(o, line);
@@ -4732,43 +4754,65 @@ static void looker_sees(struct onlooker *o, enum side who, const char *data, siz
     }
 }
 
-/* Moves what one side has said to the other. */
+/* Moves what has arrived from one side to the other. False: nothing has. */
 static bool pass_on(struct onlooker *o, enum side who, struct stream *from, struct stream *to)
 {
     const char *data;
-    size_t len;
-    do {
-        if (!stream_peek(from, &data, &len))
-            return false;
+    size_t len, passed = 0;
+    while (passed < STREAM_OUT && stream_ready(from) && !stream_over(from) && stream_peek(from, &data, &len)) {
         looker_sees(o, who, data, len);
-        o->passed += who == PROVIDER ? len : 0;
-        show_progress(o->s, o->messages, o->passed);
         stream_write(to, data, len);
         stream_skip(from, len);
-    } while (stream_ready(from));
-    return stream_flush(to);
+        passed += len;
+    }
+    o->passed += who == PROVIDER ? passed : 0;
+    show_progress(o->s, o->messages, o->passed);
+    stream_flush(to);
+    return passed > 0;
 }
 
-/* Joins the provider's connection and the receiver's until one of them ends. */
-static void join_streams(struct onlooker *o, struct stream *receiver)
+/* RFC 5321, 4.5.3.2.6: the reply to the last octet of a message has ten minutes; if we cannot see, any has. */
+static int64_t relay_patience(const struct onlooker *o)
 {
-    struct stream *provider = &o->s->io;
+    bool final = o->hidden || (o->count > 0 && o->fifo[o->oldest] == PASS_CONTENT);
+    int seconds = o->s->io.timeout;
+    return (final && seconds < FINAL_REPLY_TIMEOUT ? FINAL_REPLY_TIMEOUT : seconds) * (int64_t)1000;
+}
+
+/* Joins the provider's connection and the receiver's. What arrived before the end of one of them is passed on, then
+ * the other learns of the end, and may say what it still has to say: its replies. A receiver that takes no more need
+ * not be sent more. After the reply to QUIT the end of one is the end. Returns who ended first. */
+static enum side join_streams(struct onlooker *o, struct stream *receiver)
+{
+    struct stream *side[2] = {[PROVIDER] = &o->s->io, [CUSTOMER] = receiver};
+    bool over[2] = {false, false};
+    enum side first = PROVIDER;
+    int64_t since = now_ms();
     enter_state(o->s, REVERSED);
-    for (;;) {
-        struct pollfd p[2] = {{.fd = provider->fd, .events = POLLIN}, {.fd = receiver->fd, .events = POLLIN}};
-        bool said[2] = {stream_ready(provider), stream_ready(receiver)}; /* TLS, or we, may hold some already */
-        int ready = said[0] || said[1] ? 1 : poll(p, 2, provider->timeout * 1000);
-        if (ready < 0 && errno == EINTR)
-            continue;
-        if (ready <= 0) {
-            stream_break(provider, "both sides were silent too long");
-            return;
+    while (!(over[PROVIDER] && over[CUSTOMER]) && !(o->quit && (over[PROVIDER] || over[CUSTOMER]))) {
+        struct pollfd p[2];
+        bool moved = false;
+        for (int i = 0; i < 2; i++) {
+            enum side who = i == 0 ? CUSTOMER : PROVIDER;
+            struct stream *from = side[who], *to = side[other_side(who)];
+            moved |= !over[who] && pass_on(o, who, from, to);
+            if (!over[who] && (stream_over(from) || (who == PROVIDER && receiver->broken))) {
+                first = over[other_side(who)] ? first : receiver->broken ? CUSTOMER : who;
+                over[who] = moved = true;
+                stream_end(to);
+            }
+            p[who] = (struct pollfd){.fd = over[who] ? -1 : from->fd, .events = POLLIN};
         }
-        if ((said[1] || p[1].revents) && !pass_on(o, CUSTOMER, receiver, provider))
-            return;
-        if ((said[0] || p[0].revents) && !pass_on(o, PROVIDER, provider, receiver))
-            return;
+        if (moved) {
+            since = now_ms();
+        } else if (now_ms() - since >= relay_patience(o)) {
+            stream_break(side[PROVIDER], "both sides were silent too long");
+            return PROVIDER;
+        } else {
+            poll(p, 2, (int)(since + relay_patience(o) - now_ms()));
+        }
     }
+    return first;
 }
 
 /* ==== The customer, before the reversal: the client ===================================================
@@ -5233,14 +5277,19 @@ static void pass_reply(struct session *s, const struct reply *r)
 static int let_receiver_take_mail(struct session *s, struct session *receiver, const struct reply *greeting)
 {
     struct onlooker *o = must_alloc(calloc(1, sizeof *o));
+    struct session *gone; /* of the two the one to be named, if this was not a proper end */
     int code;
     o->s = s;
     /* the greeting came before ATRN was sent; now it is the customer's first line (5.3-b) */
     pass_reply(s, greeting);
-    stream_flush(&s->io);
-    join_streams(o, &receiver->io);
-    /* whichever of the two is gone is to be named */
-    code = session_outcome(s->io.broken || !receiver->io.broken ? s : receiver, o->quit, o->messages, 0);
+    gone = join_streams(o, &receiver->io) == PROVIDER ? s : receiver;
+    if (o->hidden)
+        o->quit = s->io.ended == closed_by_peer && receiver->io.ended == closed_by_peer;
+    if (gone->io.ended)
+        stream_break(&gone->io, gone->io.ended);
+    code = session_outcome(gone, o->quit, o->hidden ? 1 : o->messages, 0);
+    if (o->hidden)
+        log_event(s, LOG_INFO, "the provider took the receiver's STARTTLS: how many messages it sent cannot be known");
     show_summary(s, "handed on", o->messages, o->passed);
     free(o);
     return code;
@@ -5310,24 +5359,56 @@ struct session *session_new(int fd, enum side self, int timeout, const char *nam
     return s;
 }
 
-/* The receiver of --smtp or --exec: reached, and its greeting read. */
-static int reach_receiver(const struct customer *c, struct session **receiver, struct reply *greeting, pid_t *child)
+/* The receiver of --smtp or --exec. */
+struct mail_server {
+    struct session *session; /* NULL: none */
+    struct reply greeting;
+    pid_t child; /* 0: none */
+};
+
+static void leave_server(const struct customer *c, struct mail_server *m)
 {
+    bool greeted = m->session && m->greeting.code == 220;
+    if (m->session)
+        stream_close(&m->session->io);
+    free(m->session);
+    if (m->child > 0)
+        finish_program(m->child, greeted ? c->timeout : 0);
+    *m = (struct mail_server){.session = NULL};
+}
+
+/* Reached, and its greeting read; if not, the log says so, and what follows from it. */
+static int reach_server(const struct customer *c, struct mail_server *m, const char *consequence)
+{
+    const char *where = c->smtp ? c->smtp : c->exec;
     int code = EX_TEMPFAIL;
-    int fd = c->smtp ? connect_to(c->smtp, "25", c->timeout, &code) : start_receiver(c->exec, child);
+    int fd = c->smtp ? connect_to(c->smtp, "25", c->timeout, &code) : start_receiver(c->exec, &m->child);
     if (fd < 0) {
-        log_event(NULL, LOG_ERR, "%s cannot be reached; no ATRN is sent", c->smtp ? c->smtp : c->exec);
+        log_event(NULL, LOG_ERR, "%s cannot be reached; %s", where, consequence);
         return code == EX_NOHOST || code == EX_USAGE ? code : EX_TEMPFAIL;
     }
-    *receiver = must_alloc(session_new(fd, PROVIDER, c->timeout, c->name, TRACE_OFF));
-    if (read_reply(*receiver, greeting) == DONE && greeting->code == 220)
+    m->session = must_alloc(session_new(fd, PROVIDER, c->timeout, c->name, TRACE_OFF));
+    if (read_reply(m->session, &m->greeting) == DONE && m->greeting.code == 220)
         return EX_OK;
-    log_event(NULL, LOG_ERR, "%s does not take mail (%s); no ATRN is sent", c->smtp ? c->smtp : c->exec,
-              (*receiver)->io.broken ? (*receiver)->io.broken : greeting->text);
+    log_event(NULL, LOG_ERR, "%s does not take mail (%s); %s", where,
+              m->session->io.broken ? m->session->io.broken : m->greeting.text, consequence);
     return EX_TEMPFAIL;
 }
 
-static int session_with_provider(const struct customer *c, struct session *receiver, const struct reply *greeting)
+/* A receiver that has gone since its greeting, or said 421, is reached again before anything is passed on. */
+static int hand_session_on(struct session *s, const struct customer *c, struct mail_server *m)
+{
+    if (stream_ready(&m->session->io)) {
+        leave_server(c, m);
+        if (reach_server(c, m, "the mail stays with the provider") != EX_OK) {
+            send_line(s, "421 4.3.2 %s: the receiver has gone, closing connection", s->name);
+            return EX_TEMPFAIL;
+        }
+    }
+    return let_receiver_take_mail(s, m->session, &m->greeting);
+}
+
+static int session_with_provider(const struct customer *c, struct mail_server *m)
 {
     struct session *s;
     int code, fd = connect_to(c->provider, ODMR_PORT, c->timeout, &code);
@@ -5338,10 +5419,8 @@ static int session_with_provider(const struct customer *c, struct session *recei
     s->ladder.stepwise = c->stepwise;
     s->progress = !c->quiet && !c->trace && isatty(STDERR_FILENO);
     code = client_dialogue(s, c);
-    if (code == EX_OK && receiver)
-        code = let_receiver_take_mail(s, receiver, greeting);
-    else if (code == EX_OK)
-        code = take_mail_ourselves(s, c);
+    if (code == EX_OK)
+        code = m->session ? hand_session_on(s, c, m) : take_mail_ourselves(s, c);
     stream_close(&s->io);
     free(s);
     return code;
@@ -5349,20 +5428,13 @@ static int session_with_provider(const struct customer *c, struct session *recei
 
 int customer_session(const struct customer *c)
 {
-    struct session *receiver = NULL;
-    struct reply greeting;
-    pid_t child = 0;
+    struct mail_server m = {.session = NULL};
     int code = EX_OK;
     if (c->smtp || c->exec)
-        code = reach_receiver(c, &receiver, &greeting, &child);
+        code = reach_server(c, &m, "no ATRN is sent");
     if (code == EX_OK)
-        code = session_with_provider(c, receiver, &greeting);
-    if (receiver) {
-        stream_close(&receiver->io);
-        free(receiver);
-    }
-    if (child > 0)
-        finish_program(child, c->timeout);
+        code = session_with_provider(c, &m);
+    leave_server(c, &m);
     return code;
 }
 

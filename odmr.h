@@ -33,6 +33,8 @@
 #define BAD_COMMANDS_RECEIVER 100 /* the customer bears more with its provider */
 #define AUTH_FAILURES 3          /* then 421 */
 #define AUTH_FAILURE_MS 1000     /* what a guess costs */
+#define FINAL_REPLY_TIMEOUT 600  /* RFC 5321, 4.5.3.2.6: seconds for the reply to the last octet of a message */
+#define KILL_AFTER_MS 5000       /* a program that we end has so long between SIGTERM and SIGKILL */
 #define LAST_WORD 5              /* seconds for a 421 to leave */
 #define EMPTY_RECORDS 16         /* of TLS, without application data, that are taken in one after the other */
 #define LINGER_READS 64          /* bounds on what is thrown away when closing */
@@ -401,6 +403,8 @@ char *stream_space(struct stream *s, size_t len);
 void stream_add(struct stream *s, size_t len);
 /* Whether reading an octet would return at once: there is application data, or the end. Never waits. */
 bool stream_ready(struct stream *s);
+/* Whether all that arrived has been read, and nothing more will arrive. */
+bool stream_over(const struct stream *s);
 /* Whether a whole line has arrived, or as much of one as the buffer holds. Never waits, not for the rest of a line or
  * of a TLS record. After a write has failed (broken), too: then stream_read_line() gives such lines, but waits for
  * no others. */
@@ -414,7 +418,7 @@ void stream_skip(struct stream *s, size_t len);
 /* A line without its CRLF or LF, ended by NUL. REFUSED: longer than size - 1 with its end, and read to its end. LATER:
  * broken, be it time, shutdown or loss. */
 enum result stream_read_line(struct stream *s, char *line, size_t size, size_t *len);
-/* Flushes, and tells a peer that reads through TLS that this is the end, and no cut. */
+/* Flushes, and tells the peer that this is the end of what we send, and no cut; it may still send. */
 void stream_end(struct stream *s);
 /* Flushes, closes, and lets the peer read our last words. */
 void stream_close(struct stream *s);

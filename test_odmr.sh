@@ -1932,8 +1932,151 @@ t_receivers_that_misbehave() {
         --exec 'trap "" HUP TERM PIPE; exec sleep 30' "127.0.0.1:$PORT"
     [ $((SECONDS - start)) -lt 15 ] || fail 'it waited for the program'
     ODMR_SECRET=tanstaaf run 75 "$ODMR" customer -u example.org --exec 'echo 220 me; exit' "127.0.0.1:$PORT"
-    has "$T/err" '^odmr: .*local program: the peer closed the connection$'
+    has "$T/err" '^odmr: .*local program: the \(peer closed the connection\|connection was lost\)$'
     equal "$(waiting)" 1
+}
+
+# What --exec started ends with all its children, first asked by SIGTERM.
+t_exec_ends_as_a_process_group() {
+    local start=$SECONDS
+    PORT=1 relay 75 "sleep 600 & echo \$! > $T/child; wait; true" --timeout 1
+    ! kill -0 "$(< "$T/child")" 2> /dev/null || fail 'a child of the program lives on'
+    PORT=1 relay 75 "(trap 'echo asked > $T/asked; sleep 600' TERM; echo > $T/ready; while :; do sleep 0.1; done) & wait; true" --timeout 1
+    has "$T/asked" asked
+    [ $((SECONDS - start)) -lt 15 ] || fail 'it took too long'
+}
+
+# perl_provider END: a provider that says all of $T/batch at once after EHLO and then ends: it closes, or, where END is
+# half, ends its own direction only and keeps what it hears in $T/replies; stay: it waits for the customer's end. Port in
+# PORT.
+perl_provider() {
+    [ ! -e "$T/perl.port" ] || rm "$T/perl.port"
+    perl -MIO::Socket::INET -e '
+        my ($dir, $end, $s) = @ARGV;
+        $SIG{CHLD} = "IGNORE"; $/ = "\n";
+        my $listener = IO::Socket::INET->new(LocalAddr => "127.0.0.1", Listen => 9) or die;
+        open my $out, ">", "$dir/perl.new" or die; print $out $listener->sockport, "\n"; close $out; rename "$dir/perl.new", "$dir/perl.port";
+        while ($s = $listener->accept) {
+            if (fork) { close $s; next }
+            sub hear { my ($want) = @_; while (<$s>) { return if /$want/ } exit }
+            syswrite $s, "220 x\r\n"; hear("EHLO");
+            syswrite $s, "250-x\r\n250-AUTH CRAM-MD5\r\n250 ATRN\r\n"; hear("AUTH");
+            syswrite $s, "334 PDE4OTYuNjk3MTcwOTUyQGV4YW1wbGUubmV0Pg==\r\n"; hear(".");
+            syswrite $s, "235 yes\r\n"; hear("ATRN"); select undef, undef, undef, 0.4;
+            syswrite $s, "250 OK now reversing the connection\r\n"; hear("^220");
+            syswrite $s, "EHLO x\r\n"; hear("^250 ");
+            open my $in, "<", "$dir/batch" or die; local $/; my $all = <$in>; syswrite $s, $all;
+            exit if $end eq "close";
+            shutdown $s, 1 if $end eq "half";
+            my $replies = <$s>; open my $to, ">", "$dir/replies.new" or die; print $to $replies; close $to;
+            rename "$dir/replies.new", "$dir/replies"; exit;
+        }' "$T" "$1" & STARTED+=($!)
+    until_true [ -s "$T/perl.port" ]
+    PORT=$(< "$T/perl.port")
+}
+# relay CODE COMMAND [OPTION...]: our customer with --exec COMMAND.
+relay() { ODMR_SECRET=tanstaaf run "$1" "$ODMR" customer -u example.org -n example.org --exec "${@:2}" "127.0.0.1:$PORT"; }
+# perl_server [SECONDS]: a program for --exec that speaks SMTP, waits so long before it answers a content, and keeps what
+# it heard in $T/heard and contents in $T/contents.
+perl_server() {
+    printf '%s\n' '#!/usr/bin/perl' '$| = 1; my ($dir, $pause, $content) = @ARGV; open my $heard, ">>", "$dir/heard"; open my $kept, ">>", "$dir/contents";' \
+        'sub answer { print "$_[0]\r\n" } select((select($heard), $| = 1)[0]); answer("220 server");' \
+        'while (<STDIN>) { print $heard $_; s/\s+$//; $_ = uc;' \
+        '    if ($_ eq "DATA") { answer("354 go on"); while (<STDIN>) { last if $_ eq ".\r\n"; print $kept $_ } sleep $pause if $pause; answer("250 kept") }' \
+        '    elsif (/^BDAT (\d+)/) { read STDIN, $content, $1; print $kept $content; answer("250 kept") }' \
+        '    elsif ($_ eq "QUIT") { answer("221 bye"); exit }' \
+        '    elsif ($_ eq "STARTTLS") { answer("220 go on"); while (<STDIN>) { print "\x17\x03\x03 250 OK\r\n" } exit }' \
+        '    else { answer(/^EHLO/ ? "250-server\r\n250 STARTTLS" : "250 OK") } }' 'print $heard "(end)\n"' > "$T/server.pl"
+    SERVER="perl $T/server.pl $T ${1:-0}"
+}
+ONE_MORE='MAIL FROM:<a@b.example>\r\nRCPT TO:<x@example.org>\r\nBDAT 6 LAST\r\nn: 1\r\n'
+
+# A provider that says QUIT and closes at once has ended properly, with TLS and without: what arrived before the end is
+# passed on before the end counts. In the middle of content it is an early end, and what came is passed on as well.
+t_relay_passes_on_what_came_before_the_end() {
+    local n plain
+    perl_server
+    authority
+    printf '%b' "$ONE_MORE${ONE_MORE}QUIT\r\n" > "$T/batch"
+    perl_provider close
+    plain=$PORT
+    for n in 1 2 3; do
+        rm -f "$T/heard" "$T/contents"
+        relay 0 "$SERVER"
+        has "$T/err" '2 messages, .* handed on'
+        equal "$(tail -n 1 "$T/heard" | tr -d '\r')" QUIT
+    done
+    noise --cert "$T/server.pem" "$plain"
+    PORT=$NOISE relay 0 "$SERVER" --tls --ca "$T/ca.crt"
+    has "$T/err" '2 messages, .* handed on'
+    printf '%b' "${ONE_MORE}MAIL FROM:<a@b.example>\r\nRCPT TO:<x@example.org>\r\nBDAT 99 LAST\r\nhalf" > "$T/batch"
+    rm "$T/heard" "$T/contents"
+    relay 75 "$SERVER"
+    equal "$(tr -d '\r\n' < "$T/contents")" 'n: 1half'
+    has "$T/heard" '^(end)$'
+}
+
+# All commands, then the end of the provider's direction: all replies come back.
+t_relay_brings_replies_back_after_a_half_close() {
+    local n
+    perl_server
+    for ((n = 0; n < 9; n++)); do printf '%b' "$ONE_MORE"; done > "$T/batch"
+    printf 'QUIT\r\n' >> "$T/batch"
+    perl_provider half
+    relay 0 "$SERVER"
+    until_true [ -e "$T/replies" ]
+    equal "$(grep -c '^250 kept' "$T/replies") $(grep -c '^221 bye' "$T/replies")" '9 1'
+}
+
+# A receiver that has gone since its greeting, or has said 421, is reached again, once.
+t_relay_reaches_a_lost_receiver_again() {
+    local words
+    perl_server
+    printf '%b' "${ONE_MORE}QUIT\r\n" > "$T/batch"
+    perl_provider close
+    for words in '220 me' '220 me\r\n421 idle for too long'; do
+        rm -rf "$T/once" "$T/heard"
+        relay 0 "if mkdir $T/once; then printf '$words\r\n'; exit; else exec $SERVER; fi"
+        has "$T/err" '1 messages, .* handed on'
+        has "$T/heard" '^QUIT'
+    done
+    rm -rf "$T/once"
+    relay 75 "if mkdir $T/once; then echo '220 me'; fi; exit"
+    has "$T/err" 'does not take mail (.*); the mail stays with the provider$'
+}
+
+# The reply to a message's last octet has ten minutes, whatever --timeout says (RFC 5321, 4.5.3.2.6); other silence has
+# not. Commands with blanks behind them are understood.
+t_relay_waits_for_the_final_reply() {
+    local server
+    perl_server 4
+    serve peer_with_trailing_blanks
+    relay 0 "$SERVER" --timeout 2
+    peer_ok
+    has "$T/err" '1 messages, .* handed on'
+    perl_provider stay
+    printf 'NOOP\r\n' > "$T/batch"
+    relay 75 "$SERVER" --timeout 2
+    has "$T/err" 'both sides were silent too long'
+    has "$here/odmr.h" '^#define FINAL_REPLY_TIMEOUT 600 '
+}
+
+peer_with_trailing_blanks() {
+    provide; expect '^220 '; ask 'EHLO x' '^250'; ask 'MAIL FROM:<a@b.example>' '^250'; ask 'RCPT TO:<x@example.org> ' '^250'
+    ask 'DATA ' '^354'; say 'Subject: x'; ask . '^250'; ask 'quit ' '^221'
+}
+
+# When the provider takes the receiver's STARTTLS, the rest is hidden: nothing is guessed from what passes then.
+t_relay_knows_when_tls_hides_the_session() {
+    perl_server
+    printf 'STARTTLS\r\n\x16\x03\x01 BDAT 1000000 LAST\r\nDATA\r\nQUIT\r\n' > "$T/batch"
+    perl_provider half
+    relay 0 "$SERVER" --trace
+    has "$T/err" 'how many messages it sent cannot be known'
+    has "$T/err" 'C: (from here on the two speak TLS'
+    equal "$(sed '1,/(from here on/d' "$T/err" | grep -c '^\[')" 0
+    until_true [ -e "$T/replies" ]
+    equal "$(grep -c '250 OK' "$T/replies")" 3
 }
 
 # One message for more domains than files can be open for: the rest is for another transaction.
