@@ -134,7 +134,7 @@ build/fail.so: .ci/fail.c
 
 # odmr with the same in it, and watched: no leak, whatever fails.
 FAILING = accept4 calloc connect fclose fdopen fdopendir fflush flock fstat fstatat fsync futimens fwrite malloc mkdirat \
-  openat poll posix_spawnp pread pthread_create readdir realloc recv renameat send socket strdup tmpfile unlinkat
+  openat poll posix_spawnp pread pthread_create pwrite readdir realloc recv renameat send socket strdup tmpfile unlinkat
 build/failing: odmr.c odmr.h .ci/fail.c build/openssl
 	$(COMPILE) -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -DWRAPPED \
 	  $(FAILING:%=-Wl,--wrap=%) -o $@ odmr.c .ci/fail.c $(LIBS)

@@ -740,12 +740,22 @@ bool stream_over(const struct stream *s)
     return s->in_at == s->in_end && (s->ended || s->broken);
 }
 
+size_t stream_line_at(struct stream *s, size_t offset, const char **line)
+{
+    const char *newline;
+    while (!(newline = memchr(s->in + s->in_at + offset, '\n', s->in_end - s->in_at - offset)))
+        if (!stream_take_in(s))
+            break;
+    *line = s->in + s->in_at + offset;
+    if (newline)
+        return (size_t)(newline + 1 - *line);
+    return s->in_end - s->in_at == sizeof s->in ? sizeof s->in - offset : 0;
+}
+
 bool stream_has_line(struct stream *s)
 {
-    while (!memchr(s->in + s->in_at, '\n', s->in_end - s->in_at))
-        if (!stream_take_in(s))
-            return s->in_end == sizeof s->in;
-    return true;
+    const char *line;
+    return stream_line_at(s, 0, &line) > 0;
 }
 
 /* RFC 3207, 4.2: what was said in the clear is of no worth. Octets that somebody put behind STARTTLS are
@@ -1006,6 +1016,35 @@ enum result read_arrived_reply(struct session *s, struct reply *r)
     s->protocol_broken = true;
     stream_break(&s->io, "the peer sent something that is not an SMTP reply");
     return LATER;
+}
+
+bool reply_arrived(struct session *s)
+{
+    const char *line;
+    size_t len, offset = 0;
+    while ((len = stream_line_at(&s->io, offset, &line)) > 0) {
+        if (len < 4 || line[3] != '-')
+            return true;
+        offset += len;
+    }
+    return false;
+}
+
+void join_lines(const struct reply *r, char *out, size_t size)
+{
+    char text[2 * sizeof r->text];
+    size_t n = 0;
+    for (const char *p = r->text; *p; p++) {
+        if (*p == '\n')
+            memcpy(text + n, " / ", 3);
+        else
+            text[n] = *p;
+        n += *p == '\n' ? 3 : 1;
+        if (n + 4 > sizeof text)
+            break;
+    }
+    text[n] = '\0';
+    escape(out, size, text);
 }
 
 enum result reply_result(const struct reply *r)
@@ -1677,8 +1716,9 @@ struct accounts *accounts_load(const char *path, char *why, size_t why_size)
  *
  * A queued message is an RFC 5322 message below a block of header fields that the last delivery agent
  * wrote: Return-Path, Delivered-To, X-Original-To, Envelope-To, Delivery-Date, in any order, and nothing
- * else. That block is its envelope. It may be as long as it likes, 100,000 recipients say, so it is never
- * held in memory as a whole: a reader walks over it, address by address, as often as somebody wants to know. */
+ * else. That block is its envelope. It is read once, when the message is claimed, into an array of
+ * recipients. Each entry knows where the @ of its address is in the file, because a recipient who is owed
+ * nothing any more is struck out there: the @ becomes "=". An address without @ is not a recipient. */
 
 static const struct {
     const char *name;
@@ -1698,29 +1738,39 @@ enum field envelope_field(const char *line, size_t *value)
     return NO_FIELD;
 }
 
-void envelope_open(struct envelope_reader *r, const struct message *m)
+static enum result message_hold(struct message *m, const char *why)
 {
-    r->of = m;
-    r->next_read = r->end = 0;
-    r->at = r->filled = 0;
-    r->field = NO_FIELD;
-    r->line[0] = '\0';
-    r->rest = r->line;
-    r->wrong = NULL;
-    r->unreadable = false;
+    m->held = why;
+    return REFUSED;
 }
 
-/* The next line without its end; false at the end of the file, or when it cannot be read. */
-static bool envelope_line(struct envelope_reader *r)
+/* It may be a good message: that this machine has no memory or its disk no answer must never hold it. */
+static enum result message_trouble(struct message *m, const char *why)
 {
-    size_t n = 0;
-    for (;;) {
-        char c;
+    m->trouble = why;
+    return LATER;
+}
+
+/* Reads a message's file line by line, from next_read on. */
+struct line_reader {
+    const struct message *of;
+    off_t next_read;        /* where the next octets of the file are read */
+    off_t start, end;       /* of the line, with its line end */
+    bool cut, nul, eight_bit; /* the line: was too long and is not whole; has a NUL octet; has octets over 127 */
+    bool failed;            /* the file cannot be read; errno */
+    size_t at, filled;
+    char data[1024], line[1024];
+};
+
+/* The next line without its end; false at the end of the file, or when it cannot be read. */
+static bool next_line(struct line_reader *r)
+{
+    size_t n = 0, kept;
+    unsigned char all = 0;
+    for (char c = '\0'; c != '\n'; n++) {
         if (r->at == r->filled) {
             ssize_t got = message_octets(r->of, r->data, sizeof r->data, r->next_read);
-            r->unreadable |= got < 0;
-            if (got < 0)
-                r->wrong = "the file cannot be read";
+            r->failed = got < 0;
             if (got <= 0)
                 break;
             r->next_read += got;
@@ -1728,77 +1778,203 @@ static bool envelope_line(struct envelope_reader *r)
             r->filled = (size_t)got;
         }
         c = r->data[r->at++];
+        all |= (unsigned char)c;
         if (n < sizeof r->line - 1)
             r->line[n] = c;
-        n++;
-        if (c == '\n')
-            break;
     }
-    if (n == 0 || r->unreadable)
+    if (n == 0 || r->failed)
         return false;
-    r->line_size = (off_t)n;
-    r->line_cut = n > sizeof r->line - 1;
-    n = r->line_cut ? sizeof r->line - 1 : n;
-    r->line_nul = memchr(r->line, '\0', n) != NULL;
-    r->line[n] = '\0';
+    r->end = r->next_read - (off_t)(r->filled - r->at);
+    r->start = r->end - (off_t)n;
+    r->cut = n > sizeof r->line - 1;
+    r->eight_bit = all > 127;
+    kept = r->cut ? sizeof r->line - 1 : n;
+    r->nul = memchr(r->line, '\0', kept) != NULL;
+    r->line[kept] = '\0';
     r->line[strcspn(r->line, "\r\n")] = '\0';
     return true;
 }
 
 /* Cuts the next address out of a field's value: up to a comma that is not quoted, without the angle
- * brackets and the blanks around it. False when nothing is left. */
-static bool cut_address(char **rest, char *address, size_t size)
+ * brackets and the blanks around it. Returns where it starts in the value; NULL when nothing is left. */
+static const char *cut_address(const char **rest, char *address, size_t size)
 {
-    char *p = *rest + strspn(*rest, " \t,"), *end;
+    const char *start = *rest + strspn(*rest, " \t,"), *p = start, *end;
     bool quoted = false;
     size_t n;
-    *rest = p;
-    if (*p == '\0')
-        return false;
+    if (*start == '\0')
+        return NULL;
     for (; *p && (quoted || *p != ','); p++) {
         if (*p == '\\' && quoted && p[1])
             p++;
         else if (*p == '"')
             quoted = !quoted;
     }
-    end = p;
-    while (end > *rest && (end[-1] == ' ' || end[-1] == '\t'))
+    *rest = end = p;
+    while (end > start && (end[-1] == ' ' || end[-1] == '\t'))
         end--;
-    if (**rest == '<' && end[-1] == '>' && end - *rest >= 2) {
-        (*rest)++;
+    if (*start == '<' && end[-1] == '>' && end - start >= 2) {
+        start++;
         end--;
     }
-    n = (size_t)(end - *rest) < size - 1 ? (size_t)(end - *rest) : size - 1;
-    memcpy(address, *rest, n);
+    n = (size_t)(end - start) < size - 1 ? (size_t)(end - start) : size - 1;
+    memcpy(address, start, n);
     address[n] = '\0';
-    *rest = p;
+    return start;
+}
+
+static void forget_recipients(struct message *m)
+{
+    for (size_t i = 0; i < m->recipients; i++)
+        free(m->list[i].address);
+    m->recipients = 0;
+}
+
+/* Delivered-To counts before Envelope-To, and that before X-Original-To: what a lesser field named is forgotten when a
+ * better one appears, even if all its recipients are struck out. */
+static enum result add_recipient(struct message *m, enum field field, const char *address, off_t start)
+{
+    const char *domain = mailbox_domain(address);
+    if (m->field == NO_FIELD || field < m->field) {
+        forget_recipients(m);
+        m->field = field;
+    }
+    if (field > m->field || !domain)
+        return DONE;
+    if (m->recipients == ENVELOPE_RECIPIENTS_MAX)
+        return message_hold(m, "more than 100,000 recipients in its envelope");
+    if ((m->recipients & (m->recipients - 1)) == 0) { /* 0, or a power of two: the list is full */
+        struct recipient *list = realloc(m->list, (m->recipients ? 2 * m->recipients : 1) * sizeof *list);
+        if (!list)
+            return message_trouble(m, "out of memory for its recipients");
+        m->list = list;
+    }
+    m->list[m->recipients] = (struct recipient){.address = strdup(address), .at = start + (domain - 1 - address)};
+    if (!m->list[m->recipients].address)
+        return message_trouble(m, "out of memory for its recipients");
+    m->recipients++;
+    return DONE;
+}
+
+/* The addresses in a line of the envelope. */
+static enum result take_addresses(struct message *m, const struct line_reader *r, enum field field, const char *value)
+{
+    char address[sizeof r->line];
+    const char *start;
+    enum result result = DONE;
+    while (result == DONE && field != DELIVERY_DATE && (start = cut_address(&value, address, sizeof address))) {
+        if (field != RETURN_PATH)
+            result = add_recipient(m, field, address, r->start + (start - r->line));
+        else if (sender_valid(address))
+            memcpy(m->sender, address, strlen(address) + 1);
+        else
+            result = message_hold(m, "its Return-Path is not a mailbox");
+    }
+    return result;
+}
+
+/* The lines of the block. It ends before a second Return-Path, which belongs to an earlier hop. */
+static enum result take_lines(struct message *m)
+{
+    struct line_reader r = {.of = m};
+    enum field field = NO_FIELD;
+    enum result result = DONE;
+    bool has_sender = false;
+    while (result == DONE && next_line(&r)) {
+        size_t value = 0;
+        if (field == NO_FIELD || (r.line[0] != ' ' && r.line[0] != '\t')) { /* else it continues the field above */
+            field = envelope_field(r.line, &value);
+            if (field == NO_FIELD || (field == RETURN_PATH && has_sender))
+                return DONE; /* the message starts here */
+            has_sender |= field == RETURN_PATH;
+        }
+        if (r.cut || r.nul)
+            return message_hold(m, r.cut ? "a line of its envelope is too long" : "a NUL octet in its envelope");
+        m->start = r.end;
+        result = take_addresses(m, &r, field, r.line + value);
+    }
+    return r.failed ? message_trouble(m, "the file cannot be read") : result;
+}
+
+/* An order of mailboxes; 0: they are equal. Local parts are compared as written, domains in any case of letters. */
+static int compare_mailboxes(const struct recipient *a, const struct recipient *b)
+{
+    int order = strcasecmp(a->address, b->address);
+    return order ? order : strncmp(a->address, b->address, (size_t)(mailbox_domain(a->address) - a->address));
+}
+
+static int by_mailbox(const void *left, const void *right)
+{
+    const struct recipient *a = *(struct recipient *const *)left, *b = *(struct recipient *const *)right;
+    int order = compare_mailboxes(a, b);
+    return order ? order : a < b ? -1 : 1;
+}
+
+/* The same mailbox twice is one recipient. False: out of memory. */
+static bool find_repeated(struct message *m)
+{
+    struct recipient **sorted = malloc(m->recipients * sizeof *sorted), *first;
+    if (!sorted)
+        return false;
+    for (size_t i = 0; i < m->recipients; i++)
+        sorted[i] = &m->list[i];
+    qsort(sorted, m->recipients, sizeof *sorted, by_mailbox);
+    first = sorted[0];
+    for (size_t i = 1; i < m->recipients; i++) {
+        if (compare_mailboxes(first, sorted[i]) != 0) {
+            first = sorted[i];
+        } else {
+            sorted[i]->fate = REPEATED;
+            sorted[i]->first = first;
+        }
+    }
+    free(sorted);
     return true;
 }
 
-enum field envelope_next(struct envelope_reader *r, char *address, size_t size)
+/* Is each of them a mailbox, and which belong to this domain? */
+static enum result sort_out_recipients(struct message *m)
 {
-    while (!r->wrong) { /* after a failure no walk goes on, for it could go on in the middle of a line */
-        size_t value = 0;
-        enum field field;
-        if (r->field != NO_FIELD && r->field != DELIVERY_DATE && cut_address(&r->rest, address, size))
-            return r->field;
-        if (!envelope_line(r))
-            return NO_FIELD;
-        if ((r->line[0] == ' ' || r->line[0] == '\t') && r->field != NO_FIELD)
-            field = r->field; /* a folded line belongs to the field above it */
-        else
-            field = envelope_field(r->line, &value);
-        if (field == NO_FIELD)
-            return NO_FIELD; /* the message starts here */
-        if (r->line_cut || r->line_nul) {
-            r->wrong = r->line_cut ? "a line of its envelope is too long" : "a NUL octet in its envelope";
-            return NO_FIELD;
-        }
-        r->field = field;
-        r->rest = r->line + value;
-        r->end += r->line_size;
+    size_t domain_len = strcspn(m->path, "/"), ours = 0;
+    if (m->recipients == 0)
+        return message_hold(m, m->field == NO_FIELD ? "no recipient in its envelope"
+                                                    : "no recipient is left in its envelope: all are struck out");
+    m->utf8_address = !ascii(m->sender);
+    for (size_t i = 0; i < m->recipients; i++) {
+        struct recipient *r = &m->list[i];
+        const char *domain = mailbox_domain(r->address);
+        if (!recipient_valid(r->address))
+            return message_hold(m, "a recipient in its envelope is not a mailbox");
+        m->utf8_address |= !ascii(r->address);
+        if (strlen(domain) != domain_len || strncasecmp(domain, m->path, domain_len) != 0)
+            r->fate = FOREIGN;
+        ours += r->fate == OWED;
     }
-    return NO_FIELD;
+    if (m->recipients > 1 && !find_repeated(m))
+        return message_trouble(m, "out of memory for its recipients");
+    return ours > 0 ? DONE : message_hold(m, "its recipients belong to another domain");
+}
+
+enum result envelope_read(struct message *m)
+{
+    enum result result = take_lines(m);
+    return result == DONE ? sort_out_recipients(m) : result;
+}
+
+const struct reason *message_reason(struct message *m, int code, const char *text)
+{
+    char reason[REFUSAL_SIZE];
+    struct reason *r = m->reasons;
+    snprintf(reason, sizeof reason, "%03d %s", code, text);
+    if (r && strcmp(r->text, reason) == 0)
+        return r;
+    r = malloc(sizeof *r + strlen(reason) + 1);
+    if (!r)
+        return NULL;
+    memcpy(r->text, reason, strlen(reason) + 1);
+    r->next = m->reasons;
+    m->reasons = r;
+    return r;
 }
 
 /* ==== The Maildir queue ===============================================================================
@@ -1911,7 +2087,7 @@ static bool backlog_add(struct backlog *b, int dir, const char *domain, const ch
  * be read is a reason to try later, never to say that there is none. */
 static enum result list_box(struct backlog *b, int queue, const char *domain, const char *box)
 {
-    char path[MAILDIR_PATH];
+    char path[MAILDIR_PATH + sizeof "/cur"];
     struct dirent *entry;
     enum result result = DONE;
     DIR *dir;
@@ -1941,20 +2117,53 @@ static enum result list_box(struct backlog *b, int queue, const char *domain, co
     return result;
 }
 
-enum result backlog_read(struct backlog *b, int queue, const char *domains)
+/* These say that the file system is gone, and not only a file: no other file need be tried. */
+static bool file_system_gone(int problem)
 {
+    return problem == ENOTCONN || problem == ESHUTDOWN || problem == EIO;
+}
+
+enum result backlog_read(struct backlog *b, const struct session *s, int queue, const char *domains)
+{
+    static const char *const boxes[] = {"new", "cur"};
     const char *d;
     size_t len;
+    enum result result = DONE;
     *b = (struct backlog){.queue = queue};
     while ((d = next_domain(&domains, &len))) {
         char domain[MAILDIR_PATH];
         snprintf(domain, sizeof domain, "%.*s", (int)len, d);
-        if (list_box(b, queue, domain, "new") != DONE || list_box(b, queue, domain, "cur") != DONE)
-            return LATER;
+        for (size_t i = 0; i < 2; i++) {
+            if (list_box(b, queue, domain, boxes[i]) == DONE)
+                continue;
+            log_event(s, LOG_ERR, "the queue of %s cannot be read: %s", domain, strerror(errno));
+            result = LATER;
+            if (file_system_gone(errno))
+                domains = NULL;
+            break; /* the other box would most likely say the same */
+        }
     }
     if (b->count > 1)
         qsort(b->list, b->count, sizeof *b->list, by_arrival);
-    return DONE;
+    return result;
+}
+
+/* The box is a path's part before the last slash. */
+static size_t box_len(const char *path)
+{
+    return (size_t)(strrchr(path, '/') - path);
+}
+
+void backlog_skip_box(struct backlog *b, const char *path)
+{
+    size_t kept = b->next, len = box_len(path) + 1;
+    for (size_t i = b->next; i < b->count; i++) {
+        if (strncmp(b->list[i].path, path, len) == 0)
+            free(b->list[i].path);
+        else
+            b->list[kept++] = b->list[i];
+    }
+    b->count = kept;
 }
 
 void backlog_free(struct backlog *b)
@@ -2032,8 +2241,8 @@ bool clean_domain(void *context, int queue, const char *domain)
 
 /* ---- One message: claim, look through, send, take out ----
  *
- * Its envelope is walked over several times, its content read twice. Most mail is short: of a claimed message the
- * top, which for most is all of it, is read once and kept until it is sent. */
+ * Its content is read twice. Most mail is short: of a claimed message the top, which for most is all of it, is read
+ * once and kept until it is sent. */
 
 /* If there is no memory for it, or it cannot be read, the top is empty, and everything is read from the file. */
 static void message_keep_top(struct message *m)
@@ -2063,134 +2272,73 @@ ssize_t message_octets(const struct message *m, char *data, size_t size, off_t a
     return (ssize_t)size;
 }
 
-static enum result message_hold(struct message *m, const char *why)
+/* What is looked at again before the message is sent to its end, struck out or removed. */
+static void message_note_state(struct message *m, const struct stat *st)
 {
-    m->held = why;
-    return REFUSED;
+    m->size = st->st_size;
+    m->device = st->st_dev;
+    m->inode = st->st_ino;
+    m->arrived = st->st_mtim;
+    m->changed = st->st_ctim;
 }
 
-/* It may be a good message: that this machine has no memory or its disk no answer must never hold it. */
-static enum result message_trouble(struct message *m, const char *why)
-{
-    m->trouble = why;
-    return LATER;
-}
-
-/* First walk over the envelope: which field names the recipients, who is the sender, where the message
- * starts; whatever cannot be used holds the message. */
-static enum result message_read_envelope(struct message *m)
-{
-    char address[MAILBOX_MAX + 2];
-    size_t count[FIELDS] = {0};
-    struct envelope_reader r;
-    enum field field;
-    envelope_open(&r, m);
-    while ((field = envelope_next(&r, address, sizeof address)) != NO_FIELD) {
-        if (field != RETURN_PATH) {
-            count[field]++;
-        } else if (!sender_valid(address)) {
-            return message_hold(m, "its Return-Path is not a mailbox");
-        } else {
-            memcpy(m->sender, address, strlen(address) + 1);
-            m->utf8 = !ascii(address);
-        }
-    }
-    if (r.unreadable)
-        return message_trouble(m, r.wrong);
-    if (r.wrong)
-        return message_hold(m, r.wrong);
-    m->start = r.end;
-    m->field = count[DELIVERED_TO] ? DELIVERED_TO : count[ENVELOPE_TO] ? ENVELOPE_TO : X_ORIGINAL_TO;
-    m->recipients = count[m->field];
-    if (m->recipients == 0)
-        return message_hold(m, "no recipient in its envelope");
-    return DONE;
-}
-
-bool message_next_recipient(const struct message *m, struct envelope_reader *r, char *address, size_t size)
-{
-    enum field field;
-    do
-        field = envelope_next(r, address, size);
-    while (field != NO_FIELD && field != m->field);
-    return field != NO_FIELD;
-}
-
-/* Second walk: is every recipient a mailbox, and which of them belong to this domain? */
-static enum result message_read_recipients(struct message *m)
-{
-    char address[MAILBOX_MAX + 2];
-    size_t domain_len = strcspn(m->path, "/"), ours = 0;
-    struct envelope_reader r;
-    m->fate = calloc(m->recipients, 1);
-    if (!m->fate)
-        return message_trouble(m, "out of memory for its recipients");
-    envelope_open(&r, m);
-    for (size_t i = 0; i < m->recipients && message_next_recipient(m, &r, address, sizeof address); i++) {
-        const char *domain = mailbox_domain(address);
-        if (!recipient_valid(address))
-            return message_hold(m, "a recipient in its envelope is not a mailbox");
-        m->fate[i] = FOREIGN;
-        m->utf8_recipients |= !ascii(address);
-        if (strlen(domain) == domain_len && strncasecmp(domain, m->path, domain_len) == 0) {
-            m->fate[i] = OWED;
-            ours++;
-        }
-    }
-    if (r.unreadable)
-        return message_trouble(m, r.wrong);
-    if (r.wrong)
-        return message_hold(m, r.wrong);
-    return ours > 0 ? DONE : message_hold(m, "its recipients belong to another domain");
-}
-
-enum result message_open(struct message *m, int queue, const char *path)
+/* ESTALE, on a network file system: another host has removed the file between our look at the directory and now. */
+enum result message_open(struct message *m, int queue, const char *path, int access)
 {
     struct stat st;
     *m = (struct message){.queue = queue, .path = path, .fd = -1};
-    m->fd = openat(queue, path, O_RDWR | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    m->fd = openat(queue, path, access | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
     if (m->fd < 0 && (errno == ELOOP || errno == EISDIR || errno == ENXIO))
         return message_hold(m, "not a regular file");
+    if (m->fd < 0 && (errno == ENOENT || errno == ESTALE))
+        return errno == ENOENT ? REFUSED : LATER;
     if (m->fd < 0)
-        return errno == ENOENT ? REFUSED : message_trouble(m, "it cannot be opened");
+        return message_trouble(m, "it cannot be opened");
     if (fstat(m->fd, &st) < 0)
-        return message_trouble(m, "nothing can be learnt of it");
+        return errno == ESTALE ? LATER : message_trouble(m, "its state cannot be read");
     if (!S_ISREG(st.st_mode))
         return message_hold(m, "not a regular file");
-    m->size = st.st_size;
-    m->device = st.st_dev;
-    m->inode = st.st_ino;
-    m->arrived = st.st_mtim;
+    message_note_state(m, &st);
     return DONE;
 }
 
 enum result message_read(struct message *m)
 {
-    enum result result = message_read_envelope(m);
     for (const char *p = m->path; *p != '/'; p++)
         if (isupper((unsigned char)*p))
             return message_hold(m, "its directory is not in lower case, and no ATRN looks there");
-    return result == DONE ? message_read_recipients(m) : result;
+    return envelope_read(m);
 }
 
-/* Is there an octet over 127 in the header, so that it takes SMTPUTF8 to send it (RFC 6531, 3.6)? False: it could not
- * be read. */
+/* Takes the Message-ID out of a line of the header; its value may stand on the line after its name. *named: that
+ * line is this one. */
+static void note_message_id(struct message *m, const char *line, bool *named)
+{
+    if (strncasecmp(line, "Message-ID:", 11) == 0) {
+        *named = true;
+        line += 11;
+    } else if (*line != ' ' && *line != '\t') {
+        *named = false;
+    }
+    line += strspn(line, " \t");
+    if (*named && *line && !*m->id)
+        snprintf(m->id, sizeof m->id, "%.*s", (int)strcspn(line, " \t"), line);
+}
+
+/* What the header tells: the Message-ID, and whether its octets over 127, if it has any, are UTF-8, so that SMTPUTF8
+ * (RFC 6531) describes it. False: it could not be read. */
 static bool scan_header(struct message *m)
 {
-    char data[1024];
-    bool line_start = true;
-    off_t at = m->start;
-    ssize_t n;
-    while ((n = message_octets(m, data, sizeof data, at)) > 0) {
-        for (ssize_t i = 0; i < n; i++) {
-            if (data[i] == '\n' && line_start)
-                return true;
-            m->utf8 |= !isascii((unsigned char)data[i]);
-            line_start = data[i] == '\n' || (line_start && data[i] == '\r');
-        }
-        at += n;
+    struct line_reader r = {.of = m, .next_read = m->start};
+    bool named = false, valid = true;
+    while (next_line(&r) && r.line[0]) {
+        size_t len = strlen(r.line);
+        note_message_id(m, r.line, &named);
+        m->utf8_header |= r.eight_bit;
+        valid = valid && (!r.eight_bit || (!r.cut && utf8_prefix(r.line, len) == len));
     }
-    return n == 0;
+    m->utf8_header = m->utf8_header && valid;
+    return !r.failed;
 }
 
 /* What there is in some octets of content. */
@@ -2246,23 +2394,59 @@ bool message_scan(struct message *m)
         errno = EBUSY;
         return false;
     }
-    return n == 0 && (!m->eight_bit || scan_header(m));
+    return n == 0 && scan_header(m);
+}
+
+enum name_leads { HERE, ELSEWHERE, NOWHERE, UNKNOWN };
+
+/* Where does the message's name lead now? The look-up that counts goes through the directory opened afresh: on
+ * network file systems only that asks the server, while the path may still be answered from what this host knew
+ * before. *dir is that directory, -1 if it could not be opened; the caller closes it. here: the state of the open
+ * file. UNKNOWN: errno. */
+static enum name_leads look_up(const struct message *m, int *dir, struct stat *here)
+{
+    char box[MAILDIR_PATH];
+    struct stat there;
+    snprintf(box, sizeof box, "%.*s", (int)box_len(m->path), m->path);
+    *dir = openat(m->queue, box, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    if (*dir < 0 || fstat(m->fd, here) < 0 || fstatat(*dir, strrchr(m->path, '/') + 1, &there, AT_SYMLINK_NOFOLLOW) < 0)
+        return errno == ENOENT ? NOWHERE : errno == ESTALE ? ELSEWHERE : UNKNOWN;
+    if (there.st_ino != m->inode || there.st_dev != m->device)
+        return ELSEWHERE;
+    return there.st_nlink > 0 && there.st_nlink == here->st_nlink ? HERE : ELSEWHERE;
+}
+
+/* Claims a file that is open. Another session may have finished with it between our open and our lock, so the name
+ * must still lead to it then. */
+static enum result claim_file(struct message *m)
+{
+    struct stat st;
+    enum name_leads where;
+    int dir, problem;
+    if (flock(m->fd, LOCK_EX | LOCK_NB) < 0) {
+        bool taken = errno == EWOULDBLOCK || errno == ESTALE || errno == ENOENT;
+        return taken ? LATER : message_trouble(m, "it cannot be locked");
+    }
+    where = look_up(m, &dir, &st);
+    problem = errno;
+    if (dir >= 0)
+        close(dir);
+    errno = problem;
+    if (where == HERE)
+        message_note_state(m, &st); /* the last session may have struck out recipients */
+    return where == HERE        ? DONE
+           : where == ELSEWHERE ? LATER
+           : where == NOWHERE   ? REFUSED
+                                : message_trouble(m, "its name cannot be looked up");
 }
 
 enum result message_claim(struct message *m, int queue, const char *path)
 {
-    struct stat st;
-    enum result result = message_open(m, queue, path);
+    enum result result = message_open(m, queue, path, O_RDWR); /* NFS grants no lock to who only reads */
+    if (result == DONE)
+        result = claim_file(m);
     if (result != DONE)
         return result;
-    if (flock(m->fd, LOCK_EX | LOCK_NB) < 0) /* mostly because another session is at work on it */
-        return errno == EWOULDBLOCK ? LATER : message_trouble(m, "it cannot be locked");
-    /* Claimed; but is this file still what the name stands for? Another session may have finished with it between
-     * our open and our lock, and left in its place what is still owed. */
-    if (fstatat(queue, path, &st, AT_SYMLINK_NOFOLLOW) < 0)
-        return errno == ENOENT ? REFUSED : message_trouble(m, "its name cannot be looked up");
-    if (st.st_ino != m->inode || st.st_dev != m->device)
-        return LATER;
     message_keep_top(m);
     result = message_read(m);
     if (result == DONE && !message_scan(m))
@@ -2274,13 +2458,16 @@ void message_close(struct message *m)
 {
     if (m->fd >= 0)
         close(m->fd); /* and with it goes the claim */
-    if (m->refusals)
-        fclose(m->refusals);
-    message_forget_top(m);
-    free(m->fate);
     m->fd = -1;
-    m->refusals = NULL;
-    m->fate = NULL;
+    message_forget_top(m);
+    forget_recipients(m);
+    free(m->list);
+    m->list = NULL;
+    while (m->reasons) {
+        struct reason *next = m->reasons->next;
+        free(m->reasons);
+        m->reasons = next;
+    }
 }
 
 /* Where content stands on its way out, from one part of it to the next. */
@@ -2335,21 +2522,23 @@ static size_t wire_form(struct wire *w, char *out, const char *part, size_t len)
     return (size_t)(out - start);
 }
 
-/* A message in the queue never changes; what somebody wrote into all the same was scanned in vain. */
-static bool unchanged(const struct message *m)
+/* A message in the queue never changes, but for the recipients that we strike out ourselves. If somebody has
+ * written into it, what was scanned is not what is there. */
+static bool unchanged(const struct message *m, const struct stat *now)
 {
-    struct stat st;
-    return fstat(m->fd, &st) == 0 && st.st_size == m->size && st.st_mtim.tv_sec == m->arrived.tv_sec &&
-           st.st_mtim.tv_nsec == m->arrived.tv_nsec;
+    return now->st_size == m->size && now->st_mtim.tv_sec == m->arrived.tv_sec &&
+           now->st_mtim.tv_nsec == m->arrived.tv_nsec && now->st_ctim.tv_sec == m->changed.tv_sec &&
+           now->st_ctim.tv_nsec == m->changed.tv_nsec;
 }
 
 /* The next octets of the content, none behind what was scanned. -1: they cannot be read; or these would be the last,
- * and the file is not what it was: then they must not leave, for with BDAT the last octet ends a message. */
+ * and the file is not what it was: then they must not leave, because with BDAT the last octet ends a message. */
 static ssize_t scanned_octets(const struct message *m, char data[COPY_SIZE], off_t at)
 {
-    size_t left = (size_t)(m->size - at);
-    ssize_t n = message_octets(m, data, left < COPY_SIZE ? left : COPY_SIZE, at);
-    if ((n == 0 && left > 0) || (n == (ssize_t)left && !unchanged(m)))
+    struct stat now;
+    off_t left = m->size - at;
+    ssize_t n = message_octets(m, data, left < COPY_SIZE ? (size_t)left : COPY_SIZE, at);
+    if ((n == 0 && left > 0) || (n == left && (fstat(m->fd, &now) < 0 || !unchanged(m, &now))))
         return -1;
     return n;
 }
@@ -2382,73 +2571,36 @@ bool message_send(const struct message *m, struct stream *to, bool dots)
     return sent - w.doubled == m->wire_size;
 }
 
-/* Those recipients who are in this part of the message's fate, above the unchanged content. */
-static bool write_part(const struct message *m, bool refused, FILE *out)
+/* The refused recipients, above the unchanged content; with the message's time of arrival. */
+static bool write_refused(const struct message *m, FILE *out)
 {
-    char address[MAILBOX_MAX + 2], data[COPY_SIZE];
-    struct envelope_reader r;
+    struct timespec times[2] = {{.tv_nsec = UTIME_OMIT}, m->arrived};
+    char data[COPY_SIZE];
     off_t at = m->start;
     ssize_t n;
     fprintf(out, "Return-Path: <%s>\n", m->sender);
-    envelope_open(&r, m);
-    for (size_t i = 0; i < m->recipients && message_next_recipient(m, &r, address, sizeof address); i++)
-        if (refused ? m->fate[i] == REJECTED : m->fate[i] != DELIVERED && m->fate[i] != RETURNED)
-            fprintf(out, "Delivered-To: %s\n", address);
+    for (size_t i = 0; i < m->recipients; i++)
+        if (m->list[i].fate == REJECTED)
+            fprintf(out, "Delivered-To: %s\n", m->list[i].address);
     while ((n = message_octets(m, data, sizeof data, at)) > 0) {
         fwrite(data, 1, (size_t)n, out);
         at += n;
     }
-    return n == 0 && !r.wrong && fflush(out) == 0 && !ferror(out) && fsync(fileno(out)) == 0;
-}
-
-/* Written to tmp, under a name of its own, and on disk before the name leads to it, so that a crash leaves either
- * the old or the new, and with the time of arrival, for it must not change any more once it is there. The time of
- * the last access stays: what is old by both is taken for debris in tmp. */
-static bool message_copy(const struct message *m, bool refused, const char *maildir, const char *name, const char *to)
-{
-    struct timespec times[2] = {{.tv_nsec = UTIME_OMIT}, m->arrived};
-    char tmp[PATH_MAX];
-    FILE *out = NULL;
-    bool done;
-    int fd;
-    snprintf(tmp, sizeof tmp, "%s/tmp/%s", maildir, name);
-    if (!maildir_make(m->queue, maildir))
-        return false;
-    fd = openat(m->queue, tmp, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
-    out = fd < 0 ? NULL : fdopen(fd, "w");
-    if (fd < 0)
-        return false;
-    done = out && write_part(m, refused, out);
-    if (done)
-        futimens(fd, times);
-    done = done && renameat(m->queue, tmp, m->queue, to) == 0;
-    if (!done)
-        unlinkat(m->queue, tmp, 0);
-    if (out)
-        fclose(out);
-    else
-        close(fd);
-    return done;
-}
-
-bool message_rewrite(const struct message *m)
-{
-    char domain[MAILDIR_PATH], name[NAME_SIZE];
-    snprintf(domain, sizeof domain, "%.*s", (int)strcspn(m->path, "/"), m->path);
-    unique_name(name, sizeof name);
-    return message_copy(m, false, domain, name, m->path);
+    return n == 0 && fflush(out) == 0 && !ferror(out) && futimens(fileno(out), times) == 0;
 }
 
 bool message_set_aside(const struct message *m)
 {
-    char folder[MAILDIR_PATH], name[NAME_SIZE], box[MAILDIR_PATH + 4], path[PATH_MAX];
+    char folder[MAILDIR_PATH], path[MAILDIR_PATH + sizeof "/maildirfolder"];
+    struct delivery d;
     int fd;
     snprintf(folder, sizeof folder, "%.*s/%s", (int)strcspn(m->path, "/"), m->path, UNDELIVERABLE);
-    unique_name(name, sizeof name);
-    snprintf(box, sizeof box, "%s/new", folder);
-    snprintf(path, sizeof path, "%s/%s", box, name);
-    if (!message_copy(m, true, folder, name, path) || !sync_directory(m->queue, box))
+    if (!delivery_open(&d, m->queue, folder))
         return false;
+    if (!write_refused(m, d.file) || !deliveries_store(&d, 1)) {
+        delivery_discard(&d);
+        return false;
+    }
     snprintf(path, sizeof path, "%s/maildirfolder", folder); /* Maildir++: what makes it a folder */
     fd = openat(m->queue, path, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd >= 0)
@@ -2456,9 +2608,68 @@ bool message_set_aside(const struct message *m)
     return true;
 }
 
-bool message_remove(const struct message *m)
+/* Is the file in the queue still the one that is claimed, as it was when it was scanned? Results as of
+ * message_remove(); DONE with *dir -1: the name is gone. Between this look and what is done next somebody could still
+ * replace the file: no system call looks and removes at once. */
+static enum result still_the_same(const struct message *m, int *dir)
 {
-    return unlinkat(m->queue, m->path, 0) == 0;
+    struct stat now;
+    switch (look_up(m, dir, &now)) {
+    case HERE:
+        return unchanged(m, &now) ? DONE : REFUSED;
+    case ELSEWHERE:
+        return REFUSED;
+    case NOWHERE:
+        if (*dir >= 0)
+            close(*dir);
+        *dir = -1;
+        return DONE;
+    default:
+        return LATER;
+    }
+}
+
+/* qmail marks its recipients so, too. It needs no space, and the file keeps its inode, hence the claim. Octets that are
+ * written before a crash are as good as all of them: who is not struck out gets the message again. */
+static bool write_marks(struct message *m)
+{
+    struct timespec times[2] = {{.tv_nsec = UTIME_OMIT}, m->arrived};
+    struct stat st;
+    for (size_t i = 0; i < m->recipients; i++) {
+        const struct recipient *r = &m->list[i], *as = r->fate == REPEATED ? r->first : r;
+        if ((as->fate == DELIVERED || as->fate == RETURNED) && pwrite(m->fd, "=", 1, r->at) != 1)
+            return false;
+    }
+    if (futimens(m->fd, times) < 0 || fsync(m->fd) < 0 || fstat(m->fd, &st) < 0)
+        return false;
+    message_note_state(m, &st);
+    return true;
+}
+
+enum result message_strike_out(struct message *m)
+{
+    int dir, problem;
+    enum result result = still_the_same(m, &dir);
+    if (result == DONE && dir >= 0 && !write_marks(m))
+        result = LATER;
+    problem = errno;
+    if (dir >= 0)
+        close(dir);
+    errno = problem;
+    return result;
+}
+
+enum result message_remove(const struct message *m)
+{
+    int dir, problem;
+    enum result result = still_the_same(m, &dir);
+    if (result == DONE && dir >= 0 && unlinkat(dir, strrchr(m->path, '/') + 1, 0) < 0 && errno != ENOENT)
+        result = LATER;
+    problem = errno;
+    if (dir >= 0)
+        close(dir);
+    errno = problem;
+    return result;
 }
 
 /* ==== The provider, 5.1 and 5.2: the server ===========================================================
@@ -3108,35 +3319,55 @@ static bool atrn_domains(struct session *s)
     return true;
 }
 
+/* One file that cannot be read may be a bad sector; when the next one says the same, the disk is gone. */
+static const char *reason_to_stop(int problem, int before)
+{
+    if (problem == ENOTCONN || problem == ESHUTDOWN || (problem == EIO && before == EIO))
+        return "the file system of the queue is gone";
+    if (problem == EMFILE || problem == ENFILE)
+        return "short of file descriptors";
+    return problem == ENOMEM ? "out of memory" : NULL;
+}
+
 /* Claims the oldest message that can be sent. DONE: there it is, in *claimed. REFUSED: no mail. LATER: mail
- * waits, but others are at work on all of it, or it cannot be read; the log says of one of them which. */
+ * waits, but others are at work on all of it, or it cannot be read; the log says of one of them which. b->stopped: the
+ * walk has ended before a message that may well be claimed later: the file system is gone, or we are short of
+ * descriptors or memory. */
 static enum result claim_next(struct session *s, struct backlog *b, struct message **claimed)
 {
     enum result result = REFUSED;
     struct message *m = malloc(sizeof *m);
     const char *busy = NULL;
+    int problem = b->stopped ? EIO : 0; /* of the message before; the log has it then */
     *claimed = NULL;
+    b->stopped = NULL;
     if (!m) {
         s->postponed = "there is no memory to send it";
         log_event(s, LOG_ERR, "out of memory; the mail that waits stays queued");
+        b->stopped = "out of memory";
         return LATER;
     }
-    while (b->next < b->count) {
-        enum result got = message_claim(m, b->queue, b->list[b->next++].path);
+    while (b->next < b->count && !b->stopped) {
+        enum result got = message_claim(m, b->queue, b->list[b->next].path);
+        int before = problem;
+        problem = m->trouble ? errno : 0;
         if (got == DONE) {
+            b->next++;
             *claimed = m;
             return DONE;
         }
-        if (m->held)
-            log_event(s, LOG_WARNING, "held %s: %s", m->path, m->held);
-        else if (m->trouble)
-            log_event(s, LOG_WARNING, "cannot send %s now: %s (%s)", m->path, m->trouble, strerror(errno));
-        else if (got == LATER)
-            busy = m->path;
         if (got == LATER) {
             s->postponed = m->trouble ? m->trouble : "other sessions have claimed it";
             result = LATER;
         }
+        if (m->held)
+            log_event(s, LOG_WARNING, "held %s: %s", m->path, m->held);
+        else if (m->trouble && !(file_system_gone(problem) && file_system_gone(before)))
+            log_event(s, LOG_WARNING, "cannot send %s now: %s (%s)", m->path, m->trouble, strerror(problem));
+        else if (got == LATER)
+            busy = m->path;
+        b->stopped = reason_to_stop(problem, before);
+        b->next += !b->stopped;
         message_close(m);
     }
     free(m);
@@ -3179,7 +3410,7 @@ static bool asked_too_soon(struct session *s)
  * codes are those of section 7 (7-a). */
 static enum result atrn_command(struct session *s)
 {
-    enum result got;
+    enum result read, got;
     if (s->argument && !domain_list_valid(s->argument)) { /* (5.2.1-l) */
         refuse(s, "501 ATRN takes domains, with commas and without blanks between them");
         return REFUSED;
@@ -3189,11 +3420,10 @@ static enum result atrn_command(struct session *s)
         return REFUSED;
     }
     s->postponed = "it cannot be listed";
-    got = backlog_read(&s->backlog, s->provider->queue, s->asked);
-    if (got != DONE)
-        log_event(s, LOG_ERR, "the queue of %s cannot be read: %s", s->asked, strerror(errno));
-    else
-        got = claim_next(s, &s->backlog, &s->first);
+    read = backlog_read(&s->backlog, s, s->provider->queue, s->asked);
+    got = claim_next(s, &s->backlog, &s->first);
+    if (got == REFUSED && read != DONE)
+        got = LATER; /* a domain that cannot be read may have mail */
     if (got == DONE) { /* (5.2.1-j) */
         send_line(s, "250 OK now reversing the connection");
         return DONE;
@@ -3242,8 +3472,7 @@ static enum result authenticated_state(struct session *s)
  * refused in this session. It is handed to the site's own MTA; only when that has taken it, the recipients
  * leave the queue. Mail from the null sender is a notice itself, and nobody is told about that: it is set
  * aside in the folder .Undeliverable of its domain, for a person to see.
- *
- * The replies are kept in a scratch file, one slot a recipient: 100,000 of them cost no memory. */
+ */
 
 /* A file without a name. */
 static FILE *scratch_file(void)
@@ -3254,34 +3483,12 @@ static FILE *scratch_file(void)
     return file;
 }
 
-/* Keeps the reason for the notice. Code 0: the reason is ours, not the customer's. */
-static bool keep_refusal(struct message *m, size_t i, const struct reply *r)
-{
-    char slot[REFUSAL_SIZE] = "", text[REFUSAL_SIZE - 5];
-    if (!m->refusals && !(m->refusals = scratch_file()))
-        return false;
-    escape(text, sizeof text, r->text);
-    snprintf(slot, sizeof slot, "%03d %s", r->code, text);
-    return fseeko(m->refusals, (off_t)(i * sizeof slot), SEEK_SET) == 0 &&
-           fwrite(slot, sizeof slot, 1, m->refusals) == 1 && fflush(m->refusals) == 0;
-}
-
-static bool recall_refusal(const struct message *m, size_t i, char slot[REFUSAL_SIZE])
-{
-    bool read = fseeko(m->refusals, (off_t)(i * REFUSAL_SIZE), SEEK_SET) == 0 &&
-                fread(slot, REFUSAL_SIZE, 1, m->refusals) == 1;
-    slot[REFUSAL_SIZE - 1] = '\0';
-    return read;
-}
-
 /* RFC 3463: the enhanced code that the reply starts with, or the little that its first digit tells. */
 static void write_status(FILE *out, const char *refusal)
 {
-    unsigned class, subject, detail;
-    char dot;
-    if (sscanf(refusal + 4, "%1u.%3u.%3u%c", &class, &subject, &detail, &dot) == 4 && dot == ' ' &&
-        (class == 4 || class == 5))
-        fprintf(out, "Status: %u.%u.%u\n", class, subject, detail);
+    char class[2], subject[4], detail[4], after = ' ';
+    if (sscanf(refusal + 4, "%1[45].%3[0-9].%3[0-9]%c", class, subject, detail, &after) >= 3 && after == ' ')
+        fprintf(out, "Status: %s.%s.%s\n", class, subject, detail);
     else
         fprintf(out, "Status: %c.0.0\n", refusal[0]);
 }
@@ -3302,20 +3509,12 @@ static void write_recipient_fields(FILE *out, const struct session *s, const cha
 }
 
 /* Calls the writer for each refused recipient: the human part and the machine's part list the same. */
-static bool for_each_refused(FILE *out, const struct session *s, const struct message *m,
+static void for_each_refused(FILE *out, const struct session *s, const struct message *m,
                              void (*write_one)(FILE *, const struct session *, const char *, const char *))
 {
-    char address[MAILBOX_MAX + 2], refusal[REFUSAL_SIZE];
-    struct envelope_reader r;
-    envelope_open(&r, m);
-    for (size_t i = 0; i < m->recipients && message_next_recipient(m, &r, address, sizeof address); i++) {
-        if (m->fate[i] != REJECTED)
-            continue;
-        if (!recall_refusal(m, i, refusal))
-            return false;
-        write_one(out, s, address, refusal);
-    }
-    return !r.wrong;
+    for (size_t i = 0; i < m->recipients; i++)
+        if (m->list[i].fate == REJECTED)
+            write_one(out, s, m->list[i].address, m->list[i].reason->text);
 }
 
 static void write_plain_words(FILE *out, const struct session *s, const char *address, const char *refusal)
@@ -3324,25 +3523,22 @@ static void write_plain_words(FILE *out, const struct session *s, const char *ad
     fprintf(out, "  <%s>\n      %s\n\n", address, strncmp(refusal, "000", 3) == 0 ? refusal + 10 : refusal);
 }
 
-/* The header of what is returned, not its body (RFC 3461, 6.3 lets us choose). False: it cannot be read now. */
+/* The header of what is returned, not its body (RFC 3461, 6.3 lets us choose). It is text when it leaves, whatever it
+ * was: lines of at most 998 octets (RFC 5322, 2.1.1), no control characters, nothing over 127 that is not UTF-8. False:
+ * it cannot be read now. */
 static bool write_original_header(FILE *out, const struct message *m)
 {
-    char data[1024];
-    bool line_start = true;
-    off_t at = m->start;
-    ssize_t n = 0;
-    while (at - m->start < NOTICE_HEADER_MAX && (n = message_octets(m, data, sizeof data, at)) > 0) {
-        for (ssize_t i = 0; i < n; i++) {
-            if (data[i] == '\n' && line_start)
-                return true;
-            if (data[i] != '\r')
-                fputc(data[i], out);
-            line_start = data[i] == '\n' || (line_start && data[i] == '\r');
+    struct line_reader r = {.of = m, .next_read = m->start};
+    while (r.end - m->start < NOTICE_HEADER_MAX && next_line(&r) && r.line[0]) {
+        size_t len = strlen(r.line);
+        for (char *p = r.line; *p; p++) {
+            unsigned char c = (unsigned char)*p;
+            if ((c < 0x20 && c != '\t') || c == 0x7f || (c > 0x7f && !m->utf8_header))
+                *p = '?';
         }
-        at += n;
+        fprintf(out, "%.*s\n", (int)utf8_prefix(r.line, len < TEXT_LINE ? len : TEXT_LINE), r.line);
     }
-    fputc('\n', out);
-    return n >= 0;
+    return !r.failed;
 }
 
 static void write_notice_top(FILE *out, const char *host, const struct message *m, const char *boundary, bool utf8)
@@ -3358,7 +3554,7 @@ static void write_notice_top(FILE *out, const char *host, const struct message *
 /* multipart/report (RFC 6522): for a person, for a program, and what it was about. */
 static bool write_notice(FILE *out, const char *host, const struct session *s, const struct message *m)
 {
-    bool utf8 = m->utf8 || m->utf8_recipients; /* then RFC 6533's types */
+    bool utf8 = m->utf8_header || m->utf8_address; /* then RFC 6533's types */
     const char *eight_bit = utf8 ? "Content-Transfer-Encoding: 8bit\n" : "";
     char boundary[48];
     unsigned char random[12];
@@ -3372,20 +3568,21 @@ static bool write_notice(FILE *out, const char *host, const struct session *s, c
     fprintf(out, "This is the mail relay at %s.\n\nYour message could not be delivered to the recipients below, and "
                  "will not\nbe tried again. The reason stands below each of them. The header of your\nmessage is "
                  "attached.\n\n", host);
-    done = for_each_refused(out, s, m, write_plain_words);
+    for_each_refused(out, s, m, write_plain_words);
     fprintf(out, "--%s\nContent-Type: message/%sdelivery-status\n%s\nReporting-MTA: dns; %s\n", boundary,
             utf8 ? "global-" : "", eight_bit, host);
     write_date(out, "Arrival-Date: ", m->arrived.tv_sec);
-    done = for_each_refused(out, s, m, write_recipient_fields) && done;
+    for_each_refused(out, s, m, write_recipient_fields);
     fprintf(out, "\n--%s\nContent-Type: %s\n%s\n", boundary, utf8 ? "message/global-headers" : "text/rfc822-headers",
             eight_bit);
-    done = write_original_header(out, m) && done;
+    done = write_original_header(out, m);
     fprintf(out, "\n--%s--\n", boundary);
     return done && fflush(out) == 0 && !ferror(out);
 }
 
-/* Runs sendmail, without a shell; true: it has taken the notice. */
-static bool hand_over_notice(const struct provider *p, FILE *notice, const struct message *m, const struct session *s)
+/* Runs sendmail, without a shell; true: it has taken the notice. One that hangs is waited for once a session: the
+ * refused messages behind it stay, and so does whoever wants to stop the provider not wait for each of them. */
+static bool hand_over_notice(const struct provider *p, FILE *notice, const struct message *m, struct session *s)
 {
     char *const argv[] = {(char *)p->sendmail, "-i", "-f", "<>", "--", (char *)m->sender, NULL};
     pid_t pid;
@@ -3399,27 +3596,34 @@ static bool hand_over_notice(const struct provider *p, FILE *notice, const struc
     }
     status = finish_program(pid, NOTICE_TIMEOUT);
     if (status != 0)
-        log_event(s, LOG_ERR,
-                  "%s did not take the notice about %s (exit %d); the message stays", p->sendmail, m->path, status);
+        log_event(s, LOG_ERR, "%s did not take the notice about %s (exit %d); the message stays", p->sendmail, m->path,
+                  status);
+    if (status < 0 && s)
+        s->no_notices = true;
     return status == 0;
 }
 
 /* The sender is told, or, where there is none, the message set aside. */
-static bool return_refused(const struct provider *p, const struct session *s, const struct message *m)
+static bool return_refused(const struct provider *p, struct session *s, const struct message *m)
 {
     FILE *notice;
     bool done;
     if (m->sender[0] == '\0') {
         done = message_set_aside(m);
-        log_event(s, done ? LOG_NOTICE : LOG_ERR, done ? "%s, from the null sender, is set aside in " UNDELIVERABLE
-                          : "%s, from the null sender, cannot be set aside, and stays", m->path);
+        log_event(s, done ? LOG_NOTICE : LOG_ERR,
+                  done ? "%s, from the null sender, is set aside in " UNDELIVERABLE
+                       : "%s, from the null sender, cannot be set aside, and stays", m->path);
         return done;
+    }
+    if (s && (s->no_notices || atomic_load(&p->stopping))) {
+        log_event(s, LOG_NOTICE, "no notice about %s in this session any more; the message stays", m->path);
+        return false;
     }
     notice = scratch_file();
     done = notice && write_notice(notice, p->name, s, m);
     if (!done)
-        log_event(s, LOG_ERR,
-                  "the notice about %s cannot be written (%s); the message stays", m->path, strerror(errno));
+        log_event(s, LOG_ERR, "the notice about %s cannot be written (%s); the message stays", m->path,
+                  strerror(errno));
     done = done && hand_over_notice(p, notice, m, s);
     if (notice)
         fclose(notice);
@@ -3428,28 +3632,38 @@ static bool return_refused(const struct provider *p, const struct session *s, co
     return done;
 }
 
-/* Nothing has left the queue until here. Now what was delivered goes, what was refused goes once its sender
- * has been told, and what is still owed stays, alone. A crash in between costs a second copy, never a first. */
-static void message_settle(const struct provider *p, const struct session *s, struct message *m)
+/* Nothing has left the queue until here. Now what was delivered goes, what was refused goes once its sender has been
+ * told, and who is still owed the message stays. If the provider is killed in between, the message is sent again; it is
+ * never lost. False: its file could not be removed, or not be written to, so no more is to be taken from its box. */
+static bool message_settle(const struct provider *p, struct session *s, struct message *m)
 {
     size_t count[FATES] = {0};
+    enum result got;
+    bool sound = true;
     for (size_t i = 0; i < m->recipients; i++)
-        count[m->fate[i]]++;
+        count[m->list[i].fate]++;
     if (count[REJECTED] > 0 && return_refused(p, s, m)) {
         for (size_t i = 0; i < m->recipients; i++)
-            if (m->fate[i] == REJECTED)
-                m->fate[i] = RETURNED;
-        count[RETURNED] = count[REJECTED];
+            if (m->list[i].fate == REJECTED)
+                m->list[i].fate = RETURNED;
+        count[RETURNED] += count[REJECTED];
     }
-    if (count[DELIVERED] + count[RETURNED] == m->recipients) {
-        if (!message_remove(m))
-            log_event(s, LOG_ERR, "cannot remove %s (%s): it will be sent again", m->path, strerror(errno));
-        else if (count[DELIVERED] > 0)
-            log_event(s, LOG_INFO, "delivered %s, %llu octets", m->path, (unsigned long long)m->wire_size);
-    } else if (count[DELIVERED] + count[RETURNED] > 0 && !message_rewrite(m)) {
-        log_event(s, LOG_ERR, "cannot rewrite the envelope of %s (%s): all its recipients get it again", m->path,
-                  strerror(errno));
+    if (count[DELIVERED] + count[RETURNED] == 0)
+        return true;
+    if (count[DELIVERED] + count[RETURNED] + count[REPEATED] < m->recipients) {
+        got = message_strike_out(m);
+    } else if ((got = message_remove(m)) == LATER) {
+        log_event(s, LOG_ERR, "cannot remove %s (%s): all its recipients are struck out, and no more is taken from its "
+                              "directory in this session", m->path, strerror(errno));
+        got = message_strike_out(m);
+        sound = false;
     }
+    if (got == REFUSED)
+        log_event(s, LOG_WARNING, "%s was replaced or written into while it was sent: it stays, and is sent again",
+                  m->path);
+    else if (got == LATER)
+        log_event(s, LOG_ERR, "cannot strike out recipients of %s (%s): they get it again", m->path, strerror(errno));
+    return sound && got != LATER;
 }
 
 /* ==== The provider, 5.3: the client ===================================================================
@@ -3463,67 +3677,136 @@ static void message_settle(const struct provider *p, const struct session *s, st
  *   CHUNKING too      BDAT needs no go-ahead, so many messages are on their way at once (RFC 3030).
  *
  * What makes these one path: every command is noted in a FIFO of the replies it will bring, and replies
- * are read from it in order, each settling what it was expected for. must_wait() is the rule, the only
- * one, that says when. The FIFO is short: REPLIES_IN_FLIGHT replies of 512 octets fit into the receive
- * buffer that the listener asked for, so the customer can always write its replies while we write mail,
- * and two peers that block cannot deadlock. */
+ * are read from it in order, each deciding what it was expected for. may_stay_outstanding() is the rule,
+ * the only one, that says when the sender waits. Replies that have arrived are settled before the next
+ * message, without waiting for more. The FIFO is short: REPLIES_IN_FLIGHT replies of 512 octets fit into
+ * the receive buffer that the listener asked for, so the customer can always write its replies while the
+ * provider writes mail, and two peers that block cannot deadlock.
+ *
+ * RFC 2920 and RFC 3030 rest on the order of replies. When that can no longer be trusted, the connection
+ * is broken, and nothing that comes after is believed. */
 
 struct transaction {
     struct message *message;
-    size_t first, last;   /* the recipients of this transaction: first <= i < last */
+    size_t first, last;   /* the entries of its list: first <= i < last */
     size_t accepted;      /* how many of them the customer has taken */
     unsigned outstanding; /* replies it still waits for */
     bool open;            /* commands of it are still being written */
+    bool behind_end;      /* MAIL left before the reply to the end of an earlier message had come */
+    bool again;           /* and was refused for that: the same is sent again */
     bool mail_refused;    /* MAIL failed, so nothing after it counts */
     bool go_ahead;        /* DATA was answered with 354 */
-    struct reply verdict; /* of MAIL, when it failed */
+    enum result verdict;  /* on the mail, of the reply to MAIL that failed */
+    struct reply reply;
 };
 
-enum expectation { FOR_RSET, FOR_MAIL, FOR_RCPT, FOR_DATA, FOR_CONTENT, FOR_QUIT };
+/* FOR_CONTENT: the lone dot. FOR_BDAT: BDAT with its octets. */
+enum expectation { FOR_RSET, FOR_MAIL, FOR_RCPT, FOR_DATA, FOR_CONTENT, FOR_BDAT, FOR_QUIT };
 
 struct expected {
     enum expectation what;
     struct transaction *of;
-    size_t recipient;
+    struct recipient *recipient;
+    uint64_t written; /* octets of the stream up to the end of the command */
 };
 
 struct sender {
     struct session *s;
     bool pipelining, chunking, eight_bit, utf8, size;
-    uint64_t size_limit; /* 0: none told */
-    bool unclean;        /* a transaction was left open on the other side: RSET before the next */
+    uint64_t size_limit;        /* 0: none told */
+    size_t mail_max, rcpt_max;  /* RFC 9422: transactions in this session, 0: any number; recipients in each */
+    bool unclean;               /* a transaction was left open on the other side: RSET before the next */
+    bool wait_at_ends;          /* the server wants no command before its reply to the end of a message */
+    bool over;                  /* no more is sent in this session; the log says why */
+    bool abandoned;             /* what is not settled by now stays */
     struct expected fifo[REPLIES_IN_FLIGHT];
     size_t oldest, count;
+    struct message *again;      /* to be sent once more, in order of arrival */
     size_t delivered, deferred, refused; /* recipients, for the log */
+    size_t transactions, messages_refused;
     uint64_t octets;
 };
 
 /* ---- What becomes of a message when its replies are in ---- */
 
-static void note_verdict(struct sender *x, struct message *m, size_t i, const struct reply *r)
+/* A line for whoever asks what became of a mail: it is found by its sender, recipient or Message-ID. */
+static void log_fate(const struct session *s, int priority, const char *fate, const struct message *m,
+                     const struct recipient *to, const char *why)
 {
-    enum result result = reply_result(r);
-    if (result == REFUSED && !keep_refusal(m, i, r))
+    log_event(s, priority, "%s to=<%s> from=<%s> message-id=%s file=%s: %s", fate, to->address, m->sender,
+              *m->id ? m->id : "none", m->path, why);
+}
+
+/* The result is the verdict of this reply on the mail. Code 0: the reason is ours, not the customer's. */
+static void note_verdict(struct sender *x, struct message *m, struct recipient *to, enum result result,
+                         const struct reply *r)
+{
+    char text[REFUSAL_SIZE - 4], why[REFUSAL_SIZE];
+    join_lines(r, text, sizeof text);
+    if (result == REFUSED && r->code && x->messages_refused >= REFUSED_MESSAGES_MAX && x->s->messages == 0)
+        result = LATER; /* a server that refuses everything returns no more of the queue */
+    if (result == REFUSED && !(to->reason = message_reason(m, r->code, text)))
         result = LATER; /* without the reason there could be no notice */
-    m->fate[i] = result == DONE ? DELIVERED : result == LATER ? DEFERRED : REJECTED;
-    if (result == DONE)
-        x->delivered++;
-    else if (result == LATER)
-        x->deferred++;
+    to->fate = result == DONE ? DELIVERED : result == LATER ? DEFERRED : REJECTED;
+    x->delivered += result == DONE;
+    x->deferred += result == LATER;
+    x->refused += result == REFUSED;
+    if (r->code)
+        snprintf(why, sizeof why, "%d %s", r->code, text);
     else
-        x->refused++;
-    if (result != DONE)
-        log_event(x->s, LOG_INFO, "%s: recipient %zu %s: %d %s", m->path, i + 1,
-                  result == LATER ? "deferred" : "refused", r->code, r->text);
+        memcpy(why, text, sizeof text);
+    log_fate(x->s, LOG_INFO, result == DONE ? "delivered" : result == LATER ? "deferred" : "refused", m, to, why);
+}
+
+/* The session ends early, with QUIT. What is outstanding is still settled; the rest stays. */
+__attribute__((format(printf, 2, 3))) static void end_early(struct sender *x, const char *fmt, ...)
+{
+    char why[LOG_LINE];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(why, sizeof why, fmt, args);
+    va_end(args);
+    if (!x->over)
+        log_event(x->s, LOG_WARNING, "%s; the rest of the mail stays queued, and the session ends", why);
+    x->over = true;
+}
+
+static void count_message(struct sender *x, const struct message *m)
+{
+    bool taken = false, refused = false;
+    for (size_t i = 0; i < m->recipients; i++) {
+        taken |= m->list[i].fate == DELIVERED;
+        refused |= m->list[i].fate == REJECTED && strncmp(m->list[i].reason->text, "000", 3) != 0;
+    }
+    x->s->messages += taken;
+    x->octets += taken ? m->wire_size : 0;
+    x->messages_refused += refused && !taken;
+    if (x->s->messages == 0 && x->messages_refused == REFUSED_MESSAGES_MAX)
+        end_early(x, "the customer's server has refused %d messages and taken none", REFUSED_MESSAGES_MAX);
 }
 
 /* All transactions of this message are settled, or the line is gone. */
 static void message_conclude(struct sender *x, struct message *m)
 {
-    bool taken = memchr(m->fate, DELIVERED, m->recipients) != NULL;
-    x->s->messages += taken;
-    x->octets += taken ? m->wire_size : 0;
-    message_settle(x->s->provider, x->s, m);
+    struct session *s = x->s;
+    struct message **at = &x->again;
+    for (size_t i = 0; i < m->recipients; i++) {
+        struct recipient *r = &m->list[i];
+        if (r->fate == OWED && m->again && !x->abandoned) {
+            while (*at)
+                at = &(*at)->next;
+            *at = m;
+            return;
+        }
+        if (r->fate == ACCEPTED || (r->fate == OWED && (s->io.broken || x->abandoned))) {
+            r->fate = DEFERRED;
+            x->deferred++;
+            log_fate(s, LOG_INFO, "deferred", m, r, s->io.broken ? s->io.broken : "the session ended before a reply");
+        }
+    }
+    count_message(x, m);
+    if (!message_settle(s->provider, s, m))
+        backlog_skip_box(&s->backlog, m->path);
     message_close(m);
     free(m);
 }
@@ -3544,75 +3827,119 @@ static void transaction_release(struct sender *x, struct transaction *t)
 
 /* ---- Replies: each settles what the oldest command expects ---- */
 
-static void settle_mail(struct sender *x, struct transaction *t, const struct reply *r)
+/* Replies in 5xx that are about the session, not about this mail: the server wants TLS or a log-in first, does not know
+ * the command, or is not ready. The mail stays. To RCPT, 503 complains about the order of commands, and 552 is how
+ * servers of old say "too many recipients" (RFC 5321, 4.5.3.1.10). What is said after the last octet of DATA's content
+ * is a verdict on the message, whatever its number. */
+static bool about_session(enum expectation what, int code)
 {
-    t->mail_refused = reply_result(r) != DONE;
-    t->verdict = *r;
-    x->unclean = !t->mail_refused;
+    static const int codes[] = {500, 502, 503, 504, 521, 530, 534, 535, 538};
+    if (what == FOR_RCPT)
+        return code == 503 || code == 552;
+    for (size_t i = 0; i < sizeof codes / sizeof *codes; i++)
+        if (code == codes[i])
+            return what == FOR_MAIL || what == FOR_DATA || what == FOR_BDAT;
+    return false;
 }
 
-static void settle_recipient(struct sender *x, struct transaction *t, size_t i, const struct reply *r)
+static enum result verdict_of(enum expectation what, const struct reply *r)
 {
+    return about_session(what, r->code) ? LATER : reply_result(r);
+}
+
+static void not_ready(struct sender *x, const struct reply *r)
+{
+    char text[REFUSAL_SIZE];
+    join_lines(r, text, sizeof text);
+    end_early(x, "the customer's server is not ready for mail: %d %s", r->code, text);
+}
+
+/* RFC 2920, 3.1, lets MAIL follow the end of a message at once, but some servers refuse what arrives before their reply
+ * to that end, with one 503 for each command. Then the sender waits there from now on, and sends the same again. */
+static void settle_mail(struct sender *x, struct transaction *t, const struct reply *r)
+{
+    t->verdict = verdict_of(FOR_MAIL, r);
+    t->mail_refused = t->verdict != DONE;
+    t->reply = *r;
+    x->unclean = !t->mail_refused;
+    if (r->code == 503 && t->behind_end) {
+        t->again = t->message->again = true;
+        if (!x->wait_at_ends)
+            log_event(x->s, LOG_NOTICE, "the customer's server wants no MAIL before its reply to the end of a message; "
+                                        "from now on the sender waits for that");
+        x->wait_at_ends = true;
+    } else if (about_session(FOR_MAIL, r->code)) {
+        not_ready(x, r);
+    }
+}
+
+static void settle_recipient(struct sender *x, struct transaction *t, struct recipient *to, const struct reply *r)
+{
+    if (t->again)
+        return;
     if (t->mail_refused) {
-        note_verdict(x, t->message, i, &t->verdict);
+        note_verdict(x, t->message, to, t->verdict, &t->reply);
     } else if (reply_result(r) == DONE) {
-        t->message->fate[i] = ACCEPTED;
+        to->fate = ACCEPTED;
         t->accepted++;
     } else {
-        note_verdict(x, t->message, i, r);
+        note_verdict(x, t->message, to, verdict_of(FOR_RCPT, r), r);
     }
 }
 
 /* The reply to DATA if it is not 354, to the last octet otherwise. A 2xx to the last octet is the moment
  * when the responsibility passes to the customer (RFC 5321, 4.2.5); if the line drops right before it
  * arrives, the customer has the message and we send it again: twice, but never not at all. */
-static void settle_content(struct sender *x, struct transaction *t, const struct reply *r)
+static void settle_content(struct sender *x, struct transaction *t, enum expectation what, const struct reply *r)
 {
+    enum result verdict = verdict_of(what, r);
     for (size_t i = t->first; i < t->last; i++)
-        if (t->message->fate[i] == ACCEPTED)
-            note_verdict(x, t->message, i, r);
-    x->unclean = reply_result(r) != DONE;
+        if (t->message->list[i].fate == ACCEPTED)
+            note_verdict(x, t->message, &t->message->list[i], verdict, r);
+    x->unclean = verdict != DONE;
+    if (t->accepted > 0 && about_session(what, r->code))
+        not_ready(x, r);
 }
 
-/* Two replies in 5xx that are no verdict on this mail. 503 complains about the order of commands (RFC 5321,
- * 4.2.1), and comes when commands were on their way while an earlier one failed; 552 to RCPT is how servers
- * of old say "too many recipients" (4.5.3.1.10). The mail stays, and is tried again. */
-static void forgive(struct reply *r, enum expectation what)
+/* Some replies show that the order of replies is lost. A server that does not know BDAT reads the octets behind it as
+ * commands, and its replies to those would be taken for verdicts on mail; a 2xx in the place of 354 answers something
+ * else. Why; NULL: all is well. */
+static const char *order_lost(enum expectation what, int code)
 {
-    if (r->code == 503 || (r->code == 552 && what == FOR_RCPT))
-        r->code = 450;
+    if (what == FOR_BDAT && (code == 500 || code == 502 || code == 504))
+        return "the customer's server does not know BDAT, though CHUNKING was offered";
+    if (what == FOR_DATA && code < 300)
+        return "the customer's server answers DATA with 2xx in the place of 354";
+    return code == 421 ? "the customer closes the service (421)" : NULL;
 }
 
-/* Reads one reply and settles the oldest command. LATER: the connection is of no more use. */
-static enum result settle_one(struct sender *x)
+/* Settles the oldest command with its reply. LATER: the connection is of no more use. */
+static enum result settle(struct sender *x, const struct reply *r)
 {
     struct expected e = x->fifo[x->oldest];
-    struct reply r;
-    if (read_reply(x->s, &r) != DONE)
-        return LATER;
-    if (r.code == 421) {
-        stream_break(&x->s->io, "the customer closes the service (421)");
+    const char *lost = order_lost(e.what, r->code);
+    if (lost) {
+        stream_break(&x->s->io, lost);
+        x->s->protocol_broken = true;
         return LATER;
     }
     x->oldest = (x->oldest + 1) % REPLIES_IN_FLIGHT;
     x->count--;
-    forgive(&r, e.what);
     switch (e.what) {
     case FOR_MAIL:
-        settle_mail(x, e.of, &r);
+        settle_mail(x, e.of, r);
         break;
     case FOR_RCPT:
-        settle_recipient(x, e.of, e.recipient, &r);
+        settle_recipient(x, e.of, e.recipient, r);
         break;
     case FOR_DATA:
-        e.of->go_ahead = r.code == 354;
-        if (r.code < 300)
-            r.code = 450; /* nonsense; surely nothing was delivered */
+        e.of->go_ahead = r->code == 354;
         if (!e.of->go_ahead)
-            settle_content(x, e.of, &r);
+            settle_content(x, e.of, FOR_DATA, r);
         break;
     case FOR_CONTENT:
-        settle_content(x, e.of, &r);
+    case FOR_BDAT:
+        settle_content(x, e.of, e.what, r);
         break;
     case FOR_RSET:
         x->unclean = false;
@@ -3627,9 +3954,33 @@ static enum result settle_one(struct sender *x)
     return DONE;
 }
 
-/* The line is gone: whatever was expected will not come. Nothing is settled, so nothing leaves. */
+/* Settles what has arrived, without waiting: what is accepted leaves the queue soon, so a provider that is killed costs
+ * few second copies. A reply that is there before its command has left is not believed. */
+static enum result settle_arrived(struct sender *x)
+{
+    struct reply r;
+    while (x->count > 0 && !x->s->protocol_broken && x->fifo[x->oldest].written <= x->s->io.gone &&
+           reply_arrived(x->s))
+        if (read_arrived_reply(x->s, &r) != DONE || settle(x, &r) != DONE)
+            return LATER;
+    return DONE;
+}
+
+static enum result settle_down_to(struct sender *x, size_t left)
+{
+    struct reply r;
+    while (x->count > left)
+        if (read_reply(x->s, &r) != DONE || settle(x, &r) != DONE)
+            return LATER;
+    return DONE;
+}
+
+/* The session is over. What has arrived before the line broke still counts; what is expected besides will not come, so
+ * nobody it was expected for leaves the queue. */
 static void abandon(struct sender *x)
 {
+    settle_arrived(x);
+    x->abandoned = true;
     while (x->count > 0) {
         struct expected e = x->fifo[x->oldest];
         x->oldest = (x->oldest + 1) % REPLIES_IN_FLIGHT;
@@ -3639,14 +3990,11 @@ static void abandon(struct sender *x)
             transaction_release(x, e.of);
         }
     }
-}
-
-static enum result settle_down_to(struct sender *x, size_t left)
-{
-    while (x->count > left)
-        if (settle_one(x) != DONE)
-            return LATER;
-    return DONE;
+    while (x->again) {
+        struct message *m = x->again;
+        x->again = m->next;
+        message_conclude(x, m);
+    }
 }
 
 /* The one rule: how many replies may be left outstanding after this command. Without PIPELINING none.
@@ -3656,13 +4004,16 @@ static size_t may_stay_outstanding(const struct sender *x, enum expectation what
 {
     if (!x->pipelining || what == FOR_DATA || what == FOR_QUIT)
         return 0;
+    if (x->wait_at_ends && (what == FOR_CONTENT || what == FOR_BDAT))
+        return 0;
     return x->count < REPLIES_IN_FLIGHT ? x->count : REPLIES_IN_FLIGHT / 2;
 }
 
 /* Notes that the command just written will be answered, and waits if the rule says so. */
-static enum result expect(struct sender *x, enum expectation what, struct transaction *t, size_t recipient)
+static enum result expect(struct sender *x, enum expectation what, struct transaction *t, struct recipient *to)
 {
-    x->fifo[(x->oldest + x->count++) % REPLIES_IN_FLIGHT] = (struct expected){what, t, recipient};
+    struct stream *io = &x->s->io;
+    x->fifo[(x->oldest + x->count++) % REPLIES_IN_FLIGHT] = (struct expected){what, t, to, io->gone + io->out_end};
     if (t)
         t->outstanding++;
     return settle_down_to(x, may_stay_outstanding(x, what));
@@ -3670,34 +4021,36 @@ static enum result expect(struct sender *x, enum expectation what, struct transa
 
 /* ---- Commands ---- */
 
+static enum result send_content(struct sender *x, struct transaction *t, bool dots)
+{
+    if (!message_send(t->message, &x->s->io, dots)) {
+        stream_break(&x->s->io, "a message in the queue cannot be read, or somebody wrote into it");
+        return LATER;
+    }
+    trace_line(x->s, PROVIDER, "... %llu octets of message ...", (unsigned long long)t->message->wire_size);
+    return DONE;
+}
+
 static enum result send_data(struct sender *x, struct transaction *t)
 {
-    struct stream *io = &x->s->io;
     send_line(x->s, "DATA");
-    if (expect(x, FOR_DATA, t, 0) != DONE)
+    if (expect(x, FOR_DATA, t, NULL) != DONE)
         return LATER;
     if (!t->go_ahead)
         return DONE;
     /* RFC 2920, 3.1: a 354 although every RCPT failed must be honoured, with no content. */
-    if (t->accepted > 0 && !message_send(t->message, io, true)) {
-        stream_break(io, "a message in the queue cannot be read, or somebody wrote into it");
+    if (t->accepted > 0 && send_content(x, t, true) != DONE)
         return LATER;
-    }
-    trace_line(x->s, PROVIDER, "... %llu octets of message ...",
-               t->accepted ? (unsigned long long)t->message->wire_size : 0ULL);
     send_line(x->s, ".");
-    return expect(x, FOR_CONTENT, t, 0);
+    return expect(x, FOR_CONTENT, t, NULL);
 }
 
 static enum result send_bdat(struct sender *x, struct transaction *t)
 {
     send_line(x->s, "BDAT %llu LAST", (unsigned long long)t->message->wire_size);
-    if (!message_send(t->message, &x->s->io, false)) {
-        stream_break(&x->s->io, "a message in the queue cannot be read, or somebody wrote into it");
+    if (send_content(x, t, false) != DONE)
         return LATER;
-    }
-    trace_line(x->s, PROVIDER, "... %llu octets of message ...", (unsigned long long)t->message->wire_size);
-    return expect(x, FOR_CONTENT, t, 0);
+    return expect(x, FOR_BDAT, t, NULL);
 }
 
 /* With what the customer wants to know beforehand (RFC 1870, RFC 6152, RFC 6531), when it is so. */
@@ -3707,10 +4060,11 @@ static void send_mail_command(struct sender *x, const struct message *m)
     if (x->size)
         snprintf(size, sizeof size, " SIZE=%llu", (unsigned long long)m->wire_size);
     send_line(x->s, "MAIL FROM:<%s>%s%s%s", m->sender, size, m->eight_bit && x->eight_bit ? " BODY=8BITMIME" : "",
-              (m->utf8 || m->utf8_recipients) && x->utf8 ? " SMTPUTF8" : "");
+              (m->utf8_header || m->utf8_address) && x->utf8 ? " SMTPUTF8" : "");
 }
 
-/* What this customer cannot take is not sent in breach of the standard, but returned. True, and why. */
+/* What this customer cannot take is not sent in breach of the standard, but returned. True, and why. A header with
+ * octets over 127 needs 8BITMIME only, as everybody else sees it; an address in UTF-8 needs SMTPUTF8. */
 static bool customer_cannot_take(const struct sender *x, const struct message *m, const char *recipient,
                                  struct reply *why)
 {
@@ -3718,9 +4072,9 @@ static bool customer_cannot_take(const struct sender *x, const struct message *m
     if (x->size_limit > 0 && m->wire_size > x->size_limit)
         snprintf(why->text, sizeof why->text, "5.3.4 The message has %llu octets; the recipient's server takes %llu",
                  (unsigned long long)m->wire_size, (unsigned long long)x->size_limit);
-    else if (!x->utf8 && (m->utf8 || !ascii(recipient)))
-        snprintf(why->text, sizeof why->text, "5.6.7 An address or the header is in UTF-8, and the recipient's server "
-                                              "does not take that (SMTPUTF8)");
+    else if (!x->utf8 && !(ascii(m->sender) && ascii(recipient)))
+        snprintf(why->text, sizeof why->text, "5.6.7 An address is in UTF-8, and the recipient's server does not take "
+                                              "that (SMTPUTF8)");
     else if (!x->eight_bit && m->eight_bit)
         snprintf(why->text, sizeof why->text, "5.6.3 The content has 8-bit octets, and the recipient's server does not "
                                               "take them (8BITMIME)");
@@ -3729,56 +4083,48 @@ static bool customer_cannot_take(const struct sender *x, const struct message *m
     return true;
 }
 
-/* False: the envelope could not be read to its end, so that nobody knows whether it may be sent. */
-static bool refuse_beforehand(struct sender *x, struct message *m)
+static void refuse_beforehand(struct sender *x, struct message *m)
 {
-    char address[MAILBOX_MAX + 2];
-    struct envelope_reader r;
     struct reply why;
-    envelope_open(&r, m);
-    for (size_t i = 0; i < m->recipients && message_next_recipient(m, &r, address, sizeof address); i++)
-        if (m->fate[i] == OWED && customer_cannot_take(x, m, address, &why))
-            note_verdict(x, m, i, &why);
-    if (r.wrong)
-        log_event(x->s, LOG_ERR, "%s: %s; it stays", m->path, r.wrong);
-    return !r.wrong;
+    for (size_t i = 0; i < m->recipients; i++)
+        if (m->list[i].fate == OWED && customer_cannot_take(x, m, m->list[i].address, &why))
+            note_verdict(x, m, &m->list[i], REFUSED, &why);
 }
 
-/* The next recipient that is owed the message; *next is then the number behind it. */
-static bool next_owed(const struct message *m, struct envelope_reader *r, size_t *next, char *address, size_t size)
+/* The next recipient who is owed the message, from entry *next on; *next is then the number behind it. */
+static struct recipient *next_owed(const struct message *m, size_t *next)
 {
-    while (*next < m->recipients && message_next_recipient(m, r, address, size))
-        if (m->fate[(*next)++] == OWED)
-            return true;
-    return false;
+    while (*next < m->recipients)
+        if (m->list[(*next)++].fate == OWED)
+            return &m->list[*next - 1];
+    return NULL;
 }
 
-/* MAIL, RCPT ..., and the content: one transaction, for the recipient in address and at most 99 more from
- * where the reader stands. RFC 5321 (4.5.3.1.8) obliges no server to take more than 100 at once. */
-static enum result send_transaction(struct sender *x, struct transaction *t, struct envelope_reader *r,
-                                    char address[MAILBOX_MAX + 2])
+/* MAIL, RCPT ..., and the content: one transaction, for the next recipients, no more than the customer takes at
+ * once. */
+static enum result send_transaction(struct sender *x, struct transaction *t, struct recipient *to)
 {
     struct message *m = t->message;
+    size_t n = 1;
+    t->behind_end = x->count > 0; /* RSET before MAIL is no end */
     if (x->unclean && x->count == 0) {
         send_line(x->s, "RSET");
-        if (expect(x, FOR_RSET, NULL, 0) != DONE)
+        if (expect(x, FOR_RSET, NULL, NULL) != DONE)
             return LATER;
     }
     send_mail_command(x, m);
-    if (expect(x, FOR_MAIL, t, 0) != DONE)
+    x->transactions++;
+    if (expect(x, FOR_MAIL, t, NULL) != DONE)
         return LATER;
-    for (size_t n = 1;; n++) {
-        size_t i = t->last - 1;
-        if (t->mail_refused) {
-            note_verdict(x, m, i, &t->verdict);
-        } else {
-            send_line(x->s, "RCPT TO:<%s>", address);
-            if (expect(x, FOR_RCPT, t, i) != DONE)
+    do {
+        if (!t->mail_refused) {
+            send_line(x->s, "RCPT TO:<%s>", to->address);
+            if (expect(x, FOR_RCPT, t, to) != DONE)
                 return LATER;
+        } else if (!t->again) {
+            note_verdict(x, m, to, t->verdict, &t->reply);
         }
-        if (n == RECIPIENTS_A_TRANSACTION || !next_owed(m, r, &t->last, address, MAILBOX_MAX + 2))
-            break;
-    }
+    } while (n++ < x->rcpt_max && (to = next_owed(m, &t->last)));
     if (x->count == 0 && (t->mail_refused || t->accepted == 0))
         return DONE; /* all is answered and nobody wants it: no content */
     return x->chunking ? send_bdat(x, t) : send_data(x, t);
@@ -3787,15 +4133,14 @@ static enum result send_transaction(struct sender *x, struct transaction *t, str
 /* The whole message, in as many transactions as its recipients need. */
 static enum result send_message(struct sender *x, struct message *m)
 {
-    char address[MAILBOX_MAX + 2];
-    struct envelope_reader r;
+    struct recipient *to;
     size_t next = 0;
     enum result result = DONE;
-    bool sound;
     m->holders = 1;
-    sound = refuse_beforehand(x, m);
-    envelope_open(&r, m);
-    while (sound && result == DONE && next_owed(m, &r, &next, address, sizeof address)) {
+    m->again = false;
+    m->next = NULL;
+    refuse_beforehand(x, m);
+    while (result == DONE && !x->over && (to = next_owed(m, &next))) {
         struct transaction *t = calloc(1, sizeof *t);
         if (!t) {
             stream_break(&x->s->io, "out of memory");
@@ -3804,15 +4149,12 @@ static enum result send_message(struct sender *x, struct message *m)
         }
         *t = (struct transaction){.message = m, .first = next - 1, .last = next, .open = true};
         m->holders++;
-        result = send_transaction(x, t, &r, address);
+        result = send_transaction(x, t, to);
         next = t->last;
         t->open = false;
         transaction_release(x, t);
-    }
-    if (result == DONE && (!sound || r.unreadable)) { /* a QUIT now would say that this was all */
-        settle_down_to(x, 0);
-        stream_break(&x->s->io, "the envelope of a message in the queue could not be read to its end");
-        result = LATER;
+        if (x->mail_max > 0 && x->transactions == x->mail_max)
+            end_early(x, "the customer takes no more than %zu transactions a session (RFC 9422)", x->mail_max);
     }
     message_forget_top(m);
     message_release(x, m);
@@ -3821,15 +4163,29 @@ static enum result send_message(struct sender *x, struct message *m)
 
 /* ---- The session in this state ---- */
 
+/* RFC 9422: the number behind NAME= in the parameters of LIMITS; none: not told. */
+static size_t limit_of(const char *limits, const char *name, size_t none)
+{
+    size_t len;
+    const char *word;
+    while (limits && (word = next_word(&limits, &len)))
+        if (strncasecmp(word, name, strlen(name)) == 0 && strtoull(word + strlen(name), NULL, 10) > 0)
+            return (size_t)strtoull(word + strlen(name), NULL, 10);
+    return none;
+}
+
 static void read_capabilities(struct sender *x, const struct reply *r)
 {
-    const char *size = reply_keyword(r, "SIZE");
+    const char *size = reply_keyword(r, "SIZE"), *limits = reply_keyword(r, "LIMITS");
     x->pipelining = reply_keyword(r, "PIPELINING") != NULL;
     x->chunking = x->pipelining && reply_keyword(r, "CHUNKING") != NULL;
     x->eight_bit = reply_keyword(r, "8BITMIME") != NULL;
     x->utf8 = reply_keyword(r, "SMTPUTF8") != NULL;
     x->size = size != NULL;
     x->size_limit = size && isdigit((unsigned char)*size) ? strtoull(size, NULL, 10) : 0;
+    x->mail_max = limit_of(limits, "MAILMAX=", 0);
+    if (limit_of(limits, "RCPTMAX=", x->rcpt_max) < x->rcpt_max)
+        x->rcpt_max = limit_of(limits, "RCPTMAX=", x->rcpt_max);
 }
 
 /* 5.3-b: the customer greets; 5.3-c: then EHLO, or HELO where EHLO is not known. */
@@ -3852,28 +4208,54 @@ static enum result greet_customer(struct sender *x)
     return read_reply(s, &r) == DONE && reply_result(&r) == DONE ? DONE : LATER;
 }
 
+/* The message to be sent next: the one that was claimed for ATRN, then the others, then those that must be sent
+ * again, once nothing is outstanding. When the walk through the queue was stopped (see claim_next), what is
+ * outstanding is settled, which gives descriptors and memory back, and the same message is tried once more. NULL:
+ * that was all, or the connection is broken: after a walk that did not come to its end there is no QUIT, which
+ * would say that it did. */
+static struct message *next_message(struct sender *x)
+{
+    struct session *s = x->s;
+    struct message *m = s->first;
+    s->first = NULL;
+    if (!m && !x->again)
+        claim_next(s, &s->backlog, &m);
+    if (m || settle_down_to(x, 0) != DONE)
+        return m;
+    if (x->again) {
+        m = x->again;
+        x->again = m->next;
+    } else if (s->backlog.stopped) {
+        claim_next(s, &s->backlog, &m);
+        if (!m && s->backlog.stopped)
+            stream_break(&s->io, s->backlog.stopped);
+    }
+    return m;
+}
+
 /* 5.3: from here on the provider is the client (5.3-a). It works through what ATRN found, oldest first, says
  * QUIT (5-b) and leaves. Nothing that is in the queue by then has been touched without a reply. */
 static void reversed_state(struct session *s)
 {
-    struct sender x = {.s = s};
+    struct sender x = {.s = s, .rcpt_max = RECIPIENTS_A_TRANSACTION};
+    struct message *m;
     enum result result;
     enter_state(s, REVERSED);
     s->io.wake_fd = -1; /* a shutdown lets the message under way finish */
     s->io.waits = 0;
     result = greet_customer(&x);
-    while (result == DONE && s->first && !atomic_load(&s->provider->stopping)) {
-        struct message *m = s->first;
-        s->first = NULL;
+    while (result == DONE && !x.over && !atomic_load(&s->provider->stopping) && (m = next_message(&x))) {
         result = send_message(&x, m);
-        if (result == DONE && !atomic_load(&s->provider->stopping))
-            claim_next(s, &s->backlog, &s->first);
+        if (result == DONE)
+            result = settle_arrived(&x);
     }
     /* When the customer hears QUIT, the queue shows what it took. */
     if (settle_down_to(&x, 0) == DONE && !s->io.broken) {
         send_line(s, "QUIT");
-        result = expect(&x, FOR_QUIT, NULL, 0);
+        result = expect(&x, FOR_QUIT, NULL, NULL);
     }
+    if (s->io.broken)
+        result = LATER;
     abandon(&x);
     if (s->first) {
         message_close(s->first);
@@ -3917,36 +4299,51 @@ void provider_session(struct session *s)
  * A thread that looks through the queue now and then: debris goes, and so does what nobody has collected
  * for --max-age days, back to its sender. It never delivers anything: 4-d, that is done on request only. */
 
-/* Returns one message, if it is too old and nobody is at work on it. */
-static void expire_message(const struct provider *p, const char *path)
+/* Returns one message, if it is too old and no session has claimed it. False: no other need be tried now. */
+static bool expire_message(struct provider *p, const char *path)
 {
-    struct reply why = {.code = 0};
+    char why[REFUSAL_SIZE];
     struct message m;
-    snprintf(why.text, sizeof why.text, "4.4.7 The recipient's server has not collected the message for %d days",
-             p->max_age);
+    bool go_on = true;
+    snprintf(why, sizeof why, "4.4.7 The recipient's server has not collected the message for %d days", p->max_age);
     if (message_claim(&m, p->queue, path) == DONE) {
         for (size_t i = 0; i < m.recipients; i++)
-            if (m.fate[i] == OWED && keep_refusal(&m, i, &why))
-                m.fate[i] = REJECTED;
-        log_event(NULL, LOG_NOTICE, "%s: not collected for %d days", path, p->max_age);
-        message_settle(p, NULL, &m);
+            if (m.list[i].fate == OWED && (m.list[i].reason = message_reason(&m, 0, why))) {
+                m.list[i].fate = REJECTED;
+                log_fate(NULL, LOG_NOTICE, "expired", &m, &m.list[i], why);
+            }
+        go_on = message_settle(p, NULL, &m);
+        for (size_t i = 0; i < m.recipients; i++)
+            go_on = go_on && m.list[i].fate != REJECTED; /* no notice was taken */
     }
     message_close(&m);
+    return go_on;
+}
+
+/* A clock that is years ahead makes everything too old at once. When even the newest message is, nothing is
+ * returned. */
+static void expire_domain(struct provider *p, struct backlog *b, const char *domain)
+{
+    int64_t oldest = time(NULL) - (int64_t)p->max_age * 86400;
+    size_t i = 0;
+    if (b->count > 1 && b->list[b->count - 1].second <= oldest) {
+        log_event(NULL, LOG_ERR, "all messages of %s are older than %d days: is the clock right? None is returned now",
+                  domain, p->max_age);
+        return;
+    }
+    while (i < b->count && b->list[i].second <= oldest && !atomic_load(&p->stopping) &&
+           expire_message(p, b->list[i].path))
+        i++;
 }
 
 static bool care_for_domain(void *context, int queue, const char *domain)
 {
-    const struct provider *p = context;
-    int64_t oldest = time(NULL) - (int64_t)p->max_age * 86400;
+    struct provider *p = context;
     struct backlog b;
     clean_domain(NULL, queue, domain);
     if (p->max_age > 0) {
-        if (backlog_read(&b, queue, domain) != DONE)
-            log_event(NULL, LOG_ERR,
-                      "%s: its mail cannot be listed (%s), and none is returned", domain, strerror(errno));
-        else
-            for (size_t i = 0; i < b.count && b.list[i].second <= oldest && !atomic_load(&p->stopping); i++)
-                expire_message(p, b.list[i].path);
+        backlog_read(&b, NULL, queue, domain);
+        expire_domain(p, &b, domain);
         backlog_free(&b);
     }
     return !atomic_load(&p->stopping);
@@ -3974,7 +4371,8 @@ bool delivery_open(struct delivery *d, int queue, const char *domain)
     int fd;
     *d = (struct delivery){.queue = queue};
     snprintf(d->domain, sizeof d->domain, "%s", domain);
-    lower_case(d->domain);
+    if (!strchr(domain, '/'))
+        lower_case(d->domain);
     unique_name(d->name, sizeof d->name);
     if (!maildir_make(queue, d->domain))
         return false;
@@ -5519,9 +5917,8 @@ struct domain_summary {
 
 static void list_message(const struct message *m, int64_t second)
 {
-    char address[MAILBOX_MAX + 2], safe[2 * LOG_LINE], when[32];
+    char safe[2 * LOG_LINE], when[32];
     struct tm tm = local_time((time_t)second);
-    struct envelope_reader r;
     strftime(when, sizeof when, "%Y-%m-%d %H:%M:%S", &tm);
     escape(safe, sizeof safe, m->path);
     printf("  %s  %lld  %s\n", when, (long long)m->size, safe);
@@ -5531,9 +5928,8 @@ static void list_message(const struct message *m, int64_t second)
     }
     escape(safe, sizeof safe, m->sender);
     printf("      from <%s>\n", safe);
-    envelope_open(&r, m);
-    while (message_next_recipient(m, &r, address, sizeof address)) {
-        escape(safe, sizeof safe, address);
+    for (size_t i = 0; i < m->recipients; i++) {
+        escape(safe, sizeof safe, m->list[i].address);
         printf("      to <%s>\n", safe);
     }
 }
@@ -5544,8 +5940,7 @@ static bool summarize_domain(int queue, const char *domain, bool list)
     struct backlog b;
     char when[32] = "-";
     struct tm tm;
-    if (backlog_read(&b, queue, domain) != DONE) {
-        log_event(NULL, LOG_ERR, "%s: its mail cannot be listed: %s", domain, strerror(errno));
+    if (backlog_read(&b, NULL, queue, domain) != DONE) {
         backlog_free(&b);
         return false;
     }
@@ -5555,7 +5950,7 @@ static bool summarize_domain(int queue, const char *domain, bool list)
     for (int pass = 0; pass < (list ? 2 : 1); pass++) {
         for (size_t i = 0; i < b.count; i++) {
             struct message m;
-            enum result got = message_open(&m, queue, b.list[i].path);
+            enum result got = message_open(&m, queue, b.list[i].path, O_RDONLY);
             if (got == DONE)
                 got = message_read(&m);
             if (got == LATER)

@@ -44,12 +44,15 @@
 #define MAILBOX_MAX 320          /* 64 + @ + 255 (RFC 5321, 4.5.3.1) */
 #define RECIPIENTS_A_TRANSACTION 100 /* RFC 5321, 4.5.3.1.8: what every server must take */
 #define RECIPIENTS_MAX 1000      /* what our customer takes */
+#define ENVELOPE_RECIPIENTS_MAX 100000 /* of one file in the queue: a hundred octets of memory each */
+#define MESSAGE_ID_MAX 256       /* octets of a Message-ID in the log */
 #define DOMAINS_A_MESSAGE 32     /* and in how many domains */
 #define DELIVERIES_MAX 96        /* files of ours that go to disk together */
 #define ANSWERS_MAX 512          /* that wait for them */
 #define TRACE_FIELDS_MAX 100     /* RFC 5321, 6.3: more Received fields mean a loop */
 #define REPLIES_IN_FLIGHT 320    /* times 512 octets: under RECEIVE_BUFFER, see the sender */
 #define RECEIVE_BUFFER 212992    /* octets: what Linux grants by default (net.core.rmem_max) */
+#define REFUSED_MESSAGES_MAX 10  /* when so many were refused and none was taken, the session ends */
 #define PASSING_MAX 1024         /* replies the onlooker of --smtp and --exec can expect */
 #define PATIENCE_OCTETS 16384    /* a peer that has taken so many has its whole time for the next */
 #define STREAM_IN 16384
@@ -83,6 +86,7 @@
 #define UNDELIVERABLE ".Undeliverable" /* a Maildir++ folder */
 #define MAILDIR_PATH (DOMAIN_MAX + 32) /* of a domain's Maildir or a folder of it, box included */
 #define REFUSAL_SIZE 512         /* octets of a reply that a notice shows */
+#define TEXT_LINE 998            /* RFC 5322, 2.1.1: octets of a line without CRLF */
 #define NOTICE_HEADER_MAX 65536  /* octets of a returned header */
 #define NOTICE_TIMEOUT 60        /* seconds for sendmail to take a notice */
 #define FIRST_SECOND 100000000   /* 1973: a file's name that starts with less is no Maildir's */
@@ -190,20 +194,6 @@ struct accounts {
 
 enum field { NO_FIELD, RETURN_PATH, DELIVERED_TO, ENVELOPE_TO, X_ORIGINAL_TO, DELIVERY_DATE, FIELDS };
 
-/* Walks over the block of header fields at the top of a queued message. */
-struct envelope_reader {
-    const struct message *of;
-    off_t next_read, line_size;
-    off_t end;          /* where the block ends, as far as was read */
-    enum field field;   /* the field under way */
-    const char *wrong;  /* why the block cannot be used; NULL: it can */
-    char *rest;         /* of line: addresses not yet returned */
-    bool unreadable; /* the disk failed: wrong says so, and it is nothing that the block can help */
-    bool line_cut, line_nul;
-    size_t at, filled;
-    char data[1024], line[1024];
-};
-
 struct queued {
     int64_t second, micro; /* of arrival */
     char *path;            /* domain/new/name, owned */
@@ -214,10 +204,26 @@ struct backlog {
     int queue;
     struct queued *list;
     size_t count, room, next;
+    const char *stopped; /* why the walk has ended before its end; NULL: it has not */
 };
 
-/* What became of a recipient. DELIVERED leaves the file's envelope, and RETURNED: REJECTED, and the sender told. */
-enum fate { OWED, FOREIGN, ACCEPTED, DELIVERED, DEFERRED, REJECTED, RETURNED, FATES };
+/* What became of a recipient. DELIVERED and RETURNED (refused, and the sender told) are struck out in the file.
+ * REPEATED: the address stands in the envelope before; what becomes of that one becomes of this. */
+enum fate { OWED, FOREIGN, REPEATED, ACCEPTED, DELIVERED, DEFERRED, REJECTED, RETURNED, FATES };
+
+/* What a reply said, kept for the notice: one copy for all recipients who got the same. */
+struct reason {
+    struct reason *next;
+    char text[]; /* "550 5.1.1 no such user", escaped; code 000: the reason is ours, not the customer's */
+};
+
+struct recipient {
+    char *address;
+    off_t at;                       /* where its @ is in the file */
+    const struct recipient *first;  /* of REPEATED: the one it repeats */
+    const struct reason *reason;    /* of REJECTED */
+    enum fate fate;
+};
 
 /* A message of the queue. While fd is open it is claimed, if message_claim() made it. */
 struct message {
@@ -227,21 +233,25 @@ struct message {
     off_t size, start; /* of the file; where the message begins below its envelope */
     dev_t device;
     ino_t inode;
-    struct timespec arrived;
+    struct timespec arrived, changed; /* its times of modification and of status change */
     char *top;         /* its first octets, top_len of them; freed, and none, once they are of no more use */
     size_t top_len;
     enum field field;  /* the one that names its recipients */
+    struct recipient *list; /* in the order of the envelope */
     size_t recipients;
-    unsigned char *fate; /* one octet a recipient */
+    struct reason *reasons; /* all that its recipients have, the newest first */
     char sender[MAILBOX_MAX + 2];
+    char id[MESSAGE_ID_MAX]; /* its Message-ID for the log, brackets and all; "": none was found */
     const char *held;  /* why it is not sent; NULL: it is */
     const char *trouble; /* why it cannot be sent now, if that is not another session's claim */
     uint64_t wire_size; /* octets of content with CRLF line ends */
     bool lf_only;      /* no CR, anywhere */
     bool eight_bit;    /* octets over 127, anywhere */
-    bool utf8, utf8_recipients; /* in the sender's address or in the header; in a recipient's address */
-    FILE *refusals;    /* why recipients were refused, REFUSAL_SIZE octets each; NULL: none was */
+    bool utf8_header;  /* octets over 127 in the header, and they are UTF-8 */
+    bool utf8_address; /* the sender's, or one of its recipients' */
     unsigned holders;  /* transactions under way */
+    bool again;        /* some of its recipients are to be sent it once more in this session */
+    struct message *next; /* of those messages */
 };
 
 /* One file on its way into a Maildir. */
@@ -249,7 +259,7 @@ struct delivery {
     int queue;
     FILE *file;
     bool published, safe; /* in new, no longer in tmp; on disk, all of it */
-    char domain[DOMAIN_MAX + 1], name[NAME_SIZE];
+    char domain[MAILDIR_PATH], name[NAME_SIZE]; /* the domain, or a folder of it */
 };
 
 /* An answer of the customer, now the server, that waits for its turn. */
@@ -326,7 +336,7 @@ struct session {
     const char *name; /* ours, in greetings */
     char peer[80];    /* its address, for the log */
     char peer_name[DOMAIN_MAX + 1]; /* what it called itself */
-    bool protocol_broken;
+    bool protocol_broken; /* nothing that the peer says is believed any more */
     struct ladder ladder;
     struct session *next;
     unsigned char address[16];
@@ -343,6 +353,7 @@ struct session {
     bool quiet, progress;          /* the customer's: no summary; a line of progress on the terminal */
     int64_t last_progress;         /* now_ms() of it */
     bool hide_response;            /* the response under way is not for the trace */
+    bool no_notices;               /* sendmail hung: no more of them in this session */
     int bad_commands, auth_failures;
     int64_t responded;             /* now_ms() of the last response to a challenge */
     struct backlog backlog;
@@ -405,6 +416,9 @@ void stream_add(struct stream *s, size_t len);
 bool stream_ready(struct stream *s);
 /* Whether all that arrived has been read, and nothing more will arrive. */
 bool stream_over(const struct stream *s);
+/* The length of the line, its end included, that starts offset octets behind what was read; *line is there until
+ * the next call. 0: it has not arrived whole. Conditions as of stream_has_line(). */
+size_t stream_line_at(struct stream *s, size_t offset, const char **line);
 /* Whether a whole line has arrived, or as much of one as the buffer holds. Never waits, not for the rest of a line or
  * of a TLS record. After a write has failed (broken), too: then stream_read_line() gives such lines, but waits for
  * no others. */
@@ -438,6 +452,10 @@ enum result read_reply(struct session *s, struct reply *r);
 /* The same, without flushing first, and after a failed write, too: for a reply of which stream_has_line() has shown a
  * line, to a command that has left (stream.gone). */
 enum result read_arrived_reply(struct session *s, struct reply *r);
+/* Whether a whole reply has arrived. Never waits. */
+bool reply_arrived(struct session *s);
+/* The text of a reply on one line, its lines parted by " / ", escaped. */
+void join_lines(const struct reply *r, char *out, size_t size);
 /* 2xx, 4xx, 5xx; 3xx counts as 4xx: who asks for more has not said yes. */
 enum result reply_result(const struct reply *r);
 /* The parameters behind a keyword of an EHLO response; NULL: it is not there. */
@@ -459,8 +477,8 @@ void lower_case(char *text);
 const char *mailbox_domain(const char *mailbox);
 /* How many octets at the start of the text are whole, valid UTF-8 (RFC 3629). */
 size_t utf8_prefix(const char *text, size_t len);
-/* RFC 5321's mailbox, the one definition for envelopes, commands and options: one unquoted @; before it atoms and dots in
- * any order or a quoted string, in UTF-8; behind it a domain of letters, digits, hyphens and dots. */
+/* RFC 5321's mailbox, the one definition for envelopes, commands and options: one unquoted @; before it atoms and
+ * dots in any order or a quoted string, in UTF-8; behind it a domain of letters, digits, hyphens and dots. */
 bool recipient_valid(const char *mailbox);
 /* The same, or empty for the null sender; the domain may have underscores and UTF-8, or be an address literal. */
 bool sender_valid(const char *mailbox);
@@ -522,15 +540,19 @@ struct accounts *accounts_load(const char *path, char *why, size_t why_size);
 
 /* Which field of an envelope a line starts, and where its value begins. */
 enum field envelope_field(const char *line, size_t *value);
-/* Starts at the top of the message, which must outlive the reader. */
-void envelope_open(struct envelope_reader *r, const struct message *m);
-/* The next address and the field it stands in; NO_FIELD at the end of the block, or r->wrong says why. */
-enum field envelope_next(struct envelope_reader *r, char *address, size_t size);
+/* Reads the block into m: sender, recipients, where the message starts. REFUSED: held, m->held says why. LATER: it
+ * could not be read now; m->trouble, and errno. */
+enum result envelope_read(struct message *m);
+/* The reason, kept by the message; text is escaped. NULL: out of memory. */
+const struct reason *message_reason(struct message *m, int code, const char *text);
 
 /* The Maildir queue */
 
-/* Lists new and cur of each domain of a,b,c. LATER: something could not be read. Free it in any case. */
-enum result backlog_read(struct backlog *b, int queue, const char *domains);
+/* Lists new and cur of each domain of a,b,c. LATER: something could not be read, and the log says what; the rest is
+ * there. Free it in any case. */
+enum result backlog_read(struct backlog *b, const struct session *s, int queue, const char *domains);
+/* Drops what is still to come of the box that this path is in. */
+void backlog_skip_box(struct backlog *b, const char *path);
 /* The list and its paths, not the struct. */
 void backlog_free(struct backlog *b);
 /* Calls visit for each domain of the queue, until one says false; false then, or if the queue cannot be read. */
@@ -539,14 +561,13 @@ bool for_each_domain(int queue, bool (*visit)(void *context, int queue, const ch
 bool clean_domain(void *context, int queue, const char *domain);
 /* Octets of its file, from memory if it still has them; as pread(2). */
 ssize_t message_octets(const struct message *m, char *data, size_t size, off_t at);
-/* The next recipient, whatever its fate; false: no more. */
-bool message_next_recipient(const struct message *m, struct envelope_reader *r, char *address, size_t size);
-/* Opens a message without claiming it. REFUSED: held (m->held says why) or gone. LATER: m->trouble, and errno. Close
- * it in any case. */
-enum result message_open(struct message *m, int queue, const char *path);
-/* Reads the envelope. REFUSED: held. LATER: it could not be read now; m->trouble, and errno. */
+/* Opens a message without claiming it; access is O_RDWR or O_RDONLY. REFUSED: held (m->held says why) or gone. LATER:
+ * m->trouble, and errno; neither: another session was faster. Close it in any case. */
+enum result message_open(struct message *m, int queue, const char *path, int access);
+/* Reads the envelope of a message that is open. Results as of envelope_read(). */
 enum result message_read(struct message *m);
-/* Fills in wire_size, lf_only, eight_bit and utf8. False: it could not be read, or it grows or shrinks; errno. */
+/* Fills in wire_size, lf_only, eight_bit, utf8_header and id. False: it could not be read, or it grows or shrinks;
+ * errno. */
 bool message_scan(struct message *m);
 /* Opens, claims, reads and scans. LATER: another session has it, or it cannot be read now. */
 enum result message_claim(struct message *m, int queue, const char *path);
@@ -554,12 +575,13 @@ enum result message_claim(struct message *m, int queue, const char *path);
 void message_close(struct message *m);
 /* Writes the content to the stream; false: it could not be read, or is not what was scanned. */
 bool message_send(const struct message *m, struct stream *to, bool dots);
-/* Leaves only those recipients in the envelope who have not got it. False: all is as before. */
-bool message_rewrite(const struct message *m);
 /* A copy for those who were refused, in the folder .Undeliverable of its domain, on disk. */
 bool message_set_aside(const struct message *m);
-/* Takes it out of the queue: it is delivered, or its sender has been told. False: still there; errno. */
-bool message_remove(const struct message *m);
+/* Strikes out in the file who is owed nothing any more. REFUSED: the name leads to another file now, or somebody has
+ * written into this one, so nothing was done. LATER: it cannot be done; errno. */
+enum result message_strike_out(struct message *m);
+/* Takes it out of the queue: it is delivered, or its sender has been told. Results as of message_strike_out(). */
+enum result message_remove(const struct message *m);
 
 /* The provider */
 
@@ -568,7 +590,8 @@ void provider_session(struct session *s);
 
 /* Delivery into a Maildir */
 
-/* A file in tmp of the domain's Maildir, which is made if it is not there. False: nothing is left; errno. */
+/* A file in tmp of the domain's Maildir, or of a folder of it, which is made if it is not there. False: nothing is
+ * left; errno. */
 bool delivery_open(struct delivery *d, int queue, const char *domain);
 /* Closes it and takes it away, wherever it has got to. */
 void delivery_discard(struct delivery *d);

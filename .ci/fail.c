@@ -159,6 +159,7 @@ FAILING(int, mkdirat, (int dir, const char *path, mode_t mode), (dir, path, mode
 FAILING(int, unlinkat, (int dir, const char *path, int flags), (dir, path, flags), -1)
 FAILING(int, flock, (int fd, int what), (fd, what), -1)
 FAILING(ssize_t, pread, (int fd, void *data, size_t size, off_t at), (fd, data, size, at), -1)
+FAILING(ssize_t, pwrite, (int fd, const void *data, size_t size, off_t at), (fd, data, size, at), -1)
 FAILING(int, fstat, (int fd, struct stat *st), (fd, st), -1)
 FAILING(int, fstatat, (int dir, const char *path, struct stat *st, int flags), (dir, path, st, flags), -1)
 FAILING(int, futimens, (int fd, const struct timespec times[2]), (fd, times), -1)
