@@ -876,13 +876,15 @@ static int start_program(char *const argv[], int in, int out, pid_t *pid)
 {
     posix_spawn_file_actions_t actions;
     posix_spawnattr_t attributes;
-    sigset_t ignored_by_us, none;
+    sigset_t reset, none;
     int problem;
     sigemptyset(&none);
-    sigemptyset(&ignored_by_us);
-    sigaddset(&ignored_by_us, SIGPIPE);
+    sigfillset(&reset);
+    sigdelset(&reset, SIGHUP); /* nohup is meant for the program too, a shell's & as well */
+    sigdelset(&reset, SIGINT);
+    sigdelset(&reset, SIGQUIT);
     posix_spawnattr_init(&attributes);
-    posix_spawnattr_setsigdefault(&attributes, &ignored_by_us);
+    posix_spawnattr_setsigdefault(&attributes, &reset);
     posix_spawnattr_setsigmask(&attributes, &none);
     posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETPGROUP);
     posix_spawn_file_actions_init(&actions);
@@ -6109,7 +6111,6 @@ static void catch_signals(void)
         sigaddset(&held, numbers[i]);
     }
     pthread_sigmask(SIG_BLOCK, &held, NULL);
-    signal(SIGPIPE, SIG_IGN); /* whoever reads our log may go, and mail still flows */
 }
 
 /* A second one of these ends the program: at once, even if it has come already. */
@@ -7099,7 +7100,6 @@ static int main_customer(int argc, char **argv)
     o.c.provider = argv[optind++];
     o.c.domains = join_domains(argv + optind, argc - optind);
     complete_customer(&o);
-    signal(SIGPIPE, SIG_IGN);
     code = poll_provider(&o.c, o.interval);
     SSL_CTX_free(o.c.tls_context);
     return code;
@@ -7195,8 +7195,22 @@ static int main_demo(int argc, char **argv)
         die(EX_USAGE, "demo: %s: takes options only; see odmr demo --help", argv[optind]);
     if (!tls && mechanism != CRAM_MD5 && mechanism != SCRAM)
         die(EX_USAGE, "demo: --mechanism %s needs --tls", mechanism_name[mechanism]);
-    signal(SIGPIPE, SIG_IGN);
     return demo(stepwise, tls, mechanism);
+}
+
+/* Signals as this program needs them, whatever the parent process has left: with SIGCHLD ignored waitpid(2) would lose the
+ * exit code of sendmail, with SIGTERM blocked nothing could be stopped. A reader that is gone and a file that may not
+ * grow are errors of write(2). SIGHUP, SIGINT and SIGQUIT stay ignored if they are: nohup and a shell's & mean that. */
+static void set_signals(void)
+{
+    static const int plain[] = {SIGCHLD, SIGTERM, SIGALRM, SIGUSR1, SIGUSR2};
+    sigset_t none;
+    for (size_t i = 0; i < sizeof plain / sizeof *plain; i++)
+        signal(plain[i], SIG_DFL);
+    signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN);
+    sigemptyset(&none);
+    sigprocmask(SIG_SETMASK, &none, NULL);
 }
 
 int main(int argc, char **argv)
@@ -7213,6 +7227,7 @@ int main(int argc, char **argv)
     if (strcmp(argv[1], "--version") == 0)
         help("odmr " ODMR_VERSION "\n");
     opterr = 0;
+    set_signals();
     for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
         if (strcmp(argv[1], commands[i].name) == 0)
             return commands[i].run(argc - 1, argv + 1);

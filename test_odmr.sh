@@ -1210,6 +1210,33 @@ t_5.2.1-k_the_log_says_why() {
     has "$LOG" '\[1\] ATRN refused (450): example.org repeats it within --interval 3600 s$'
 }
 
+# A provider that is started with SIGCHLD ignored hands over its notices rightly; the program that takes them, and that
+# of --exec, start with SIGPIPE, SIGCHLD and SIGXFSZ as usual. Blocked signals are heard all the same.
+t_signals_of_the_parent_process() {
+    local ignored
+    AROUND=(perl -MPOSIX=:signal_h -e '$SIG{CHLD} = "IGNORE"; $SIG{TERM} = "IGNORE";
+        sigprocmask(SIG_BLOCK, POSIX::SigSet->new(SIGTERM, SIGHUP, SIGCHLD)); exec @ARGV or die')
+    printf '#!/bin/sh\ngrep -E "^Sig(Blk|Ign)" /proc/self/status > "%s/signals"; exec cat > "%s/notice.$$"\n' "$T" "$T" > "$T/sendmail"
+    chmod 755 "$T/sendmail"
+    provider
+    put_letter one 1.a a@example.edu eva@example.org
+    ANSWERS=([RCPT]='550 5.1.1 no such user')
+    turn
+    until_true settled
+    equal "$(waiting) $(how_many '"$T"/notice.*')" '0 1' 'waiting, notices'
+    hasnt "$LOG" 'did not take the notice'
+    equal "$(sed -n 's/^SigBlk:\t//p' "$T/signals")" 0000000000000000 'blocked in the program that is run'
+    ignored=$((16#$(sed -n 's/^SigIgn:\t//p' "$T/signals")))
+    equal $((ignored & (1 << 12 | 1 << 14 | 1 << 16 | 1 << 24))) 0 'SIGPIPE, SIGTERM, SIGCHLD, SIGXFSZ ignored in it'
+    kill -HUP "$PROVIDER"; until_true shows "$LOG" 'read again'
+    put_letter two 2.a a@example.edu eva@example.org
+    "${AROUND[@]}" "$BASH" -c 'exec "$@" < /dev/null' - env ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org --quiet \
+        --exec "grep -E '^SigIgn' /proc/self/status > '$T/signals'; echo 220 x; cat > /dev/null" "127.0.0.1:$PORT" 2> "$T/err"
+    ignored=$((16#$(sed -n 's/^SigIgn:\t//p' "$T/signals")))
+    equal $((ignored & (1 << 12 | 1 << 14 | 1 << 16 | 1 << 24))) 0 "ignored in --exec's program"
+    stop_provider
+}
+
 # SIGUSR1: a line for each session with its number, peer, account, state and messages so far; all goes on as before.
 t_sigusr1_lists_the_sessions() {
     local peers=()
@@ -1637,7 +1664,7 @@ t_customer_cannot_write() {
     rm "$T/mail/example.org"
     { letter two; printf '%0100000d\n' 0; } | put 2.a a@example.edu eva@example.org
     until_true claimable "$T/queue/example.org/new/1.a"
-    ( trap '' XFSZ; ulimit -f 64; customer 73 --trace "127.0.0.1:$PORT" )  # the disk ends after 64 kB
+    ( ulimit -f 64; customer 73 --trace "127.0.0.1:$PORT" )  # the disk ends after 64 kB
     has "$T/err" 'C: 250 .*stored'
     has "$T/err" 'C: 452 '
     equal "$(mailbox)" 1
@@ -2189,7 +2216,7 @@ t_enqueue_edges() {
     equal "$(cat "$box"/*)" $'Return-Path: <"x y"@example.edu>\nDelivered-To: a@example.org\nDelivered-To: b@EXAMPLE.org\nA: b\r\n\r\nt\r'
     rm "$box"/*
     # the disk is full: later, and nothing is left
-    ( trap '' XFSZ; ulimit -f 64; head -c 100000 /dev/zero | run 75 "$ODMR" enqueue -q "$T/queue" a@example.org b@example.com )
+    ( ulimit -f 64; head -c 100000 /dev/zero | run 75 "$ODMR" enqueue -q "$T/queue" a@example.org b@example.com )
     has "$T/err" 'File too large; try again later'
     equal "$(find "$T/queue" -type f)" ''
     # two domains, and one of them cannot be had: nothing is queued for the other
