@@ -7198,9 +7198,10 @@ static int main_demo(int argc, char **argv)
     return demo(stepwise, tls, mechanism);
 }
 
-/* Signals as this program needs them, whatever the parent process has left: with SIGCHLD ignored waitpid(2) would lose the
- * exit code of sendmail, with SIGTERM blocked nothing could be stopped. A reader that is gone and a file that may not
- * grow are errors of write(2). SIGHUP, SIGINT and SIGQUIT stay ignored if they are: nohup and a shell's & mean that. */
+/* Signals as this program needs them, whatever the parent process has left: with SIGCHLD ignored waitpid(2) would lose
+ * the exit code of sendmail, with SIGTERM blocked nothing could be stopped. A reader that is gone and a file that may
+ * not grow are errors of write(2). SIGHUP, SIGINT and SIGQUIT stay ignored if they are: nohup and a shell's & mean
+ * that. */
 static void set_signals(void)
 {
     static const int plain[] = {SIGCHLD, SIGTERM, SIGALRM, SIGUSR1, SIGUSR2};

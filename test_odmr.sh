@@ -2334,7 +2334,7 @@ t_nothing_of_the_peer_is_printed_raw() {
     printf 'EHLO \033[31mred\007\r\nNOOP \033]0;title\007\r\n' >&"$LINE"; expect '^500'; expect '^500'
     ask 'EHLO x' '^250'; ask 'AUTH CRAM-MD5' '^334'
     ask "$(b64 $'\033[31mname 0123456789abcdef0123456789abcdef')" '^535'
-    has "$LOG" 'failed for "\\x1b\[31mname"'
+    has "$LOG" ' for "\\x1b\[31mname"'
     has "$LOG" 'C: EHLO \\x1b\[31mred\\x07'
     ! grep -q $'[\x1b\x07]' "$LOG" || fail 'a control character in the log'
 }
@@ -5105,7 +5105,7 @@ MUTANT_PROVIDERS=(
     'return exchange_failed(s, NULL, "501 Authentication cancelled");' 'return exchange_failed(s, NULL, "250 Authentication cancelled");'
     'send_line(s, "221 %s closing connection", s->name);' 'send_line(s, "250 %s closing connection", s->name);'
     'refuse(s, "530 Authentication required");' 'refuse(s, "503 Authentication required");'
-    'if (!atrn_domains(s)) {' 'if (MUTANT && !atrn_domains(s)) { send_line(s, "550 no"); return REFUSED; } if (!atrn_domains(s)) {'
+    'if (!atrn_domains(s) || asked_too_soon(s)) {' 'if (MUTANT && !atrn_domains(s)) { send_line(s, "550 no"); return REFUSED; } if (!atrn_domains(s) || asked_too_soon(s)) {'
     'send_line(s, "453 You have no mail");' 'send_line(s, "550 You have no mail");'
     'send_line(s, "250 OK now reversing the connection");' 'send_line(s, "252 OK now reversing the connection");'
     'send_line(s, "334 %s", encoded);' 'send_line(s, "334 %s ", encoded);'
