@@ -1115,6 +1115,14 @@ bool domain_valid(const char *domain, size_t len)
     return labels >= 2;
 }
 
+bool printable(const char *text, size_t len)
+{
+    for (size_t i = 0; i < len; i++)
+        if ((unsigned char)text[i] < 0x20 || (unsigned char)text[i] > 0x7e)
+            return false;
+    return true;
+}
+
 bool ascii(const char *text)
 {
     while (isascii((unsigned char)*text) && *text)
@@ -1499,6 +1507,12 @@ bool scram_attribute(const char *message, char name, char *out, size_t size)
     return (size_t)snprintf(out, size, "%.*s", (int)strcspn(message, ","), message) < size;
 }
 
+/* RFC 5802, 7: printable US-ASCII; the comma ends it. */
+static bool nonce_valid(const char *nonce)
+{
+    return *nonce && printable(nonce, strlen(nonce)) && !strchr(nonce, ' ');
+}
+
 /* A verifier as RFC 5803 writes it, less the scheme: iterations,salt,StoredKey,ServerKey. */
 bool verifier_parse(const char *text, struct verifier *v)
 {
@@ -1527,7 +1541,8 @@ bool verifier_parse(const char *text, struct verifier *v)
 /* ==== Accounts ========================================================================================
  *
  * One line a customer: name:domain[,domain...]:secret. The file is read whole, at start and at SIGHUP;
- * sessions hold on to the table they logged in with, so a new one can replace it at any time. */
+ * sessions hold a share in the table they use, so a new one can replace it at any time. AUTH and ATRN
+ * look into the newest. */
 
 static void account_free(struct account *a)
 {
@@ -1604,6 +1619,28 @@ static int by_name(const void *left, const void *right)
     return strcmp(a->name, b->name);
 }
 
+static int by_iterations(const void *left, const void *right)
+{
+    const struct account *a = left, *b = right;
+    return a->iterations - b->iterations;
+}
+
+/* The count that most verifiers have, the least of several: it is what any unknown name costs. Sorts the list. */
+static int common_iterations(struct accounts *all)
+{
+    size_t most = 0, run = 0;
+    int common = SCRAM_ITERATIONS;
+    qsort(all->list, all->count, sizeof *all->list, by_iterations);
+    for (size_t i = 0; i < all->count; i++) {
+        run = i > 0 && all->list[i].iterations == all->list[i - 1].iterations ? run + 1 : 1;
+        if (all->list[i].iterations > 0 && run > most) {
+            most = run;
+            common = all->list[i].iterations;
+        }
+    }
+    return common;
+}
+
 const struct account *account_find(const struct accounts *all, const char *name)
 {
     struct account wanted = {.name = (char *)name};
@@ -1622,7 +1659,7 @@ static const char *account_parse(struct accounts *all, char *line, size_t number
 {
     char *domains = strchr(line, ':');
     char *secret = domains ? strchr(domains + 1, ':') : NULL;
-    struct verifier verifier;
+    struct verifier verifier = {.iterations = 0};
     struct account *a;
     if (!secret)
         return "not of the form name:domain[,domain...]:secret";
@@ -1633,11 +1670,9 @@ static const char *account_parse(struct accounts *all, char *line, size_t number
         return "not a list of domains, each of two labels or more, with commas and without blanks";
     if (*secret == '\0')
         return "the secret is missing";
-    if (strncmp(secret, SCRAM_SCHEME, strlen(SCRAM_SCHEME)) == 0) {
-        if (!verifier_parse(secret + strlen(SCRAM_SCHEME), &verifier))
-            return "not a verifier: " SCRAM_SCHEME "iterations,salt,StoredKey,ServerKey (RFC 5803)";
-        all->iterations = verifier.iterations > all->iterations ? verifier.iterations : all->iterations;
-    }
+    if (strncmp(secret, SCRAM_SCHEME, strlen(SCRAM_SCHEME)) == 0 &&
+        !verifier_parse(secret + strlen(SCRAM_SCHEME), &verifier))
+        return "not a verifier: " SCRAM_SCHEME "iterations,salt,StoredKey,ServerKey (RFC 5803)";
     if (all->count % ACCOUNTS_STEP == 0) {
         a = realloc(all->list, (all->count + ACCOUNTS_STEP) * sizeof *a);
         if (!a)
@@ -1647,7 +1682,7 @@ static const char *account_parse(struct accounts *all, char *line, size_t number
     tidy_domains(domains);
     a = &all->list[all->count];
     *a = (struct account){.name = strdup(line), .domains = strdup(domains), .secret = strdup(secret),
-                          .line = number};
+                          .iterations = verifier.iterations, .line = number};
     all->count++;
     return a->name && a->domains && a->secret ? NULL : "out of memory";
 }
@@ -1659,21 +1694,22 @@ static struct accounts *accounts_read(FILE *file, const char *path, char *why, s
     char *line = NULL;
     size_t size = 0, number = 0;
     ssize_t len;
-    if (all) {
+    if (all)
         atomic_init(&all->users, 1);
-        all->iterations = SCRAM_ITERATIONS;
-    }
     while (!wrong && (len = getline(&line, &size, file)) >= 0) {
         number++;
         if ((size_t)len != strlen(line))
             wrong = "a NUL octet in it";
+        else if (line[len - 1] != '\n')
+            wrong = "the line has no end: the file was cut, or is not yet written";
         line[strcspn(line, "\r\n")] = '\0';
         if (!wrong && line[0] != '\0' && line[0] != '#')
             wrong = account_parse(all, line, number);
     }
     if (!wrong && ferror(file))
         wrong = "cannot be read";
-    if (!wrong && all->count > 1) {
+    if (!wrong && all->count > 0) {
+        all->iterations = common_iterations(all);
         qsort(all->list, all->count, sizeof *all->list, by_name);
         for (size_t i = 1; i < all->count && !wrong; i++)
             if (by_name(&all->list[i - 1], &all->list[i]) == 0) {
@@ -1689,6 +1725,15 @@ static struct accounts *accounts_read(FILE *file, const char *path, char *why, s
     snprintf(why, why_size, "%s:%zu: %s", path, number, wrong);
     accounts_release(all);
     return NULL;
+}
+
+/* What the salts of names without a verifier are made from. It lasts as long as the file, as the verifiers' salts do, and
+ * is not made from the secrets: anybody can ask for a salt, and could then try out secrets without asking again. */
+static bool accounts_key(struct accounts *all, const struct stat *st)
+{
+    char text[96];
+    snprintf(text, sizeof text, "%ju %jd.%09ld", (uintmax_t)st->st_ino, (intmax_t)st->st_mtim.tv_sec, st->st_mtim.tv_nsec);
+    return hmac_sha256((const unsigned char *)"salt", 4, text, all->salt_key);
 }
 
 struct accounts *accounts_load(const char *path, char *why, size_t why_size)
@@ -1707,6 +1752,11 @@ struct accounts *accounts_load(const char *path, char *why, size_t why_size)
         snprintf(why, why_size, "%s: %s", path, strerror(errno));
     else
         all = accounts_read(file, path, why, why_size);
+    if (all && !accounts_key(all, &st)) {
+        snprintf(why, why_size, "%s: OpenSSL cannot compute HMAC-SHA-256", path);
+        accounts_release(all);
+        all = NULL;
+    }
     if (file)
         fclose(file);
     else if (fd >= 0)
@@ -2736,14 +2786,6 @@ static bool command_too_long(const struct session *s)
     return s->io.line_octets > limit;
 }
 
-static bool printable(const char *text, size_t len)
-{
-    for (size_t i = 0; i < len; i++)
-        if ((unsigned char)text[i] < 0x20 || (unsigned char)text[i] > 0x7e)
-            return false;
-    return true;
-}
-
 /* Nothing came, and nothing will be waited for: the session is over, and the peer is told why, if it is there. */
 static enum result stop_waiting(struct session *s)
 {
@@ -2892,9 +2934,37 @@ static enum result first_response(struct session *s, const char *initial)
     return REFUSED;
 }
 
+/* The session's accounts become those of now, for SIGHUP may have read others since, and so does its account, if it has
+ * one already. False: that account is gone, or has another secret. */
+static bool accounts_renew(struct session *s)
+{
+    struct provider *p = s->provider;
+    struct accounts *old = s->accounts;
+    const struct account *account = NULL;
+    bool good;
+    pthread_mutex_lock(&p->lock);
+    if (s->account)
+        account = account_find(p->accounts, s->account->name);
+    good = !s->account || (account && strcmp(account->secret, s->account->secret) == 0);
+    if (good) {
+        s->accounts = p->accounts;
+        atomic_fetch_add(&s->accounts->users, 1);
+        s->account = account;
+    }
+    pthread_mutex_unlock(&p->lock);
+    if (good)
+        accounts_release(old);
+    return good;
+}
+
 static enum result auth_succeeded(struct session *s, const struct account *account, const char *mechanism)
 {
     s->account = account;
+    if (!accounts_renew(s)) { /* SIGHUP came after the challenge */
+        s->account = NULL;
+        return auth_failed(s, account->name);
+    }
+    account = s->account;
     send_line(s, "235 now authenticated as %s", account->name);
     log_event(s, LOG_INFO, "authenticated as %s (%s, %s%s%s)", account->name, mechanism,
               s->io.tls ? SSL_get_version(s->io.tls) : "in the clear", s->io.tls ? " " : "",
@@ -2947,10 +3017,10 @@ static enum result auth_cram_md5(struct session *s, const char *initial)
     return auth_failed(s, s->response);
 }
 
-/* The keys that a name's proof is checked against. An unknown name gets a salt too, the same one as long as
- * this program runs, and a secret that nobody has; so the client cannot tell. Every call costs one PBKDF2, of as
- * many rounds as the file's verifiers have. (What can be told: verifiers of different counts from each other, and
- * after a restart, or from another provider, a verifier's salt, which stays, from the others.) */
+/* The keys that a name's proof is checked against. An unknown name gets a salt too, the same one as long as the
+ * accounts file stays as it is, and a secret that nobody has; so the client cannot tell. Every call costs one PBKDF2,
+ * of as many rounds as most of the file's verifiers have. (What can be told: verifiers of another count, and from a
+ * provider with another file, or once the file has changed, a verifier's salt, which stays, from the others.) */
 static bool keys_for(struct session *s, const char *name, struct verifier *v)
 {
     const struct account *account = account_find(s->accounts, name);
@@ -2959,8 +3029,7 @@ static bool keys_for(struct session *s, const char *name, struct verifier *v)
     if (!stored) {
         v->iterations = s->accounts->iterations;
         v->salt_len = 16;
-        if (!HMAC(EVP_sha256(), s->provider->salt_key, sizeof s->provider->salt_key, (const unsigned char *)name,
-                  strlen(name), v->salt, NULL))
+        if (!hmac_sha256(s->accounts->salt_key, sizeof s->accounts->salt_key, name, v->salt))
             return false;
     }
     return scram_keys(stored ? &wasted : &v->keys, account ? account->secret : NOBODYS_SECRET, v->salt, v->salt_len,
@@ -3072,7 +3141,7 @@ static bool scram_client_first(struct session *s, struct scram_exchange *x)
     *identity++ = *bare++ = '\0';
     if ((size_t)snprintf(x->bare, sizeof x->bare, "%s", bare) >= sizeof x->bare || strncmp(bare, "n=", 2) != 0 ||
         !scram_attribute(bare, 'n', x->name, sizeof x->name) || !scram_name(x->name) ||
-        !scram_attribute(bare, 'r', x->nonce, NONCE_MAX) || x->nonce[0] == '\0')
+        x->name[0] == '\0' || !scram_attribute(bare, 'r', x->nonce, NONCE_MAX) || !nonce_valid(x->nonce))
         return false;
     if (*identity && (strncmp(identity, "a=", 2) != 0 || !scram_name(identity + 2) ||
                       strcmp(identity + 2, x->name) != 0))
@@ -3234,6 +3303,7 @@ static enum result auth_command(struct session *s)
         refuse(s, "504 Mechanism not offered");
         return REFUSED;
     }
+    accounts_renew(s);
     switch (m) {
     case CRAM_MD5:
         return auth_cram_md5(s, initial);
@@ -3415,6 +3485,11 @@ static enum result atrn_command(struct session *s)
     enum result read, got;
     if (s->argument && !domain_list_valid(s->argument)) { /* (5.2.1-l) */
         refuse(s, "501 ATRN takes domains, with commas and without blanks between them");
+        return REFUSED;
+    }
+    if (!accounts_renew(s)) {
+        log_event(s, LOG_WARNING, "ATRN refused (530): %s is no longer an account, or has another secret", s->account->name);
+        refuse(s, "530 Authentication required, for the account has changed");
         return REFUSED;
     }
     if (!atrn_domains(s) || asked_too_soon(s)) {
@@ -5479,7 +5554,7 @@ static bool client_scram_challenge(struct scram_exchange *x, const char *challen
     ssize_t len;
     char *end;
     if (strncmp(challenge, "r=", 2) != 0 || !scram_attribute(challenge, 'r', nonce, sizeof nonce) ||
-        strncmp(nonce, x->nonce, own) != 0 || nonce[own] == '\0' ||
+        strncmp(nonce, x->nonce, own) != 0 || !nonce_valid(nonce + own) ||
         !scram_attribute(challenge, 's', salt, sizeof salt) || !scram_attribute(challenge, 'i', count, sizeof count))
         return false;
     len = base64_decode(decoded, sizeof decoded, salt);
@@ -6265,8 +6340,6 @@ static const char *session_admit(struct provider *p, struct session *s)
         why = "too many sessions from your address";
     if (!why) {
         s->provider = p;
-        s->accounts = p->accounts;
-        atomic_fetch_add(&s->accounts->users, 1);
         s->tls_context = p->tls_context;
         if (s->tls_context)
             SSL_CTX_up_ref(s->tls_context);
@@ -6460,8 +6533,6 @@ int provider_run(struct provider *p)
         die(EX_CONFIG, "%s: %s", p->queue_path, strerror(errno));
     if (!load_configuration(p, &p->accounts, &p->tls_context, why, sizeof why))
         die(EX_CONFIG, "%s", why);
-    if (RAND_bytes(p->salt_key, sizeof p->salt_key) != 1)
-        die(EX_OSERR, "OpenSSL has no random octets");
     raise_descriptor_limit();
     for (size_t i = 0; i < p->listen_count; i++)
         listen_on(p, p->listen[i], p->listen_tls[i]);
@@ -6541,9 +6612,9 @@ static void *demo_provider(void *argument)
         return NULL;
     s->muted = true;
     s->provider = p;
-    s->accounts = p->accounts;
     s->tls_context = p->tls_context;
     provider_session(s);
+    accounts_release(s->accounts);
     free(s);
     return NULL;
 }

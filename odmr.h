@@ -180,14 +180,16 @@ struct verifier {
 
 struct account {
     char *name, *secret;
-    char *domains; /* a,b,c in lower case */
-    size_t line;   /* of the accounts file */
+    char *domains;  /* a,b,c in lower case */
+    int iterations; /* of its verifier; 0: it has a secret */
+    size_t line;    /* of the accounts file */
 };
 
 /* The accounts file as it was read once. Shared: freed by whoever is the last to release it. */
 struct accounts {
     atomic_size_t users;
-    int iterations;       /* of SCRAM, for whoever has no verifier: the most that any verifier has */
+    int iterations;       /* of SCRAM, for whoever has no verifier: what most verifiers have */
+    unsigned char salt_key[32]; /* makes the salts of those */
     size_t count;
     struct account *list; /* by name */
 };
@@ -295,7 +297,6 @@ struct provider {
     int sockets[LISTENERS_MAX];
     bool socket_tls[LISTENERS_MAX];
     size_t socket_count;
-    unsigned char salt_key[32]; /* makes the salts of names that nobody has */
     int queue;   /* the queue's directory */
     int wake_fd; /* readable once the server shuts down */
     pthread_attr_t thread_attributes;
@@ -342,8 +343,8 @@ struct session {
     unsigned char address[16];
 
     struct provider *provider;
-    struct accounts *accounts;     /* a share in the table it logs in with */
-    const struct account *_Atomic account; /* NULL until authenticated; its table stays until the session is freed */
+    struct accounts *accounts;     /* a share in the table of its last AUTH or ATRN; NULL before */
+    const struct account *_Atomic account; /* NULL until authenticated; another one of that table under the lock */
     atomic_size_t messages;        /* of which the customer has taken at least one copy */
     const char *postponed;         /* why mail that waits is not sent now */
     bool greeted;                  /* EHLO was seen */
@@ -469,6 +470,8 @@ bool list_has(const char *list, const char *wanted);
 
 /* 5.2.1-l: two labels or more of letters, digits and inner hyphens. */
 bool domain_valid(const char *domain, size_t len);
+/* All of it printable US-ASCII, blanks included. */
+bool printable(const char *text, size_t len);
 /* No octet over 127. */
 bool ascii(const char *text);
 /* In place; ASCII letters only. */

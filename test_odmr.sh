@@ -1371,7 +1371,7 @@ t_sigint_twice_ends_at_once() {
     equal "$(waiting)" 1
 }
 
-# Bad accounts in every way that matters at the start; and a session keeps those that it logged in with.
+# Bad accounts in every way that matters at the start leave the old ones in use.
 t_sighup_keeps_what_works() {
     provider
     login
@@ -1382,8 +1382,36 @@ t_sighup_keeps_what_works() {
     until_true shows "$LOG" 'No such file.*stay as they were'
     ( umask 77; echo 'other:other.example:x' > "$T/accounts" ); kill -HUP "$PROVIDER"
     until_true shows "$LOG" 'accounts read again: 1'
-    ask 'ATRN example.com' '^453 '
     dial; expect '^220'; ask 'EHLO x' '^250'; auth_cram_md5 example.org tanstaaf '^535 '
+}
+
+# An account that SIGHUP took away is gone for sessions that are connected, too: AUTH does not know it, also in the
+# middle of an exchange, and ATRN asks whether it is still there, with the same secret and these domains.
+t_sighup_takes_accounts_away() {
+    local connected asked logged_in
+    put_letter one 1.a a@example.edu eva@example.org
+    provider
+    reads() {
+        ( umask 77; echo "$1" > "$T/accounts" ); : > "$LOG"
+        kill -HUP "$PROVIDER"; until_true shows "$LOG" 'accounts read again: 1'
+    }
+    login; ask 'ATRN example.com' '^453 '; logged_in=$LINE
+    dial; expect '^220'; ask 'EHLO x' '^250'; connected=$LINE
+    dial; expect '^220'; ask 'EHLO x' '^250'; ask 'AUTH CRAM-MD5' '^334 '; asked=$LINE
+    cram_response example.org tanstaaf "${ANSWER#334 }"
+    reads 'example.org:example.org:another secret'
+    ask "$RESPONSE" '^535 '
+    LINE=$connected; auth_cram_md5 example.org tanstaaf '^535 '
+    LINE=$logged_in; ask 'ATRN nonsense' '^501 '; ask ATRN '^530 '; ask ATRN '^530 '
+    has "$LOG" 'ATRN refused (530): example.org is no longer an account, or has another secret$'
+    reads 'other:other.example:tanstaaf'
+    ask ATRN '^530 '
+    reads 'example.org:example.com,example.net:tanstaaf'
+    ask 'ATRN example.org' '^450 '; ask 'ATRN example.net' '^453 '; ask ATRN '^453 '
+    reads 'example.org:example.org:tanstaaf'
+    LINE=$connected; auth_cram_md5 example.org tanstaaf '^235 '
+    ask ATRN '^250 '
+    LINE=$asked; ask QUIT '^221 '
 }
 
 # After the sockets are bound and the accounts read there is no way back to root, nor to what only root may read.
@@ -1532,6 +1560,11 @@ t_accounts_file() {
     run 78 "$ODMR" provider -l 127.0.0.1:0 -q "$T/accounts" -a "$T/accounts"
     printf 'a:example.org:x\0y\n' > "$T/accounts"; chmod 600 "$T/accounts"
     run 78 "$ODMR" provider -l 127.0.0.1:0 -q "$T/queue" -a "$T/accounts"
+    for bad in other:other.example:se '# a com' $'\r'; do # cut off in the middle
+        printf 'a:example.org:x\n%s' "$bad" > "$T/accounts"
+        run 78 "$ODMR" provider -l 127.0.0.1:0 -q "$T/queue" -a "$T/accounts"
+        has "$T/err" 'accounts:2: the line has no end'
+    done
     printf '# only\r\n\r\nexample.org:EXAMPLE.org:tanstaaf\r\n' > "$T/accounts"
     provider
     login
@@ -3205,6 +3238,7 @@ t_scram_bad_first_messages() {
     local first
     provider --max-per-address 100
     for first in n,, x,,n=example.org,r=a n,,n=example.org,r= n,,n=example.org 'n,,m=1,n=example.org,r=a' \
+        n,,n=,r=a 'n,,n=example.org,r=a b' $'n,,n=example.org,r=a\tb' $'n,,n=example.org,r=a\xc3\xa9' \
         n,,n=exam=2ple,r=a p=tls-exporter,,n=example.org,r=a n,a=other,n=example.org,r=a n,b=x,n=example.org,r=a \
         "n,,n=example.org,r=$(head -c 600 /dev/zero | tr '\0' a)"; do
         dial; expect '^220'; ask 'EHLO x' '^250'
@@ -3247,7 +3281,7 @@ t_scram_wrong_channel() {
 # Providers that the customer must not believe.
 t_customer_and_scram_impostors() {
     local impostor
-    for impostor in old_nonce own_nonce few_rounds many_rounds endless_rounds no_salt wrong_signature no_signature; do
+    for impostor in old_nonce own_nonce odd_nonce few_rounds many_rounds endless_rounds no_salt wrong_signature no_signature; do
         serve "scram_$impostor"
         customer 77 --trace "127.0.0.1:$PORT"
         peer_ok
@@ -3271,6 +3305,7 @@ scram_refused() { scram_serve "$1"; equal "$HEARD" '*'; say '501 cancelled'; goo
 # As long as ours with the provider's half behind it, but drawn by somebody else.
 scram_old_nonce() { scram_refused 'r=fyko+d2lbbFgONRv9qkxdawLfyko+d2lbbFgONRv9,s=QSXCR+Q6sek8bf92,i=4096'; }
 scram_own_nonce() { scram_refused 'r=NONCE,s=QSXCR+Q6sek8bf92,i=4096'; }
+scram_odd_nonce() { scram_refused 'r=NONCEx y,s=QSXCR+Q6sek8bf92,i=4096'; }
 scram_few_rounds() { scram_refused 'r=NONCEx,s=QSXCR+Q6sek8bf92,i=1'; }
 scram_many_rounds() { scram_refused 'r=NONCEx,s=QSXCR+Q6sek8bf92,i=1000001'; }
 scram_endless_rounds() { scram_refused 'r=NONCEx,s=QSXCR+Q6sek8bf92,i=2147483648'; }
@@ -3510,6 +3545,36 @@ t_failures_tell_nothing() {
     done
     equal "$(cat "$T"/refusal.* | sort | uniq -c | sed 's/^ *//')" '9 535 Authentication failed'
     equal "$(cat "$T"/form.* | sort -u)" "16,i=$rounds" 'octets of salt and rounds'
+}
+# The salt of a name without a verifier is the same after a restart and a SIGHUP, as a verifier's is; and such a name
+# costs what most verifiers cost, not what the dearest does.
+t_salts_tell_nothing() {
+    local name before
+    accounts
+    { echo "dear:example.org:$(verifier x 100000)"; echo "cheap:example.org:$(verifier x 5000)"; echo "2:example.org:$(verifier x 5000)"
+    } >> "$T/accounts"
+    salts() {
+        dial; expect '^220'; ask 'EHLO x' '^250'
+        for name in example.org nobody cheap; do
+            ask "AUTH SCRAM-SHA-256 $(b64 "n,,n=$name,r=abc")" '^334 '
+            echo "$(unb64 "${ANSWER#334 }" | sed "s/^[^,]*,//")"
+            ask '*' '^501 '
+        done
+        hang_up
+    }
+    provider
+    before=$(salts)
+    equal "$(grep -c 'i=5000$' <<< "$before")" 3
+    equal "$(sort -u <<< "$before" | wc -l)" 3
+    kill -HUP "$PROVIDER"; until_true shows "$LOG" 'accounts read again'
+    equal "$(salts)" "$before" 'salts after SIGHUP'
+    stop_provider
+    provider
+    equal "$(salts)" "$before" 'salts after a restart'
+    echo 'new:example.org:x' >> "$T/accounts"
+    stop_provider
+    provider
+    [ "$(salts)" != "$before" ] || fail 'salts that any other file has, too'
 }
 # verifier SECRET ROUNDS: as odmr account --scram makes it, but for the number of rounds.
 verifier() {
