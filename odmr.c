@@ -2045,26 +2045,6 @@ static bool sync_directory(int queue, const char *path)
     return done;
 }
 
-/* A Maildir's directories, those that are missing, on disk like the mail that will be in them. maildir is a
- * domain, or a folder of one. */
-static bool maildir_make(int queue, const char *maildir)
-{
-    static const char *const box[] = {"", "/tmp", "/new", "/cur"};
-    const char *slash = strchr(maildir, '/');
-    char path[MAILDIR_PATH], parent[MAILDIR_PATH] = ".";
-    bool made = false;
-    for (size_t i = 0; i < sizeof box / sizeof *box; i++) {
-        snprintf(path, sizeof path, "%s%s", maildir, box[i]);
-        if (mkdirat(queue, path, 0700) == 0)
-            made = true;
-        else if (errno != EEXIST)
-            return false;
-    }
-    if (slash)
-        snprintf(parent, sizeof parent, "%.*s", (int)(slash - maildir), maildir);
-    return !made || (sync_directory(queue, maildir) && sync_directory(queue, parent));
-}
-
 static atomic_uint names_given; /* in this process: the part of a name that no clock makes unique */
 
 /* A name that no other file in any Maildir has: the time, its microseconds, the process, a number, the host. */
@@ -2079,6 +2059,51 @@ static void unique_name(char *out, size_t size)
     clock_gettime(CLOCK_REALTIME, &t);
     snprintf(out, size, "%lld.M%06ldP%ldQ%u.%s", (long long)t.tv_sec, t.tv_nsec / 1000, (long)getpid(),
              atomic_fetch_add(&names_given, 1), host);
+}
+
+/* What root makes belongs to the owner of the queue, for the provider that serves it runs as that user. */
+static bool give_to_owner(int queue, const char *path)
+{
+    struct stat owner;
+    return geteuid() != 0 || (fstat(queue, &owner) == 0 &&
+                              fchownat(queue, path, owner.st_uid, owner.st_gid, AT_SYMLINK_NOFOLLOW) == 0);
+}
+
+/* A directory, if it is not there yet. It gets its name when it has its owner. */
+static bool directory_make(int queue, const char *path, bool *made)
+{
+    char name[NAME_SIZE] = ".";
+    struct stat st;
+    int problem;
+    if (fstatat(queue, path, &st, AT_SYMLINK_NOFOLLOW) == 0)
+        return true;
+    unique_name(name + 1, sizeof name - 1);
+    if (mkdirat(queue, name, 0700) < 0)
+        return false;
+    if (give_to_owner(queue, name) && renameat(queue, name, queue, path) == 0)
+        return *made = true;
+    problem = errno;
+    unlinkat(queue, name, AT_REMOVEDIR);
+    errno = problem;
+    return problem == EEXIST || problem == ENOTEMPTY; /* another process was faster */
+}
+
+/* A Maildir's directories, those that are missing, on disk like the mail that will be in them. maildir is a
+ * domain, or a folder of one. */
+static bool maildir_make(int queue, const char *maildir)
+{
+    static const char *const box[] = {"", "/tmp", "/new", "/cur"};
+    const char *slash = strchr(maildir, '/');
+    char path[MAILDIR_PATH], parent[MAILDIR_PATH] = ".";
+    bool made = false;
+    for (size_t i = 0; i < sizeof box / sizeof *box; i++) {
+        snprintf(path, sizeof path, "%s%s", maildir, box[i]);
+        if (!directory_make(queue, path, &made))
+            return false;
+    }
+    if (slash)
+        snprintf(parent, sizeof parent, "%.*s", (int)(slash - maildir), maildir);
+    return !made || (sync_directory(queue, maildir) && sync_directory(queue, parent));
 }
 
 /* A Maildir name starts with the second of delivery; most writers add its microseconds behind an M (or,
@@ -2655,8 +2680,10 @@ bool message_set_aside(const struct message *m)
     }
     snprintf(path, sizeof path, "%s/maildirfolder", folder); /* Maildir++: what makes it a folder */
     fd = openat(m->queue, path, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
-    if (fd >= 0)
+    if (fd >= 0) {
+        give_to_owner(m->queue, path);
         close(fd);
+    }
     return true;
 }
 
@@ -4455,7 +4482,7 @@ bool delivery_open(struct delivery *d, int queue, const char *domain)
         return false;
     snprintf(path, sizeof path, "%s/tmp/%s", d->domain, d->name);
     fd = openat(queue, path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
-    d->file = fd < 0 ? NULL : fdopen(fd, "w");
+    d->file = fd < 0 || !give_to_owner(queue, path) ? NULL : fdopen(fd, "w");
     if (!d->file && fd >= 0) {
         close(fd);
         unlinkat(queue, path, 0);
@@ -7182,6 +7209,7 @@ static int main_enqueue(int argc, char **argv)
                                             {"from", required_argument, NULL, 'f'},
                                             {"help", no_argument, NULL, 'h'}, {0}};
     const char *queue_path = "/var/spool/odmr", *sender = "";
+    struct stat st;
     int option, queue;
     while ((option = next_option(argc, argv, ":q:f:h", options, usage_enqueue)) != -1) {
         if (option == 'q')
@@ -7199,8 +7227,11 @@ static int main_enqueue(int argc, char **argv)
             die(EX_DATAERR, "enqueue: %s: not a mailbox; nothing is queued", argv[i]);
     }
     queue = open_queue(queue_path, false);
-    if (queue < 0)
+    if (queue < 0 || fstat(queue, &st) < 0)
         die(EX_TEMPFAIL, "enqueue: %s: %s; try again later", queue_path, strerror(errno));
+    if (geteuid() != 0 && geteuid() != st.st_uid)
+        die(EX_TEMPFAIL, "enqueue: %s belongs to another user, who could not read the message; nothing is queued; "
+                         "run enqueue as that user or as root", queue_path);
     return enqueue(queue, sender, host_name(), argv + optind, argc - optind);
 }
 

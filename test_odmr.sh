@@ -2232,6 +2232,31 @@ t_enqueue() {
     equal "$(waiting)" 0
 }
 
+# What root queues, or receives into a directory of another user, belongs to that directory's owner and group, so that
+# the provider can read it; who is neither root nor the owner is refused.
+t_enqueue_as_root() {
+    [ "$(id -u)" = 0 ] || skip 'needs root'
+    needs setpriv
+    local path
+    chmod 755 "$T"; cp "$ODMR" "$T/odmr"
+    mkdir -m 700 "$T/queue" "$T/mail"; accounts; chown nobody:daemon "$T/accounts" "$T/queue" "$T/mail"
+    letter one | run 0 "$ODMR" enqueue -q "$T/queue" -f a@example.edu eva@example.org bob@example.com
+    mkdir -m 700 "$T/queue/other.example"; chown nobody:daemon "$T/queue/other.example"
+    letter two | run 0 "$ODMR" enqueue -q "$T/queue" eva@other.example
+    provider --user nobody
+    customer 0 "127.0.0.1:$PORT" example.org
+    for path in "$T"/queue/*{,/*,/*/*} "$T"/mail/*{,/*,/*/*}; do
+        equal "$(stat -c %U:%G "$path")" nobody:daemon "owner of $path"
+    done
+    equal "$(find "$T/queue" "$T/mail" -name '.*' | wc -l)" 0 'directories without a name'
+    equal "$(waiting) $(mailbox)" '2 1'
+    chmod 777 "$T/queue"
+    letter two | run 75 setpriv --reuid daemon --regid daemon --clear-groups "$T/odmr" enqueue -q "$T/queue" eva@example.net
+    matches "$T/err" "^odmr: enqueue: $T/queue belongs to another user.* nothing is queued; run enqueue as that user or as root$"
+    equal "$(waiting)" 2
+    letter two | run 0 setpriv --reuid nobody --regid daemon --clear-groups "$T/odmr" enqueue -q "$T/queue" eva@example.net
+}
+
 t_enqueue_edges() {
     local box=$T/queue/example.org/new
     mkdir "$T/queue"
