@@ -9,13 +9,21 @@ CC       = cc
 PREFIX   = /usr/local
 UNITS    = $(PREFIX)/lib/systemd/system
 CFLAGS   = -O2 -g
-WARNINGS = -Wall -Wextra -Wshadow -Wstrict-prototypes -Wpointer-arith -Wvla -Wformat=2
-HARDEN   = -fstack-protector-strong -D_FORTIFY_SOURCE=2 -fPIE
+WARNINGS = -Wall -Wextra -Wshadow -Wstrict-prototypes -Wpointer-arith -Wvla -Wformat=2 -Werror=format-security
+HARDEN   = -fstack-protector-strong -fPIE $(call known,-fstack-clash-protection) $(call known,-fcf-protection) \
+           $(or $(call known,$(fortify)3),$(call known,$(fortify)2))
+fortify  = -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=
 HARDEN_LD = -pie -Wl,-z,relro,-z,now
 LIBS     = -lssl -lcrypto -pthread
 COMPILE  = $(CC) -std=gnu11 $(WARNINGS) $(CFLAGS)
+# The flag if this compiler takes it for this machine without a warning, else nothing.
+known    = $(shell echo '$(hash)include <stdio.h>' | $(CC) $(CFLAGS) -Werror $(1) -fsyntax-only -xc - 2> /dev/null && echo '$(1)')
+# The proof that this compiler can build odmr; see there.
+CHECKED  = build/checked-$(subst /,-,$(subst $(space),,$(CC)))
+space    := $(subst ,, )
 sanitizers = $(if $(filter address,$(SANITIZE)),address$(comma)undefined,$(SANITIZE))
 comma    := ,
+hash     := \#
 
 .DELETE_ON_ERROR:
 .PHONY: all demo check torture fuzz bench install uninstall clean help
@@ -37,7 +45,7 @@ Wants=network-online.target
 [Service]
 EnvironmentFile=-/etc/odmr/provider
 ExecStart=$(PREFIX)/bin/odmr provider --user odmr $$PROVIDER_OPTIONS
-ExecReload=/bin/kill -HUP $$MAINPID
+ExecReload=+/bin/sh -c 'kill -HUP $$MAINPID'
 Restart=on-failure
 TimeoutStopSec=330
 LimitNOFILE=65536
@@ -100,19 +108,31 @@ build/odmr-provider.service build/odmr-customer.service:
 	@mkdir -p build
 	$(file >$@,$($(@:build/odmr-%.service=%)_unit))
 
-odmr: odmr.c odmr.h build/openssl
-	$(COMPILE) $(HARDEN) $(CPPFLAGS) -o $@ odmr.c $(HARDEN_LD) $(LDFLAGS) $(LIBS)
+odmr: odmr.c odmr.h $(CHECKED)
+	$(COMPILE) $(CPPFLAGS) $(HARDEN) -o $@ odmr.c $(HARDEN_LD) $(LDFLAGS) $(LIBS)
 
-# One line instead of a page of errors when OpenSSL's headers are missing or too old.
-build/openssl:
+# One line that says what is missing, instead of a page of errors.
+$(CHECKED):
 	@mkdir -p build
-	@printf '#include <openssl/ssl.h>\n#if OPENSSL_VERSION_NUMBER < 0x30000000L\n#error old\n#endif\n' | \
-	  $(CC) $(CPPFLAGS) -fsyntax-only -xc - 2>/dev/null || \
-	  { echo 'odmr needs a C compiler and the headers of OpenSSL 3: apt-get install gcc libssl-dev' >&2; exit 1; }
+	@cannot() { echo "odmr cannot be built: $$1" >&2; exit 1; }; \
+	compiles() { printf '%b' "$$1" | $${2:-$(CC)} $(CPPFLAGS) -fsyntax-only -xc - 2> build/errors; }; \
+	error() { sed -n '/error/{s/^[^:]*:[0-9:]* //p;q;}' build/errors; }; \
+	ssl='#include <openssl/ssl.h>\n'; \
+	command -v $(firstword $(CC)) > /dev/null || \
+	  cannot 'there is no C compiler $(firstword $(CC)): apt-get install gcc libc6-dev'; \
+	compiles '#include <stdio.h>\n' || \
+	  cannot "$(CC) does not find the headers of the C library ($$(error)): apt-get install libc6-dev"; \
+	compiles "$$ssl" || if compiles "$$ssl" cc; then compiles "$$ssl"; \
+	    cannot "$(CC) does not find the headers of OpenSSL ($$(error)), though cc does: \
+	it needs an OpenSSL for its own C library, named in CPPFLAGS and LDFLAGS"; \
+	  else cannot "the headers of OpenSSL are missing ($$(error)): apt-get install libssl-dev"; fi; \
+	compiles "$$ssl#if OPENSSL_VERSION_NUMBER < 0x30000000L\n#error old\n#endif\n" || \
+	  cannot 'the headers of OpenSSL are older than version 3'
+	@rm -f build/errors
 	@touch $@
 
 # The same program, watched by a sanitizer.
-build/$(SANITIZE)/odmr: odmr.c odmr.h build/openssl
+build/$(SANITIZE)/odmr: odmr.c odmr.h $(CHECKED)
 	@mkdir -p build/$(SANITIZE)
 	$(COMPILE) -O1 -fno-omit-frame-pointer -fsanitize=$(sanitizers) -fno-sanitize-recover=all -o $@ odmr.c $(LIBS)
 
@@ -135,7 +155,7 @@ build/fail.so: .ci/fail.c
 # odmr with the same in it, and watched: no leak, whatever fails.
 FAILING = accept4 calloc connect fclose fdopen fdopendir fflush flock fstat fstatat fsync futimens fwrite malloc mkdirat \
   openat poll posix_spawnp pread pthread_create pwrite readdir realloc recv renameat send socket strdup tmpfile unlinkat
-build/failing: odmr.c odmr.h .ci/fail.c build/openssl
+build/failing: odmr.c odmr.h .ci/fail.c $(CHECKED)
 	$(COMPILE) -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -DWRAPPED \
 	  $(FAILING:%=-Wl,--wrap=%) -o $@ odmr.c .ci/fail.c $(LIBS)
 
@@ -143,7 +163,7 @@ build/failing: odmr.c odmr.h .ci/fail.c build/openssl
 torture: odmr build/proxy build/crowd build/fail.so build/failing
 	./test_odmr.sh --torture $(TIME) $(TESTS)
 
-build/vectors: .ci/vectors.c odmr.c odmr.h build/openssl
+build/vectors: .ci/vectors.c odmr.c odmr.h $(CHECKED)
 	$(COMPILE) -o $@ $< $(LIBS)
 
 ifdef SANITIZE
@@ -156,7 +176,7 @@ endif
 
 # odmr.c and a world in memory, with libFuzzer; each target is a name of the same program. The macros that stand in
 # for calls leave parameters unused.
-build/fuzz/odmr: .ci/fuzz.c .ci/fuzz.h odmr.c odmr.h build/openssl
+build/fuzz/odmr: .ci/fuzz.c .ci/fuzz.h odmr.c odmr.h $(CHECKED)
 	@mkdir -p build/fuzz
 	clang -std=gnu11 $(WARNINGS) -Wno-shadow -Wno-unused-parameter -O2 -g -fno-omit-frame-pointer -fno-sanitize-recover=all \
 	  -fsanitize=fuzzer,address,undefined -fno-sanitize-coverage=trace-cmp -o $@ .ci/fuzz.c $(LIBS)

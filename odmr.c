@@ -594,7 +594,7 @@ static bool expect_name(SSL *tls, const char *host)
     unsigned char address[16];
     if (inet_pton(AF_INET, host, address) == 1 || inet_pton(AF_INET6, host, address) == 1)
         return X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(tls), host) == 1;
-    return SSL_set1_host(tls, host) == 1 && SSL_set_tlsext_host_name(tls, host) == 1;
+    return X509_VERIFY_PARAM_set1_host(SSL_get0_param(tls), host, 0) == 1 && SSL_set_tlsext_host_name(tls, host) == 1;
 }
 
 SSL *stream_offer_tls(struct stream *s, SSL_CTX *context, const char *host)
@@ -682,7 +682,7 @@ bool stream_flush(struct stream *s)
             at += (size_t)n;
     }
     if (s->tls)
-        BIO_flush(SSL_get_wbio(s->tls)); /* if that fails, socket_write() has said why */
+        (void)BIO_flush(SSL_get_wbio(s->tls)); /* if that fails, socket_write() has said why */
     s->gone += !s->tls || !s->broken ? at : 0;
     s->spoke = true;
     s->out_end = 0;
@@ -1337,8 +1337,8 @@ bool certificate_verified(SSL *tls)
 static char *certificate_name(X509 *certificate, int index)
 {
     GENERAL_NAMES *alternatives = X509_get_ext_d2i(certificate, NID_subject_alt_name, NULL, NULL);
-    X509_NAME *subject = X509_get_subject_name(certificate);
-    ASN1_STRING *text = NULL;
+    const X509_NAME *subject = X509_get_subject_name(certificate);
+    const ASN1_STRING *text = NULL;
     unsigned char *name = NULL;
     int found = 0, at;
     for (int i = 0; i < sk_GENERAL_NAME_num(alternatives); i++) {
@@ -6659,7 +6659,7 @@ static struct accounts *demo_accounts(void)
 static X509 *demo_certificate(EVP_PKEY *key)
 {
     X509 *certificate = must_alloc(X509_new());
-    X509_NAME *name = X509_get_subject_name(certificate);
+    X509_NAME *name = must_alloc(X509_NAME_new());
     X509_EXTENSION *names;
     X509V3_CTX context;
     bool done;
@@ -6670,9 +6670,11 @@ static X509 *demo_certificate(EVP_PKEY *key)
            X509_gmtime_adj(X509_getm_notBefore(certificate), 0) &&
            X509_gmtime_adj(X509_getm_notAfter(certificate), 3600) &&
            X509_NAME_add_entry_by_txt(name, "CN", MBSTRING_ASC, (const unsigned char *)"odmr demo", -1, -1, 0) == 1 &&
-           X509_set_issuer_name(certificate, name) == 1 && X509_set_pubkey(certificate, key) == 1 &&
+           X509_set_subject_name(certificate, name) == 1 && X509_set_issuer_name(certificate, name) == 1 &&
+           X509_set_pubkey(certificate, key) == 1 &&
            X509_add_ext(certificate, names, -1) == 1 && X509_sign(certificate, key, EVP_sha256()) > 0;
     X509_EXTENSION_free(names);
+    X509_NAME_free(name);
     if (done)
         return certificate;
     X509_free(certificate);
@@ -7325,7 +7327,9 @@ int main(int argc, char **argv)
                     {"queue", main_queue}, {"account", main_account}, {"demo", main_demo}};
     if (argc < 2)
         die(EX_USAGE, "no command; see odmr --help");
-    if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0)
+    if (argc > 2 && strcmp(argv[1], "help") == 0)
+        argv[1] = argv[2], argv[2] = "--help";
+    if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "help") == 0)
         help(usage_all);
     if (strcmp(argv[1], "--version") == 0)
         help("odmr " ODMR_VERSION "\n");

@@ -4,6 +4,8 @@
 #ifndef ODMR_H
 #define ODMR_H
 
+#define _FILE_OFFSET_BITS 64 /* on 32 bits too: messages over 2 GiB, times after 2038 */
+#define _TIME_BITS 64
 #define _GNU_SOURCE /* accept4, flock, initgroups, ppoll, strcasestr, strverscmp; else C11 and POSIX.1-2008 */
 
 #include <openssl/evp.h>

@@ -7,6 +7,7 @@
 #   ./test_odmr.sh --provider HOST:PORT ...    judges any provider, requirement by requirement, and
 #   ./test_odmr.sh --customer COMMAND ...      any customer; see "Judging another implementation" in README
 #   ./test_odmr.sh --torture    cuts, kills, failures, hostile peers; see there
+#   ./test_odmr.sh --help       these lines
 #
 # A test is a function named t_ and the requirement that it shows, if it is one of RFC2645.txt; a comment
 # "# shows: ID..." above it names all. It runs in a shell of its own with a scratch directory $T, fails by
@@ -31,6 +32,25 @@ PATIENCE=${PATIENCE:-20}   # seconds any one thing may take
 fail() { echo "FAILED: $*" >&2; exit 1; }
 skip() { echo "$*" > "$T/skipped"; exit 77; }
 needs() { local p; for p; do PATH=$PATH:/usr/sbin:/sbin command -v "$p" > /dev/null || skip "$p is not installed"; done; }
+# needs_capabilities REASON NAME...: of capabilities(7).
+declare -A CAPABILITY=([CHOWN]=0 [SETUID]=7 [SYS_CHROOT]=18 [SYS_ADMIN]=21 [MKNOD]=27)
+lacking_capabilities() {
+    local name key mask=0
+    while read -r key name; do [ "$key" != CapEff: ] || mask=$((16#$name)); done < /proc/self/status
+    LACKING=
+    for name; do ((mask >> CAPABILITY[$name] & 1)) || LACKING+=" CAP_$name"; done
+}
+needs_capabilities() {
+    lacking_capabilities "${@:2}"
+    [ -z "$LACKING" ] || skip "without${LACKING} there is no $1"
+}
+# needs_namespaces FLAGS REASON: namespaces of the test's own, by unshare(1).
+needs_namespaces() {
+    local why
+    why=$(unshare "$1" true 2>&1) && return
+    lacking_capabilities SYS_ADMIN
+    skip "${LACKING:+without$LACKING }$2 cannot be had (unshare $1: ${why#unshare: })"
+}
 
 # content FILE, into CONTENT; a moment's pause.
 content() { CONTENT=; [ ! -e "$1" ] || IFS= read -r -d '' CONTENT < "$1" || true; }
@@ -198,6 +218,7 @@ closed_but_0_to_2() { local fd; for fd in /proc/self/fd/*; do fd=${fd##*/}; [ "$
 # of a shell, for there are many; the secret, which may be somebody's real one, is on no command line.
 cram_response() {
     if [ "${CRAM_SHELL:-}" != "$BASHPID" ]; then
+        missing "perl's Digest::MD5"
         { coproc CRAM { closed_but_0_to_2; exec perl -MDigest::MD5=md5,md5_hex -MMIME::Base64 -e '
             $| = 1;
             while (defined(my $name = <STDIN>)) {
@@ -355,7 +376,7 @@ in_a_network() { unshare -n bash -c 'perl -e '"'"'socket S, 2, 2, 0; $up = pack 
 # shows: 4-a
 t_4-a_port_366() {
     has "$here/odmr.h" '^#define ODMR_PORT "366" '
-    in_a_network true 2> /dev/null || skip 'needs root, to have a port 366 that is nobody else'"'"'s'
+    needs_namespaces -n "a network with a free port 366"
     mkdir "$T/queue"; accounts
     put_letter one 1.a a@example.edu eva@example.org
     export -f customer run fail
@@ -551,7 +572,7 @@ t_5.2.1-i_a_refusal_starts_no_interval() {
 # Mail that the provider may not open is a reason to try later, not to say that there is none.
 # shows: 5.2.1-k
 t_5.2.1-k_mail_that_cannot_be_opened() {
-    [ "$(id -u)" = 0 ] || skip 'needs root, to have something it may not read'
+    needs_capabilities 'file that the provider may not read' CHOWN SETUID
     chmod 755 "$T"
     put_letter one 1.a a@example.edu eva@example.org
     chmod 755 "$T"/queue{,/example.org{,/new,/cur}}; chmod 600 "$T/queue/example.org/new/1.a"
@@ -564,7 +585,7 @@ t_5.2.1-k_mail_that_cannot_be_opened() {
 
 # shows: 5.2.1-k 7-a
 t_5.2.1-k_queue_that_cannot_be_read() {
-    [ "$(id -u)" = 0 ] || skip 'needs root, to have something it may not read'
+    needs_capabilities 'file that the provider may not read' CHOWN SETUID
     chmod 755 "$T"
     mkdir -m 755 "$T/queue"
     mkdir -m 700 -p "$T/queue/example.org"/{new,cur,tmp}
@@ -1417,7 +1438,7 @@ t_sighup_takes_accounts_away() {
 # After the sockets are bound and the accounts read there is no way back to root, nor to what only root may read.
 t_user_drops_privileges() {
     local uid gid
-    [ "$(id -u)" = 0 ] || skip 'needs root, to have privileges to drop'
+    needs_capabilities 'privilege to drop' CHOWN SETUID
     uid=$(id -u nobody) gid=$(id -g nobody)
     chmod 755 "$T"
     provider --user nobody
@@ -1641,6 +1662,12 @@ END
         equal "$(cat "$T/err")" ''
     done
     run 0 "$ODMR" --help
+    mv "$T/out" "$T/help"
+    run 0 "$ODMR" help; same "$T/help" "$T/out"
+    run 0 "$ODMR" queue --help
+    mv "$T/out" "$T/help"
+    run 0 "$ODMR" help queue; same "$T/help" "$T/out"
+    run 64 "$ODMR" help nothing; matches "$T/err" 'nothing: no such command;'
     run 0 "$ODMR" --version
     matches "$T/out" '^odmr [0-9]+\.[0-9]+$'
 }
@@ -1936,10 +1963,12 @@ free_port() {
 }
 # sink [OPTION...]: Postfix's own test receiver, which dumps what it gets into $T/sink; sets SINK.
 sink() {
+    local as=(-u nobody -R "$T/sink" -d "%M.")
     needs smtp-sink
+    [ "$(id -u)" = 0 ] || as=(-d "$T/sink/%M.") # only root can become another, and needs to
     SINK=$(free_port)
     mkdir -p "$T/sink"; chmod 777 "$T/sink"; chmod 755 "$T"
-    PATH=$PATH:/usr/sbin smtp-sink -u nobody "$@" -R "$T/sink" -d "%M." "127.0.0.1:$SINK" 100 2> "$T/sink.log" &
+    PATH=$PATH:/usr/sbin smtp-sink "${as[@]}" "$@" "127.0.0.1:$SINK" 100 2> "$T/sink.log" &
     STARTED+=($!)
     until_true reachable "$SINK"
 }
@@ -2374,7 +2403,7 @@ t_queue_shows_what_waits() {
 
 # What this user may not see is said, not left out.
 t_queue_that_is_not_ours() {
-    [ "$(id -u)" = 0 ] || skip 'needs root, to have something that others may not read'
+    needs_capabilities 'user who may not read the queue' SETUID
     put_letter one 1.a a@example.edu eva@example.org
     put_letter one 1.a a@example.edu eva@example.com
     chmod -R go+rX "$T"; chmod 600 "$T/queue/example.org/new/1.a"; chmod 700 "$T/queue/example.com/new"
@@ -2695,7 +2724,7 @@ t_customer_leaves_alone_what_is_not_its_own() {
 
 # A disk that is full: 452, no debris, and the mail is still at the provider.
 t_customer_with_a_full_disk() {
-    unshare -m true 2> /dev/null || skip 'needs root, to mount a small disk'
+    needs_namespaces -m 'a small disk'
     provider
     head -c 3000000 /dev/zero | tr '\0' x | fold -w 75 > "$T/big"
     { letter big; cat "$T/big"; } | put 1.a a@example.edu eva@example.org
@@ -3190,6 +3219,7 @@ hear_flag() {
 # SIGNATURE, and the STORED_KEY and SERVER_KEY of a verifier.
 scram() {
     local all
+    missing "perl's Digest::MD5"
     all=$(exec perl -MDigest::SHA=sha256,hmac_sha256 -MMIME::Base64 -e '
         chomp(my ($secret, $bare, $challenge, $final) = <STDIN>);
         my ($salt, $count) = $challenge =~ /,s=([^,]*),i=(\d+)/;
@@ -3655,14 +3685,14 @@ t_sighup_reads_certificates_again() {
     authority
     cp "$T/server.pem" "$T/live.pem"
     provider --cert "$T/live.pem"
-    certificate_shown; equal "$SHOWN" 'subject=CN = example.net'
+    certificate_shown; equal "$SHOWN" 'subject=CN=example.net'
     certificate next /CN=next.example.net DNS:localhost ca
     cp "$T/next.pem" "$T/live.pem"
     kill -HUP "$PROVIDER"; until_true shows "$LOG" 'certificates too'
-    certificate_shown; equal "$SHOWN" 'subject=CN = next.example.net'
+    certificate_shown; equal "$SHOWN" 'subject=CN=next.example.net'
     echo nonsense > "$T/live.pem"
     kill -HUP "$PROVIDER"; until_true shows "$LOG" 'stay as they were'
-    certificate_shown; equal "$SHOWN" 'subject=CN = next.example.net'
+    certificate_shown; equal "$SHOWN" 'subject=CN=next.example.net'
     stop_provider
     run 78 "$ODMR" provider -l 127.0.0.1:0 -q "$T/queue" -a "$T/accounts" --cert "$T/live.pem"
     run 78 "$ODMR" provider -l 127.0.0.1:0 -q "$T/queue" -a "$T/accounts" --cert "$T/server.pem" --key "$T/ca.pem"
@@ -3671,7 +3701,7 @@ t_sighup_reads_certificates_again() {
     run 64 "$ODMR" provider --require-tls -q "$T/queue" -a "$T/accounts"
 }
 certificate_shown() {
-    SHOWN=$(echo QUIT | timeout "$PATIENCE" openssl s_client -starttls smtp -connect "127.0.0.1:$PORT" 2> /dev/null | openssl x509 -noout -subject)
+    SHOWN=$(echo QUIT | timeout "$PATIENCE" openssl s_client -starttls smtp -connect "127.0.0.1:$PORT" 2> /dev/null | openssl x509 -noout -subject | tr -d ' ')
 }
 
 # Nobody sits there to be asked for a pass phrase, not even where a terminal is.
@@ -3693,7 +3723,7 @@ END
     provider --cert "$T/server.crt" --key "$T/live.key"
     cp "$T/encrypted.key" "$T/live.key"
     kill -HUP "$PROVIDER"; until_true shows "$LOG" 'stay as they were'
-    certificate_shown; equal "$SHOWN" 'subject=CN = example.net'
+    certificate_shown; equal "$SHOWN" 'subject=CN=example.net'
 }
 
 # TLS that cannot be had just now, here because there is no memory for it: 454, and the session goes on in the clear.
@@ -3796,7 +3826,7 @@ t_memory_of_many_recipients() {
 # the test ends. Its master is started without the hundred processes of "postfix start", which would look at the rest.
 postfix_instance() {
     needs postfix
-    [ "$(id -u)" = 0 ] || skip 'Postfix starts as root only'
+    [ "$(id -u)" = 0 ] || skip 'Postfix refuses to start without root'
     chmod 755 "$T"
     MX=$(free_port)
     mkdir -p "$T/postfix/etc" "$T/postfix/spool/pid"
@@ -3911,7 +3941,7 @@ libraries() {
 # were built for, with these users and odmr, who is nobody outside. Its queue is $T/queue.
 jail() {
     local user n=900
-    [ "$(id -u)" = 0 ] || skip 'needs root, for chroot'
+    needs_capabilities 'jail' CHOWN SETUID SYS_CHROOT MKNOD
     read -ra user <<< "$1"
     unpacked "${user[@]}"
     shift
@@ -4132,6 +4162,184 @@ t_systemd_units() {
     has "$T/root/usr/lib/systemd/system/odmr-provider.service" 'provider --user odmr \$PROVIDER_OPTIONS$'
     run 78 "$ODMR" provider --user odmr --accounts "$T/none" --queue "$T" $(recipe /etc/odmr/provider | sed 's/^[A-Z_]*=//')
     run 66 "$ODMR" customer --quiet --poll 600 --secret-file "$T/none" $(recipe /etc/odmr/customer | sed 's/^[A-Z_]*=//')
+}
+
+# booted COMMAND...: runs it where systemd_boots has booted.
+booted() { nsenter -t "$INIT" -m -u -i -n -p -C -r -w "$@"; }
+# A systemd of this test's own, which knows no unit but odmr's. Of this machine it has the files, but for /etc, /run, /tmp,
+# /usr/local and /var/spool, and a control group. make install has been there.
+systemd_boots() {
+    [ -x /lib/systemd/systemd ] || skip 'systemd is not installed'
+    needs make systemctl nsenter
+    needs_namespaces -mpuinC 'a systemd of its own'
+    mkdir "$T/tmp" "$T/cgroups"
+    cp -a /etc "$T/etc"
+    rm -rf "$T/etc/systemd/system"; mkdir -p "$T/etc/systemd/system"
+    trap 'no_longer_booted' EXIT
+    # shellcheck disable=SC2016
+    unshare -m bash -e -c 'T=$0
+        mount -t cgroup2 none "$T/cgroups"
+        group=$T/cgroups$(sed -n s/^0:://p /proc/self/cgroup)/odmr-test-$$; mkdir "$group"; echo $$ > "$group/cgroup.procs"
+        exec unshare -mpuinC --fork --kill-child bash -e -c "$2" "$T" "$1"' "$T" "$here" '
+        read -r pid _ < /proc/self/stat; echo "$pid" > "$0/init"
+        for dir in /run /usr/local /var/spool /usr/lib/systemd/system /usr/lib/systemd/system-generators; do mount -t tmpfs none "$dir"; done
+        mount --bind "$0/etc" /etc
+        make -s -C "$1" install
+        for unit in sysinit basic network-online multi-user shutdown; do echo "[Unit]" > "/etc/systemd/system/$unit.target"; done
+        printf "[Unit]\nDefaultDependencies=no\n" > /etc/systemd/system/odmr-test.target
+        mount -t proc proc /proc; mount -t sysfs sysfs /sys; mount -t cgroup2 none /sys/fs/cgroup
+        mount --bind "$0/tmp" /tmp
+        cd /; container=odmr-test exec /lib/systemd/systemd --system --unit=odmr-test.target --log-target=console --show-status=no' \
+        > "$T/boot.log" 2>&1 &
+    BOOT=$!
+    until_true eval '! kill -0 "$BOOT" || { INIT=$(< "$T/init") && booted systemctl is-active odmr-test.target; }'
+    kill -0 "$BOOT" || skip "systemd does not boot here: $(grep -v 'dmesg(1)' "$T/boot.log" | tail -n 1)"
+}
+no_longer_booted() {
+    kill -9 "$BOOT"; wait 2> /dev/null
+    # shellcheck disable=SC2016
+    unshare -m bash -c 'mount -t cgroup2 none "$0/cgroups"; group=$(find "$0/cgroups" -type d -name "odmr-test-$1")
+        for n in {1..100}; do find "$group" -depth -type d -exec rmdir {} + && break; sleep 0.05; done' "$T" "$BOOT" 2> /dev/null
+}
+
+# systemctl reload reaches the provider, which is no longer root, nor is kill(1) able to signal another user there without
+# a capability.
+t_systemd_reloads_the_provider() {
+    systemd_boots
+    mkdir -p "$T/etc/odmr"
+    accounts; mv "$T/accounts" "$T/etc/odmr"
+    echo 'odmr:x:64999:64999::/var/spool/odmr:/bin/false' >> "$T/etc/passwd"; echo 'odmr:x:64999:' >> "$T/etc/group"
+    chown 64999 "$T/etc/odmr/accounts"
+    echo 'PROVIDER_OPTIONS=--name relay.example.net' > "$T/etc/odmr/provider"
+    mkdir -p "$T/etc/systemd/system/odmr-provider.service.d"
+    printf '[Service]\nStandardError=append:/run/odmr.log\n' > "$T/etc/systemd/system/odmr-provider.service.d/log.conf"
+    LOG=/proc/$INIT/root/run/odmr.log
+    booted install -d -o odmr /var/spool/odmr
+    run 0 booted systemctl start odmr-provider
+    until_true counted 2 'listening on .*:366$' "$LOG"
+    run 0 booted systemctl reload odmr-provider
+    until_true shows "$LOG" 'accounts.* read again|read again'
+    echo nonsense >> "$T/etc/odmr/accounts"
+    run 0 booted systemctl reload odmr-provider
+    until_true shows "$LOG" 'stay as they were'
+    run 0 booted systemctl stop odmr-provider
+    has "$LOG" 'stopped$'
+    equal "$(booted systemctl show -P Result odmr-provider)" success
+}
+
+# Where no systemd can be booted, at least its text is as it must be: with all privileges, and with nothing that a bare
+# machine lacks.
+t_systemd_unit_reloads_with_privileges() {
+    needs make
+    run 0 make -s -C "$here" build/odmr-provider.service
+    has "$here/build/odmr-provider.service" "^ExecReload=+/bin/sh -c 'kill -HUP \$MAINPID'\$"
+}
+
+# ---- The suite itself --------------------------------------------------------------------------------------
+
+# What an ignored signal or standard input could change: these tests wait for signals, or give a program no input.
+SENSITIVE=(t_demo_interrupted t_sigterm_while_waiting t_sighup_reads_accounts_again t_enqueue t_account)
+same_result() {
+    timeout $((PATIENCE * 4)) "$@" > "$T/out" 2>&1 || { cat "$T/out" >&2; fail "not as always: $*"; }
+    equal "$(grep -c '^ok ' "$T/out")" ${#SENSITIVE[@]} "$*"
+}
+
+# Under nohup, with signals ignored, with a standard input on which nothing ever comes, in the background of a terminal: the
+# suite gives the same result.
+t_suite_wherever_it_is_started() {
+    local idle
+    same_result nohup "$self" "${SENSITIVE[@]}"
+    ( trap '' INT HUP TERM CHLD PIPE QUIT USR1; same_result "$self" "${SENSITIVE[@]}" ) || exit 1
+    exec {idle}<> <(:)
+    same_result "$self" "${SENSITIVE[@]}" <&"$idle"
+    needs unbuffer
+    # shellcheck disable=SC2016
+    same_result unbuffer bash -ic '"$0" "$@" & wait $!' "$self" "${SENSITIVE[@]}"
+}
+
+# With only what the demo needs: one line says what is missing, and where the packages are named; what can run does, and
+# the rest is skipped by name, soon.
+t_suite_says_what_is_missing() {
+    local name start=$SECONDS
+    mkdir "$T/bin"
+    ln -s /usr/bin/* "$T/bin"
+    for name in openssl socat unbuffer faketime; do rm -f "$T/bin/$name"; done
+    rm "$T/bin/perl"; printf '#!/bin/sh\ncase $* in *-MDigest*) exit 2 ;; esac\nexec /usr/bin/perl "$@"\n' > "$T/bin/perl"; chmod 755 "$T/bin/perl"
+    PATH=$T/bin run 0 "$self" t_bad_arguments t_scram_by_hand t_plain_by_hand t_sighup_reads_certificates_again \
+        t_readme_ten_experiments t_customer_quiet_and_progress t_demo
+    equal "$(grep -c '^not installed: ' "$T/out")" 1
+    match "$(head -n 1 "$T/out")" "^not installed: openssl, socat, unbuffer, faketime,.* perl's Digest::MD5; what needs them is skipped \\(README, \"Run the tests\""
+    has "$T/out" '^ok .*t_demo$'
+    has "$T/out" "^skipped t_scram_by_hand: perl's Digest::MD5 is not installed\$"
+    has "$T/out" '^skipped t_sighup_reads_certificates_again: openssl is not installed$'
+    has "$T/out" '^skipped t_readme_ten_experiments: openssl is not installed$'
+    has "$T/out" '^1 passed, 0 failed, 6 skipped$'
+    [ $((SECONDS - start)) -lt 20 ] || fail "it took $((SECONDS - start)) s"
+    has "$here/README" '^Run the tests'
+}
+
+# --help tells what the head of this file does; a word that is no test is said to be none.
+t_suite_help() {
+    run 0 "$self" --help
+    equal "$(head -n 1 "$T/out")" 'The test suite of odmr.'
+    has "$T/out" '^  ./test_odmr.sh --torture '
+    hasnt "$T/out" '^set -u'
+    run 64 "$self" t_no_such_test
+}
+
+# ---- Making it ------------------------------------------------------------------------------------------
+
+# make says in one line which of the things that it needs is missing, with the compiler's own words.
+t_make_says_what_is_missing() {
+    local headers
+    needs make
+    mkdir -p "$T/src" "$T/bin" "$T/headers"
+    ln -s "$here/Makefile" "$here"/odmr.[ch] "$T/src"
+    makes() { local PATH=$T/bin:$PATH; run 2 make -C "$T/src" CC="$1"; equal "$(grep -c '^odmr cannot be built: ' "$T/err")" 1; has "$T/err" "$2"; }
+    makes no-such-compiler 'there is no C compiler no-such-compiler: apt-get install gcc libc6-dev$'
+    makes 'cc -nostdinc' 'cc -nostdinc does not find the headers of the C library (.*stdio.h.*): apt-get install libc6-dev$'
+    echo > "$T/headers/stdio.h"
+    makes "cc -nostdinc -I$T/headers" 'does not find the headers of OpenSSL (.*openssl/ssl.h.*), though cc does: it needs an OpenSSL for its own'
+    printf '#!/bin/sh\nexec %s -nostdinc -I%s "$@"\n' "$(command -v cc)" "$T/headers" > "$T/bin/cc"; chmod 755 "$T/bin/cc"
+    makes cc 'the headers of OpenSSL are missing (.*openssl/ssl.h.*): apt-get install libssl-dev$'
+    mkdir "$T/headers/openssl"; echo '#define OPENSSL_VERSION_NUMBER 0x10101000L' > "$T/headers/openssl/ssl.h"
+    makes cc 'the headers of OpenSSL are older than version 3$'
+}
+
+# The compiler's protections are on where it knows them, and no flag of the site's makes it warn of ours.
+t_make_hardens_what_it_makes() {
+    local flag
+    needs make
+    mkdir -p "$T/src" "$T/bin"
+    ln -s "$here/Makefile" "$here"/odmr.[ch] "$T/src"
+    run 0 make -C "$T/src" CFLAGS=-O1 CPPFLAGS=-D_FORTIFY_SOURCE=2 LDFLAGS=-Wl,-s
+    equal "$(cat "$T/err")" ''
+    for flag in -fstack-protector-strong -fPIE -Werror=format-security; do has "$T/out" " $flag "; done
+    for flag in -fstack-clash-protection -fcf-protection '-U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=3'; do
+        cc -O1 -Werror $flag -fsyntax-only -xc /dev/null 2> /dev/null || continue
+        has "$T/out" " $flag "
+    done
+    printf '#!/bin/sh\ncase $* in *-fcf-protection*|*=3*) exit 1;; esac; exec %s "$@"\n' "$(command -v cc)" > "$T/bin/older"; chmod 755 "$T/bin/older"
+    PATH=$T/bin:$PATH run 0 make -n -C "$T/src" CC=older
+    has "$T/out" ' -fPIE -fstack-clash-protection  *-U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2 -o odmr '
+}
+
+# On 32 bits too.
+t_messages_over_4_gib() {
+    mkdir -p "$T/queue/example.org"/{new,cur,tmp}
+    printf 'Return-Path: <a@example.edu>\nDelivered-To: eva@example.org\nSubject: long\n\n' > "$T/queue/example.org/new/1.a"
+    truncate -s 4300000000 "$T/queue/example.org/new/1.a"
+    touch -d '2200-01-01' "$T/queue/example.org/new/1.a"
+    run 0 "$ODMR" queue -q "$T/queue" -l
+    has "$T/out" '4300000000 '
+    has "$T/out" '2200-01-01'
+    [[ $(head -c 5 "$ODMR") == *$'\x01' ]] || return 0 # to read it takes ten seconds: where size_t is not as large
+    provider
+    OFFER='SIZE=1000000'
+    turn
+    equal "$N_GOT" 0
+    equal "$(notices)" 1
+    equal "$(waiting)" 0
 }
 
 # ---- Judging another implementation --------------------------------------------------------------------
@@ -5213,7 +5421,7 @@ MUTANT_PROVIDERS=(
     -- 5.1.2-c,5.1.3-a,5.2.1-a,5.3-a
     'm < MECHANISMS' 'false'
     $'s->io.said_quit = true;\n    stream_flush(&s->io);\n    return true;' $'stream_flush(&s->io);\n    return false;'
-    's->argument && !domain_list_valid(s->argument)' 's->argument'
+    's->argument && !domain_list_valid(s->argument)' 's->argument != NULL'
     'read_reply(s, &r) != DONE || r.code != 220' 'false'
     -- 5.1.1-b,5.3-c,8-b
     'send_line(s, "250-AUTH%s", list);' ''
@@ -5444,6 +5652,7 @@ does() {
 SHELL_FOR_README=()
 
 t_readme_tls_and_the_mechanisms() {
+    needs openssl
     does 'TLS and the mechanisms'
 }
 t_readme_judging_another_implementation() {
@@ -5456,6 +5665,7 @@ t_readme_what_the_judge_says_of_fetchmail() {
 }
 # In the shell of the section before, which has left the ports free.
 t_readme_ten_experiments() {
+    needs openssl
     does 'TLS and the mechanisms' 'Ten experiments'
 }
 t_readme_proof_that_nothing_is_lost() {
@@ -5464,7 +5674,7 @@ t_readme_proof_that_nothing_is_lost() {
 # As root on a machine of its own: other users, another /etc, /usr/local and /var, another network.
 t_readme_provider_and_customer() {
     needs adduser runuser
-    unshare -mn true 2> /dev/null || skip 'needs root, to have a machine of its own'
+    needs_namespaces -mn 'another /etc, /usr/local, /var and network'
     cp -a /etc "$T/etc"
     SHELL_FOR_README=(unshare -mn bash -c 'mount --bind "$0/etc" /etc && mount -t tmpfs none /usr/local &&
         mount -t tmpfs none /var/spool && mount -t tmpfs none /var/log &&
@@ -6143,6 +6353,29 @@ all_tests() {
 long_ones_first() { awk '/bench|mutants|judge|readme|_fills_|_hands_on_|fetchmail|megabytes|exactly|4-e_mail|memory|plain_by_hand|scram|verifier_is|silence|broken/ { print; next } { rest = rest $0 "\n" } END { printf "%s", rest }'; }
 list_tests() { awk '/^# shows:/ { ids = substr($0, 10) } /^t_[^ ]*\(\) \{$/ { sub(/\(\).*/, ""); printf "%-58s%s\n", $0, ids; ids = "" }' "$self"; }
 
+# What some tests need, and a machine with only the demo's packages lacks; into MISSING.
+OPTIONAL=(openssl socat unbuffer faketime fetchmail postfix smtp-sink smtp-source swaks gsasl adduser systemd-analyze)
+look_for_what_is_missing() {
+    local name
+    MISSING=
+    for name in "${OPTIONAL[@]}"; do PATH=$PATH:/usr/sbin:/sbin command -v "$name" > /dev/null || MISSING+=", $name"; done
+    perl -MDigest::MD5 -MDigest::SHA -MMIME::Base64 -e 1 2> /dev/null || MISSING+=", perl's Digest::MD5"
+    MISSING=${MISSING#, }
+    export MISSING
+}
+# missing NAME: if it is one of them, then this test is skipped, whichever of its processes needs it.
+missing() {
+    [[ ", $MISSING, " == *", $1, "* ]] || return 0
+    echo "$1 is not installed" > "$TEST_SKIPPED"
+    kill -USR1 "$TEST"
+}
+# bash calls this.
+command_not_found_handle() {
+    missing "$1"
+    echo "$1: command not found" >&2
+    return 127
+}
+
 # scratch NAME...: SCRATCH is a directory with one for each of these tests; it goes when this shell ends. The rest is for
 # tests only, not for what the judge starts for somebody else.
 scratch() {
@@ -6152,6 +6385,7 @@ scratch() {
     trap 'rm -rf "$SCRATCH"' EXIT
     mkdir "${@/#/$SCRATCH/}"
     sendmail_stub
+    look_for_what_is_missing
 }
 # Runs one test in this process; its verdict is the exit code.
 run_one() {
@@ -6159,6 +6393,8 @@ run_one() {
     export T=$SCRATCH/$1
     STARTED=()
     (
+        export TEST=$BASHPID TEST_SKIPPED=$T/skipped
+        trap 'exit 77' USR1
         trap 'for p in "${STARTED[@]}"; do kill -9 "$p" 2> /dev/null; done; wait 2> /dev/null' EXIT
         cd "$T" && "$1"
     ) > "$T/.output" 2>&1 < /dev/null
@@ -6209,6 +6445,7 @@ suite() {
     set -m
     exec {OVER}<> <(:) {NEVER}<> <(:)
     scratch "$@"
+    [ -z "$MISSING" ] || echo "not installed: $MISSING; what needs them is skipped (README, \"Run the tests\", names the packages)"
     trap 'end_tests "${!BEGAN[@]}"; exit 130' INT TERM
     for TEST_NAME; do
         while [ ${#BEGAN[@]} -ge "$JOBS" ]; do one_over; done
@@ -6248,13 +6485,27 @@ end_tests() {
     for pid; do kill -KILL -- "-$pid"; done 2> /dev/null
 }
 
+# A signal that is ignored when bash starts stays ignored, in all that it starts: under nohup, for one. So perl gives
+# each signal its default, and starts this program again.
+default_signals() {
+    local key mask
+    while read -r key mask; do
+        [[ $key != SigIgn: && $key != SigBlk: ]] || (((16#$mask & 0x7fffffff) == 0)) || [ -n "${ODMR_SIGNALS:-}" ] ||
+            ODMR_SIGNALS=default exec perl -MPOSIX=:signal_h -e 'sigprocmask(SIG_SETMASK, POSIX::SigSet->new);
+                $SIG{$_} = "DEFAULT" for keys %SIG; exec @ARGV' bash "$self" "$@"
+    done < /proc/self/status
+    unset ODMR_SIGNALS
+}
+
 main() {
     local name tests=()
+    [ "${1:-}" = --peer ] || default_signals "$@"
     case ${1:-} in
     --list) list_tests; exit ;;
+    -h | --help) sed -n '2,/^set -u/s/^# \{0,1\}//p' "$self"; exit ;;
     --one) scratch "$2"; run_one "$2"; exit ;;
     --peer) run_peer "$2" "$3"; exit ;;
-    --torture) shift; torture "$@"; exit ;;
+    --torture) shift; torture "$@" < /dev/null; exit ;;
     -*) judge "$@"; exit ;;
     esac
     [ -x "$ODMR" ] || { echo "$ODMR is not there; run make first" >&2; exit 2; }
@@ -6263,7 +6514,7 @@ main() {
         tests+=("$name")
     done
     [ $# -gt 0 ] || mapfile -t tests < <(all_tests | long_ones_first)
-    suite "${tests[@]}"
+    suite "${tests[@]}" < /dev/null
 }
 
 main "$@"

@@ -688,7 +688,7 @@ static ssize_t log_write(void *cookie, const char *data, size_t size)
 #define SSL_get_wbio(tls) ((void)(tls), (BIO *)NULL)
 #define SSL_get0_param(tls) ((X509_VERIFY_PARAM *)NULL)
 #define X509_VERIFY_PARAM_set1_ip_asc(p, host) 1
-#define SSL_set1_host(tls, host) 1
+#define X509_VERIFY_PARAM_set1_host(p, host, size) 1
 #define SSL_set_tlsext_host_name(tls, host) 1
 #define SSL_accept(tls) world_handshake()
 #define SSL_connect(tls) world_handshake()
