@@ -5445,7 +5445,7 @@ MUTANT_CUSTOMERS=(
     -- 5-a,5-b
     'return r->code == 235 ? EX_OK : unwelcome(s, "AUTH", r, EX_NOPERM);' 'return EX_OK;'
     'hello_command(rx);' 'hello_command(rx); return false;'
-    -- 4-b,5.3-a,5.3-b 'code = take_mail_ourselves(s, c);' 'code = EX_OK;'
+    -- 4-b,5.3-a,5.3-b 'm->session ? hand_session_on(s, c, m) : take_mail_ourselves(s, c)' 'EX_OK'
     -- 5.3-b 'answer(rx, "220 %s ready to receive email", s->name);' ''
     -- 5.3-a,5.3-b 'answer(rx, "220 %s ready to receive email", s->name);' 'answer(rx, "EHLO %s", s->name);'
     -- 5.1.2-a 'base64_encode(encoded, response, strlen(response));' 'snprintf(encoded, sizeof encoded, "%s", response);'
