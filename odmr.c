@@ -103,6 +103,15 @@ void log_start(void)
     log_form = journal && strcmp(journal, ours) == 0 ? JOURNAL_LINES : TIMED_LINES;
 }
 
+/* The customer's line of progress stands on the terminal, without a line end; the next line takes its place. */
+static atomic_bool progress_shown;
+
+static void clear_progress(void)
+{
+    if (atomic_exchange(&progress_shown, false))
+        fprintf(stderr, "\r%*s\r", PROGRESS_WIDTH, "");
+}
+
 __attribute__((format(printf, 3, 0)))
 static void print_line(int priority, const char *prefix, const char *fmt, va_list args)
 {
@@ -118,6 +127,7 @@ static void print_line(int priority, const char *prefix, const char *fmt, va_lis
         snprintf(start, sizeof start, "<%d>", priority);
     }
     snprintf(line, sizeof line, "%s%s%s\n", start, prefix, safe);
+    clear_progress();
     fputs(line, stderr);
 }
 
@@ -464,6 +474,13 @@ static void set_patience(struct stream *s)
     s->until = now_ms() + (int64_t)s->timeout * 1000;
     if (s->deadline && s->deadline < s->until)
         s->until = s->deadline;
+}
+
+void stream_bound(struct stream *s, int seconds)
+{
+    int64_t end = now_ms() + (int64_t)seconds * 1000;
+    end = s->until < end ? s->until : end;
+    s->deadline = s->deadline && s->deadline < end ? s->deadline : end;
 }
 
 static bool out_of_time(struct stream *s)
@@ -977,21 +994,24 @@ static bool reply_line_valid(const char *line, size_t len)
            (line[3] == '\0' || line[3] == ' ' || line[3] == '-');
 }
 
-/* What it answers has left before: a reply that lies here already, from a peer that did not wait for the command, is
- * not believed while the command, or a message, has not gone out and perhaps never will. */
-enum result read_reply(struct session *s, struct reply *r)
+/* The keywords of an EHLO response that somebody here asks for. The other lines are left out: whatever else a server
+ * offers, and however much, none of these is lost. */
+static bool keyword_of_ours(const char *line)
 {
-    r->code = 0;
-    if (s->io.broken || (s->io.out_end > 0 && !stream_flush(&s->io)))
-        return LATER;
-    return read_arrived_reply(s, r);
+    static const char *const known[] = {"ATRN", "AUTH", "STARTTLS", "PIPELINING", "CHUNKING", "8BITMIME", "SMTPUTF8",
+                                        "SIZE", "LIMITS"};
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (strncasecmp(line, known[i], strlen(known[i])) == 0)
+            return true;
+    return false;
 }
 
-enum result read_arrived_reply(struct session *s, struct reply *r)
+/* The lines of a reply. Its first has our patience; then the rest has what is left of it, and no more than
+ * REPLY_TIMEOUT: a reply that comes line by line is not waited for without end. */
+static enum result read_reply_lines(struct session *s, struct reply *r, bool ehlo)
 {
     size_t used = 0;
     r->code = 0;
-    r->cut = false;
     r->text[0] = '\0';
     for (int lines = 0; lines < REPLY_LINES; lines++) {
         enum result got = read_line(s);
@@ -1006,18 +1026,51 @@ enum result read_arrived_reply(struct session *s, struct reply *r)
         if (r->code && code != r->code)
             break;
         r->code = code;
-        used += (size_t)snprintf(r->text + used, sizeof r->text - used, "%s%s", lines ? "\n" : "",
-                                 s->line_len > 4 ? s->line + 4 : "");
-        if (used >= sizeof r->text) {
-            used = sizeof r->text - 1;
-            r->cut = true;
-        }
+        if (lines == 0 || !ehlo || (s->line_len > 4 && keyword_of_ours(s->line + 4)))
+            used += (size_t)snprintf(r->text + used, sizeof r->text - used, "%s%s", lines ? "\n" : "",
+                                     s->line_len > 4 ? s->line + 4 : "");
+        if (used >= sizeof r->text && ehlo)
+            break;
+        used = used < sizeof r->text ? used : sizeof r->text - 1;
         if (s->line[3] != '-')
             return DONE;
+        if (lines == 0)
+            stream_bound(&s->io, REPLY_TIMEOUT);
     }
     s->protocol_broken = true;
     stream_break(&s->io, "the peer sent something that is not an SMTP reply");
     return LATER;
+}
+
+static enum result read_whole_reply(struct session *s, struct reply *r, bool ehlo)
+{
+    int64_t deadline = s->io.deadline;
+    enum result got = read_reply_lines(s, r, ehlo);
+    s->io.deadline = deadline;
+    return got;
+}
+
+/* What a reply answers has left before: one that lies here already, from a peer that did not wait for the command, is
+ * not believed while the command, or a message, has not gone out and perhaps never will. */
+static bool command_has_left(struct session *s, struct reply *r)
+{
+    r->code = 0;
+    return !s->io.broken && (s->io.out_end == 0 || stream_flush(&s->io));
+}
+
+enum result read_reply(struct session *s, struct reply *r)
+{
+    return command_has_left(s, r) ? read_whole_reply(s, r, false) : LATER;
+}
+
+enum result read_ehlo_reply(struct session *s, struct reply *r)
+{
+    return command_has_left(s, r) ? read_whole_reply(s, r, true) : LATER;
+}
+
+enum result read_arrived_reply(struct session *s, struct reply *r)
+{
+    return read_whole_reply(s, r, false);
 }
 
 bool reply_arrived(struct session *s)
@@ -1056,16 +1109,29 @@ enum result reply_result(const struct reply *r)
     return r->code < 300 ? DONE : r->code < 500 ? LATER : REFUSED;
 }
 
-const char *reply_keyword(const struct reply *r, const char *keyword)
+/* Behind the keyword in the first line behind `line` that starts with it; NULL: there is none. */
+static const char *next_keyword(const char *line, const char *keyword)
 {
     size_t n = strlen(keyword);
-    const char *line = strchr(r->text, '\n'); /* the first line is the greeting, not a keyword */
-    for (; line; line = strchr(line, '\n')) {
+    while (line && (line = strchr(line, '\n'))) {
         line++;
         if (strncasecmp(line, keyword, n) == 0 && strchr(" =\n", line[n]))
             return line + n + (line[n] == ' ' || line[n] == '='); /* strchr finds '\0' too */
     }
     return NULL;
+}
+
+const char *reply_keyword(const struct reply *r, const char *keyword)
+{
+    return next_keyword(r->text, keyword); /* the first line is the greeting, not a keyword */
+}
+
+bool reply_offers(const struct reply *r, const char *keyword, const char *word)
+{
+    const char *list = next_keyword(r->text, keyword);
+    while (list && !list_has(list, word))
+        list = next_keyword(list, keyword);
+    return list != NULL;
 }
 
 const char *next_word(const char **list, size_t *len)
@@ -4300,7 +4366,7 @@ static enum result greet_customer(struct sender *x)
     if (read_reply(s, &r) != DONE || r.code != 220)
         return LATER;
     send_line(s, "EHLO %s", s->name);
-    if (read_reply(s, &r) != DONE || r.cut) /* mail that it can take must not be returned for a keyword we lost */
+    if (read_ehlo_reply(s, &r) != DONE)
         return LATER;
     if (reply_result(&r) == DONE) {
         read_capabilities(x, &r);
@@ -4574,6 +4640,10 @@ struct receiver {
     size_t answer_count;
     size_t messages, unwritten;
     uint64_t octets;
+    char stored[STORED_SIZE]; /* a,b,c: the domains that mail was stored for, as many as fit */
+    unsigned idle;            /* commands in a row that brought no mail forward, */
+    uint64_t counted;         /* and octets when that was counted last */
+    bool utf8;                /* MAIL said SMTPUTF8 */
     bool done;
 };
 
@@ -4597,6 +4667,13 @@ static bool cannot_write(const struct receiver *rx)
     return false;
 }
 
+static void note_domain(struct receiver *rx, const char *domain)
+{
+    size_t used = strlen(rx->stored);
+    if (used + strlen(domain) + 2 < sizeof rx->stored && !domain_in_list(rx->stored, domain, strlen(domain)))
+        snprintf(rx->stored + used, sizeof rx->stored - used, "%s%s", used ? "," : "", domain);
+}
+
 /* The promise, or, when the files of this message are not all safe, its opposite. */
 static void answer_stored(struct receiver *rx, struct delivery *d, size_t files, int problem)
 {
@@ -4604,6 +4681,8 @@ static void answer_stored(struct receiver *rx, struct delivery *d, size_t files,
     for (size_t i = 0; i < files; i++)
         safe = safe && d[i].safe;
     if (safe) {
+        for (size_t i = 0; i < files; i++)
+            note_domain(rx, d[i].domain);
         rx->messages++;
         send_line(rx->s, "250 2.0.0 OK, message stored");
         return;
@@ -4679,9 +4758,9 @@ struct content {
     bool dots;  /* DATA: a lone dot ends it. BDAT: dots mean nothing */
     bool ended; /* the lone dot came */
     bool bare;  /* a CR or LF by itself */
-    bool in_body;
+    bool begun, in_body;
     size_t column, trace_fields;
-    char name[10]; /* the start of this header line, to count Received fields */
+    char name[32]; /* the start of this header line, to count Received fields */
 };
 
 static void content_write(struct content *c, const char *data, size_t len)
@@ -4691,9 +4770,15 @@ static void content_write(struct content *c, const char *data, size_t len)
         fwrite(data, 1, len, d[i].file);
 }
 
-/* Text of one line, without its end. */
+/* Text of one line, without its end. A first line that starts with a blank would continue our own field above it: it
+ * begins the body instead. */
 static void content_text(struct content *c, const char *data, size_t len)
 {
+    if (!c->begun && len > 0 && (*data == ' ' || *data == '\t')) {
+        c->in_body = true;
+        content_write(c, "\n", 1);
+    }
+    c->begun |= len > 0;
     if (!c->in_body && c->column < sizeof c->name - 1) {
         size_t part = sizeof c->name - 1 - c->column;
         memcpy(c->name + c->column, data, len < part ? len : part);
@@ -4702,10 +4787,13 @@ static void content_text(struct content *c, const char *data, size_t len)
     content_write(c, data, len);
 }
 
+/* Blanks may stand before the colon (RFC 5322, 4.5). */
 static void content_line_end(struct content *c)
 {
-    if (!c->in_body && c->column >= 9 && strncasecmp(c->name, "Received:", 9) == 0)
+    c->name[c->column < sizeof c->name ? c->column : sizeof c->name - 1] = '\0';
+    if (!c->in_body && strncasecmp(c->name, "Received", 8) == 0 && c->name[8 + strspn(c->name + 8, " \t")] == ':')
         c->trace_fields++;
+    c->begun = true;
     if (c->column == 0)
         c->in_body = true;
     c->column = 0;
@@ -4770,7 +4858,18 @@ static void forget_transaction(struct receiver *rx)
     rx->in_mail = false;
 }
 
-/* Fields on top: whose mail it was and for whom (RFC 5321, 4.4), then who received it, how and when. */
+/* What the provider called itself, unless that could mean something else in the field: a comment, say. */
+static const char *name_for_received(const char *name)
+{
+    size_t literal = name[0] == '[' ? 1 + strspn(name + 1, "0123456789abcdefABCDEFIPv.:") : 0;
+    bool fit = literal ? strcmp(name + literal, "]") == 0
+                       : isalnum((unsigned char)name[0]) && name[strspn(name, "abcdefghijklmnopqrstuvwxyz"
+                                                                     "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-")] == '\0';
+    return fit ? name : "unknown";
+}
+
+/* Fields on top: whose mail it was and for whom (RFC 5321, 4.4), then who received it, how (a keyword of RFC 3848 or
+ * RFC 6531) and when. */
 static void write_trace_fields(const struct receiver *rx, struct delivery *d)
 {
     const struct session *s = rx->s;
@@ -4778,9 +4877,20 @@ static void write_trace_fields(const struct receiver *rx, struct delivery *d)
     for (size_t i = 0; i < rx->count; i++)
         if (strcasecmp(mailbox_domain(rx->recipients[i]), d->domain) == 0)
             fprintf(d->file, "Delivered-To: %s\n", rx->recipients[i]);
-    fprintf(d->file, "Received: from %s (%s)\n\tby %s with %s%s (odmr, RFC 2645);\n", s->peer_name, s->peer, s->name,
-            rx->esmtp ? "ESMTP" : "SMTP", s->io.tls ? "S" : "");
+    fprintf(d->file, "Received: from %s (%s)\n\tby %s with %s%s (odmr, RFC 2645);\n", name_for_received(s->peer_name),
+            s->peer, s->name, rx->utf8 ? "UTF8SMTP" : rx->esmtp ? "ESMTP" : "SMTP", rx->esmtp && s->io.tls ? "S" : "");
     write_date(d->file, "\t", time(NULL));
+}
+
+/* When there are too many open files, those that wait for the disk are settled first. */
+static bool open_delivery(struct receiver *rx, const char *domain)
+{
+    while (!delivery_open(&rx->deliveries[rx->waiting + rx->files], rx->queue, domain)) {
+        if ((errno != EMFILE && errno != ENFILE) || rx->waiting == 0)
+            return false;
+        settle_answers(rx);
+    }
+    return true;
 }
 
 /* One file for each domain that has a recipient. */
@@ -4795,8 +4905,9 @@ static bool open_deliveries(struct receiver *rx)
             f++;
         if (f < rx->files)
             continue;
-        if (!delivery_open(&d[f], rx->queue, domain))
+        if (!open_delivery(rx, domain))
             return cannot_write(rx);
+        d = rx->deliveries + rx->waiting;
         rx->files++;
         write_trace_fields(rx, &d[f]);
     }
@@ -4816,14 +4927,14 @@ static void show_progress(struct session *s, size_t messages, uint64_t octets)
     if (!s->progress || now - s->last_progress < PROGRESS_MS)
         return;
     s->last_progress = now;
+    atomic_store(&progress_shown, true);
     fprintf(stderr, "\rodmr: %zu message%s, %llu octets ", messages, plural(messages), (unsigned long long)octets);
 }
 
 /* The end of it, and the line that stays. */
 static void show_summary(const struct session *s, const char *what, size_t messages, uint64_t octets)
 {
-    if (s->progress && s->last_progress > 0)
-        fprintf(stderr, "\r%*s\r", PROGRESS_WIDTH, "");
+    clear_progress();
     if (!s->quiet)
         log_event(s, LOG_INFO, "%zu message%s, %llu octets %s", messages, plural(messages), (unsigned long long)octets,
                   what);
@@ -4897,7 +5008,7 @@ static bool bdat_command(struct receiver *rx, struct content *c)
     char *end = NULL;
     uint64_t left = s->argument && isdigit((unsigned char)*s->argument) ? strtoull(s->argument, &end, 10) : 0;
     bool last = end && strcasecmp(end, " LAST") == 0, fresh = c->to == NULL, wanted = rx->count > 0;
-    if (!end || (!last && *end != '\0')) {
+    if (!end || (!last && *end != '\0') || left > INT64_MAX) {
         answer(rx, "501 5.5.4 BDAT takes a number of octets, and LAST");
         s->protocol_broken = true; /* what follows would be taken for commands */
         return true;
@@ -4995,6 +5106,7 @@ static void mail_command(struct receiver *rx)
     else {
         memcpy(rx->sender, mailbox, strlen(mailbox) + 1);
         rx->in_mail = true;
+        rx->utf8 = list_has(parameters, "SMTPUTF8");
         answer(rx, "250 2.1.0 OK");
     }
 }
@@ -5015,20 +5127,40 @@ static bool too_many_domains(const struct receiver *rx, const char *domain)
     return domains == DOMAINS_A_MESSAGE;
 }
 
+/* RFC 5321, 4.5.1: postmaster needs no domain. The first one asked for is meant, or, after a bare ATRN, the first that
+ * mail was stored for. */
+static void complete_postmaster(struct receiver *rx, char *mailbox, size_t size)
+{
+    const char *list = rx->domains, *domain;
+    size_t len;
+    if (!*list) {
+        settle_answers(rx);
+        list = rx->stored;
+    }
+    if (*list && (domain = next_domain(&list, &len)))
+        snprintf(mailbox, size, "postmaster@%.*s", (int)len, domain);
+}
+
 static void rcpt_command(struct receiver *rx)
 {
     char mailbox[MAILBOX_MAX + 2];
-    const char *parameters = parse_path(rx->s->argument, "TO:", mailbox, sizeof mailbox);
-    const char *domain = parameters ? mailbox_domain(mailbox) : NULL;
+    const char *parameters = parse_path(rx->s->argument, "TO:", mailbox, sizeof mailbox), *domain;
+    if (parameters && strcasecmp(mailbox, "postmaster") == 0)
+        complete_postmaster(rx, mailbox, sizeof mailbox);
+    domain = parameters ? mailbox_domain(mailbox) : NULL;
     if (!rx->in_mail)
         answer(rx, "503 5.5.1 MAIL first");
+    else if (parameters && strcasecmp(mailbox, "postmaster") == 0)
+        answer(rx, "450 4.7.1 Not known yet which domain's postmaster is meant");
     else if (!parameters || !recipient_valid(mailbox) || !domain_valid(domain, strlen(domain)))
         answer(rx, "501 5.1.3 Not a mailbox");
     else if (*parameters != '\0')
         answer(rx, "555 5.5.4 Parameter not known");
-    else if (rx->domains[0] != '\0' && !domain_in_list(rx->domains, domain, strlen(domain)))
-        answer(rx, "550 5.7.1 Not a domain that was asked for");
-    else if (rx->stranger && strcasecmp(mailbox, rx->stranger) == 0)
+    else if (rx->domains[0] != '\0' && !domain_in_list(rx->domains, domain, strlen(domain))) {
+        log_event(rx->s, LOG_WARNING, "the provider sent mail for %s, whose domain was not asked for; deferred",
+                  mailbox);
+        answer(rx, "450 4.7.1 Not a domain that was asked for"); /* its mistake must not bounce somebody's mail */
+    } else if (rx->stranger && strcasecmp(mailbox, rx->stranger) == 0)
         answer(rx, "550 5.1.1 Nobody of that name here");
     else if (rx->count == RECIPIENTS_MAX || too_many_domains(rx, domain))
         answer(rx, "452 4.5.3 Too many recipients");
@@ -5044,7 +5176,8 @@ static void rcpt_command(struct receiver *rx)
 static void hello_command(struct receiver *rx)
 {
     struct session *s = rx->s;
-    static const char *const offer[] = {"PIPELINING", "SIZE", "8BITMIME", "SMTPUTF8", "CHUNKING"};
+    static const char *const offer[] = {"PIPELINING", "SIZE", "8BITMIME", "SMTPUTF8", "CHUNKING",
+                                        "LIMITS RCPTMAX=" STRING(RECIPIENTS_MAX)}; /* RFC 9422 */
     if (!s->argument || !printable(s->argument, strlen(s->argument)) || strchr(s->argument, ' ')) {
         answer(rx, "501 5.5.4 That is not the name of a host");
         return;
@@ -5071,10 +5204,25 @@ static void bad_command(struct receiver *rx, const char *reply)
     answer(rx, "%s", s->protocol_broken ? "421 4.5.2 Too many of them, closing connection" : reply);
 }
 
+/* Counts commands that bring no mail forward. True, and the 421 is said: too many in a row. */
+static bool too_idle(struct receiver *rx)
+{
+    if (rx->octets != rx->counted || (rx->in_mail && verb_is(rx->s, "RCPT")))
+        rx->idle = 0;
+    rx->counted = rx->octets;
+    if (verb_is(rx->s, "QUIT") || ++rx->idle < IDLE_COMMANDS)
+        return false;
+    rx->s->protocol_broken = true;
+    answer(rx, "421 4.5.2 Too many commands without mail, closing connection");
+    return true;
+}
+
 /* One command of the provider, answered. False: the session is over. */
 static bool receive_command(struct receiver *rx, struct content *chunks)
 {
     struct session *s = rx->s;
+    if (too_idle(rx))
+        return false;
     if (verb_is(s, "BDAT"))
         return bdat_command(rx, chunks);
     if (chunks->to && !verb_is(s, "RSET") && !verb_is(s, "QUIT")) {
@@ -5418,14 +5566,16 @@ static int lost(const struct session *s)
 
 static int unwelcome(const struct session *s, const char *command, const struct reply *r, int permanent)
 {
-    log_event(s, LOG_ERR, "%s: the reply to %s was %d %s", s->peer, command, r->code, r->text);
+    char text[REPLY_TEXT];
+    join_lines(r, text, sizeof text);
+    log_event(s, LOG_ERR, "%s: the reply to %s was %d %s", s->peer, command, r->code, text);
     return r->code >= 500 ? permanent : r->code >= 400 ? EX_TEMPFAIL : EX_PROTOCOL;
 }
 
 static int client_ehlo(struct session *s, struct reply *r)
 {
     send_line(s, "EHLO %s", s->name);
-    if (read_reply(s, r) != DONE)
+    if (read_ehlo_reply(s, r) != DONE)
         return lost(s);
     return r->code == 250 ? EX_OK : unwelcome(s, "EHLO", r, EX_UNAVAILABLE);
 }
@@ -5483,8 +5633,9 @@ static int client_challenge(struct session *s, struct reply *r)
         return unwelcome(s, "AUTH", r, EX_NOPERM);
     s->response_len = base64_decode(s->response, sizeof s->response, r->text);
     if (s->response_len < 0 || strlen(s->response) != (size_t)s->response_len) {
-        log_event(s, LOG_ERR, "%s: its challenge is not base64", s->peer);
-        return EX_PROTOCOL;
+        log_event(s, LOG_ERR, "%s: its challenge is not base64; AUTH is given up", s->peer);
+        send_line(s, "*"); /* RFC 4954, 4: cancels the exchange */
+        return read_reply(s, r) == DONE ? EX_PROTOCOL : lost(s);
     }
     return EX_OK;
 }
@@ -5576,18 +5727,19 @@ static bool client_scram_first(struct session *s, const struct customer *c, stru
  * could be an old one; a salt; a count that is neither a gift to eavesdroppers nor a trap for us. */
 static bool client_scram_challenge(struct scram_exchange *x, const char *challenge, struct verifier *v)
 {
-    char nonce[CHALLENGE_MAX], salt[BASE64_SIZE(SALT_MAX) + 1], count[12], decoded[SALT_MAX + 4];
+    char nonce[CHALLENGE_MAX], salt[BASE64_SIZE(SALT_MAX) + 1], count[8], decoded[SALT_MAX + 4], again[CHALLENGE_MAX];
+    const char *extensions = strstr(challenge, ",i=");
     size_t own = strlen(x->nonce);
     ssize_t len;
-    char *end;
     if (strncmp(challenge, "r=", 2) != 0 || !scram_attribute(challenge, 'r', nonce, sizeof nonce) ||
         strncmp(nonce, x->nonce, own) != 0 || !nonce_valid(nonce + own) ||
-        !scram_attribute(challenge, 's', salt, sizeof salt) || !scram_attribute(challenge, 'i', count, sizeof count))
+        !scram_attribute(challenge, 's', salt, sizeof salt) || !scram_attribute(challenge, 'i', count, sizeof count) ||
+        !extensions || scram_attribute(extensions + 3, 'i', again, sizeof again))
         return false;
     len = base64_decode(decoded, sizeof decoded, salt);
-    v->iterations = (int)strtol(count, &end, 10);
-    if (len < 1 || len > SALT_MAX || *end || end - count > 7 || v->iterations < SCRAM_ITERATIONS_LEAST ||
-        v->iterations > SCRAM_ITERATIONS_MOST)
+    v->iterations = atoi(count);
+    if (len < 1 || len > SALT_MAX || strspn(count, "0123456789") != strlen(count) ||
+        v->iterations < SCRAM_ITERATIONS_LEAST || v->iterations > SCRAM_ITERATIONS_MOST)
         return false;
     v->salt_len = (size_t)len;
     memcpy(v->salt, decoded, v->salt_len);
@@ -5653,7 +5805,7 @@ static int client_scram(struct session *s, const struct customer *c, struct repl
         return code;
     if (!server_final(&x, &v, final))
         return cannot_compute(s);
-    if (r->code == 235 || strlen(s->response) != strlen(final) ||
+    if (r->code == 235 || strcspn(s->response, ",") != strlen(final) || /* extensions may stand behind a comma */
         CRYPTO_memcmp(s->response, final, strlen(final)) != 0) {
         log_event(s, LOG_ERR,
                   "%s has not proved that it knows the account; it is not the provider it claims to be", s->peer);
@@ -5681,13 +5833,13 @@ static bool mechanism_usable(const struct session *s, const struct customer *c, 
 }
 
 /* The strongest that the provider offers and we can do, or the one that --mechanism names. */
-static enum mechanism choose_mechanism(const struct session *s, const struct customer *c, const char *offered)
+static enum mechanism choose_mechanism(const struct session *s, const struct customer *c, const struct reply *r)
 {
     static const enum mechanism by_strength[] = {SCRAM_PLUS, SCRAM, EXTERNAL, CRAM_MD5, PLAIN};
     for (size_t i = 0; i < sizeof by_strength / sizeof *by_strength; i++) {
         enum mechanism m = by_strength[i];
-        if ((c->mechanism == NO_MECHANISM || c->mechanism == m) && list_has(offered, mechanism_name[m]) &&
-            mechanism_usable(s, c, m))
+        if ((c->mechanism == NO_MECHANISM || c->mechanism == m) && mechanism_usable(s, c, m) &&
+            reply_offers(r, "AUTH", mechanism_name[m]))
             return m;
     }
     return NO_MECHANISM;
@@ -5695,9 +5847,8 @@ static enum mechanism choose_mechanism(const struct session *s, const struct cus
 
 static int client_authenticate(struct session *s, const struct customer *c, struct reply *r)
 {
-    const char *offered = reply_keyword(r, "AUTH");
-    enum mechanism m = choose_mechanism(s, c, offered);
-    bool plus_offered = list_has(offered, mechanism_name[SCRAM_PLUS]);
+    enum mechanism m = choose_mechanism(s, c, r);
+    bool plus_offered = reply_offers(r, "AUTH", mechanism_name[SCRAM_PLUS]);
     switch (m) {
     case CRAM_MD5:
         return client_cram_md5(s, c, r);
@@ -5718,6 +5869,7 @@ static int client_authenticate(struct session *s, const struct customer *c, stru
 static int client_atrn(struct session *s, const struct customer *c, struct reply *r)
 {
     int patience = s->io.timeout;
+    char text[REPLY_TEXT];
     if (s->io.timeout < ATRN_TIMEOUT) /* (5.2.1-c) */
         s->io.timeout = ATRN_TIMEOUT;
     send_line(s, "ATRN%s%s", *c->domains ? " " : "", c->domains);
@@ -5728,8 +5880,9 @@ static int client_atrn(struct session *s, const struct customer *c, struct reply
     case 250:
         return EX_OK;
     case 453:
+        join_lines(r, text, sizeof text);
         if (!s->quiet)
-            log_event(s, LOG_INFO, "%s: %d %s", s->peer, r->code, r->text);
+            log_event(s, LOG_INFO, "%s: %d %s", s->peer, r->code, text);
         return EXIT_NO_MAIL;
     case 530:
         return unwelcome(s, "ATRN", r, EX_NOPERM);
@@ -5752,6 +5905,7 @@ static int session_outcome(struct session *s, bool ended, size_t messages, size_
 static int take_mail_ourselves(struct session *s, const struct customer *c)
 {
     struct receiver *rx = must_alloc(calloc(1, sizeof *rx));
+    char what[STORED_SIZE + 16] = "received";
     int code;
     rx->s = s;
     rx->domains = c->domains;
@@ -5761,7 +5915,9 @@ static int take_mail_ourselves(struct session *s, const struct customer *c)
     for_each_domain(rx->queue, clean_domain, NULL);
     receive_mail(rx);
     code = session_outcome(s, rx->done, rx->messages, rx->unwritten);
-    show_summary(s, "received", rx->messages, rx->octets);
+    if (!*c->domains && *rx->stored)
+        snprintf(what, sizeof what, "received for %s", rx->stored);
+    show_summary(s, what, rx->messages, rx->octets);
     free(rx->recipients);
     free(rx);
     return code;

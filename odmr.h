@@ -29,10 +29,13 @@
 #define AUTH_LINE 12288          /* RFC 4954, 4 */
 #define REPLY_LINE 2046          /* RFC 5321, 4.5.3.1.5 says 512 with CRLF; some servers say more */
 #define REPLY_LINES 128          /* no reply needs more lines */
+#define REPLY_TIMEOUT 600        /* seconds: at most so long for a whole reply once its first line is there */
+#define REPLY_TEXT 512           /* octets of a reply in the log */
 #define SEND_LINE (AUTH_LINE + 64)
 #define ENDLESS_LINE (64 << 20)  /* a peer that sends so much without a line end is not one of ours */
 #define BAD_COMMANDS 10          /* then 421 */
 #define BAD_COMMANDS_RECEIVER 100 /* the customer bears more with its provider */
+#define IDLE_COMMANDS 100        /* in a row, that bring no mail forward: then the customer says 421 */
 #define AUTH_FAILURES 3          /* then 421 */
 #define AUTH_FAILURE_MS 1000     /* what a guess costs */
 #define FINAL_REPLY_TIMEOUT 600  /* RFC 5321, 4.5.3.2.6: seconds for the reply to the last octet of a message */
@@ -49,6 +52,7 @@
 #define ENVELOPE_RECIPIENTS_MAX 100000 /* of one file in the queue: a hundred octets of memory each */
 #define MESSAGE_ID_MAX 256       /* octets of a Message-ID in the log */
 #define DOMAINS_A_MESSAGE 32     /* and in how many domains */
+#define STORED_SIZE 512          /* octets of the domains that the customer's summary names */
 #define DELIVERIES_MAX 96        /* files of ours that go to disk together */
 #define ANSWERS_MAX 512          /* that wait for them */
 #define TRACE_FIELDS_MAX 100     /* RFC 5321, 6.3: more Received fields mean a loop */
@@ -100,6 +104,8 @@
 #define PROGRESS_WIDTH 60
 #define LADDER_TEXT 40           /* columns; with the margins 80 */
 #define LADDER_STEPS 400         /* more than REPLIES_IN_FLIGHT */
+#define TEXT_OF(x) #x
+#define STRING(number) TEXT_OF(number) /* in decimal, as the preprocessor knows it */
 #define BASE64_SIZE(n) (((n) + 2) / 3 * 4)
 
 /* ---- Types ---- */
@@ -164,8 +170,7 @@ struct stream {
 
 struct reply {
     int code;
-    bool cut; /* there was more text than fits */
-    char text[2048]; /* without code; lines separated by \n */
+    char text[2048]; /* without code; lines separated by \n; of an EHLO response only the lines we know */
 };
 
 struct scram_keys {
@@ -402,6 +407,8 @@ int64_t now_ms(void);
 void stream_init(struct stream *s, int fd, int timeout);
 /* Declares the stream useless; the first reason stands. why must live as long as the stream. */
 void stream_break(struct stream *s, const char *why);
+/* What is being read must be there in full within the wait under way, and within so many seconds: sets deadline. */
+void stream_bound(struct stream *s, int seconds);
 /* What TLS over this stream needs. host: we are the client and the certificate must be for it; NULL: we are
  * the server. NULL: it cannot be had now. */
 SSL *stream_offer_tls(struct stream *s, SSL_CTX *context, const char *host);
@@ -452,8 +459,10 @@ enum result read_line(struct session *s);
 void split_command(struct session *s);
 /* A whole reply, validated and traced. LATER: the connection is broken, or that was no reply. */
 enum result read_reply(struct session *s, struct reply *r);
-/* The same, without flushing first, and after a failed write, too: for a reply of which stream_has_line() has shown a
- * line, to a command that has left (stream.gone). */
+/* The same for EHLO: its keywords are taken as their lines come, and a response that is too long is no reply. */
+enum result read_ehlo_reply(struct session *s, struct reply *r);
+/* The same as read_reply(), without flushing first, and after a failed write, too: for a reply of which
+ * stream_has_line() has shown a line, to a command that has left (stream.gone). */
 enum result read_arrived_reply(struct session *s, struct reply *r);
 /* Whether a whole reply has arrived. Never waits. */
 bool reply_arrived(struct session *s);
@@ -463,6 +472,8 @@ void join_lines(const struct reply *r, char *out, size_t size);
 enum result reply_result(const struct reply *r);
 /* The parameters behind a keyword of an EHLO response; NULL: it is not there. */
 const char *reply_keyword(const struct reply *r, const char *keyword);
+/* Is this one of the parameters of that keyword, on whichever of its lines? */
+bool reply_offers(const struct reply *r, const char *keyword, const char *word);
 /* Walks over words up to the end of the line; NULL: no more. */
 const char *next_word(const char **list, size_t *len);
 /* Is this one of the words of a list, in any case of letters? list may be NULL: then no. */

@@ -983,13 +983,17 @@ t_5.3-c_helo_where_ehlo_is_unknown() {
     equal "$(sed 's/:.*//' "$T/heard" | tr '\n' ' ')" 'EHLO example.net HELO example.net MAIL FROM RCPT TO DATA QUIT '
 }
 
-# An EHLO response of more text than we keep: what it offers is not known, so nothing is sent, and nothing returned.
+# Keywords count, however much stands before them. If an EHLO response is too long, what it offers is not known, so
+# nothing is sent, and nothing returned.
 t_5.3-c_endless_offer() {
     provider
     printf 'Subject: a\n\n\374\n' | put 1.a a@example.edu eva@example.org
-    OFFER="$(printf 'X%0900d ' 1 2 3) 8BITMIME" turn
+    OFFER="$(printf 'X%d ' {1..200}) 8BITMIME" turn
     until_true settled
     equal "$N_GOT $(waiting) $(notices)" '0 1 0'
+    OFFER="$(printf 'X%0900d ' 1 2 3) 8BITMIME" turn
+    until_true settled
+    equal "$N_GOT $(waiting) $(notices)" '1 0 0'
 }
 
 # DATA or BDAT has left before it is known that nobody is accepted: a 354 is then honoured with no content
@@ -1807,6 +1811,7 @@ t_5.3-b_the_customer_as_server() {
     serve peer_commands
     customer 0 "127.0.0.1:$PORT" example.org example.com
     peer_ok
+    has "$T/err" 'mail for x@elsewhere.example, whose domain was not asked for; deferred$'
     equal "$(mailbox)" 3
     equal "$(mailbox example.com)" 1
     equal "$(ls "$T/mail/example.org/tmp")" ''
@@ -1821,7 +1826,7 @@ peer_commands() {
     ask 'MAIL FROM:<a@b.example>' '^503 '
     ask 'EHLO' '^501 '; ask $'EHLO evil\rInjected: yes' '^501 '; ask $'EHLO \e[31mred' '^501 '; ask 'EHLO two words' '^501 '
     ask 'HELO example.net' '^250 example.org$'
-    ask 'EHLO example.net' '^250-example.org\|250-PIPELINING\|250-SIZE\|250-8BITMIME\|250-SMTPUTF8\|250-CHUNKING\|250 ENHANCEDSTATUSCODES$'
+    ask 'EHLO example.net' '^250-example.org\|250-PIPELINING\|250-SIZE\|250-8BITMIME\|250-SMTPUTF8\|250-CHUNKING\|250-LIMITS RCPTMAX=1000\|250 ENHANCEDSTATUSCODES$'
     ask 'NOOP' '^250 '; ask 'VRFY eva' '^252 '; ask 'RSET' '^250 '; ask 'FROB' '^50[02] '; ask 'ATRN' '^502 '
     ask 'RCPT TO:<x@example.org>' '^503 '; ask 'DATA' '^503 '
     ask 'MAIL FROM:a@b.example' '^501 '; ask 'MAIL FROM:<a@b.example' '^501 '; ask 'MAIL FROM:<a b@c.example>' '^501 '
@@ -1830,7 +1835,7 @@ peer_commands() {
     ask 'MAIL FROM:<a@b.example>' '^503 '
     ask 'RCPT TO: <x@example.org>' '^250 '
     ask 'RCPT TO:<@relay.example,@b.example:"q >q"@example.org>' '^250 '
-    ask 'RCPT TO:<x@elsewhere.example>' '^550 '; ask 'RCPT TO:<x>' '^501 '; ask 'RCPT TO:<>' '^501 '
+    ask 'RCPT TO:<x@elsewhere.example>' '^450 4\.7\.1 '; ask 'RCPT TO:<x>' '^501 '; ask 'RCPT TO:<>' '^501 '
     ask 'RCPT TO:<x@../example.org>' '^501 '; ask 'RCPT TO:<x@example.org> NOTIFY=NEVER' '^555 '
     ask 'DATA' '^354 '; say 'Subject: one'; say ''; say 'text'; ask '.' '^250 '
     ask 'RCPT TO:<x@example.org>' '^503 '
@@ -1881,11 +1886,170 @@ peer_loop() {
     reverse
     for n in 100 101; do
         ask 'MAIL FROM:<a@b.example>' '^250 '; ask 'RCPT TO:<x@example.org>' '^250 '; ask DATA '^354 '
-        for ((i = 0; i < n; i++)); do say 'RECEIVED: from a by b'; done
+        for ((i = 0; i < n; i += 2)); do say 'RECEIVED: from a by b'; [ $((i + 1)) = "$n" ] || say $'Received \t: from b by c'; done
         say ''; say 'Received: not a header any more'
         if [ "$n" = 100 ]; then ask . '^250 '; else ask . '^554 '; fi
     done
     ask QUIT '^221 '
+}
+
+# A provider that says QUIT without EHLO has no mail (5.2.1-h asks for EHLO first, some do without it).
+t_5.2.1-h_quit_without_ehlo() {
+    serve peer_quits
+    customer 1 "127.0.0.1:$PORT"
+    peer_ok
+    hasnt "$T/err" closed
+    perl_server
+    relay 1 "$SERVER"
+    peer_ok
+    hasnt "$T/err" closed
+    has "$T/heard" '^QUIT'
+}
+peer_quits() { provide; expect '^220 '; ask QUIT '^221 '; }
+
+# The keywords of an EHLO response count all together, on however many lines and in whatever order.
+t_keywords_on_several_lines() {
+    local order
+    for order in '250-AUTH=LOGIN 250-AUTH_LOGIN_CRAM-MD5' '250-AUTH_LOGIN_CRAM-MD5 250-AUTH=LOGIN'; do
+        ORDER=$order serve peer_with_two_auth_lines
+        customer 1 "127.0.0.1:$PORT"
+        peer_ok
+    done
+}
+peer_with_two_auth_lines() {
+    local line
+    say '220 x'; expect_line '^EHLO'; say '250-x'
+    for line in $ORDER; do say "${line//_/ }"; done
+    say '250 ATRN'; expect_line '^AUTH CRAM-MD5$'
+    say "334 $(b64 '<1@x>')"; expect_line .; say '235 yes'; expect_line '^ATRN'; say '453 none'; goodbye
+}
+
+# However much a provider offers, STARTTLS is seen; if the response is too long, nothing more is said in the clear.
+t_a_very_long_ehlo_response() {
+    OFFERED=100 serve peer_that_offers_much
+    customer 75 --trace "127.0.0.1:$PORT"
+    has "$T/err" 'C: STARTTLS$'
+    OFFERED=200 serve peer_that_offers_much
+    customer 76 --trace "127.0.0.1:$PORT"
+    hasnt "$T/err" 'C: \(STARTTLS\|AUTH\|ATRN\|QUIT\)'
+}
+peer_that_offers_much() {
+    local n
+    say '220 x'; expect_line '^EHLO'; say '250-x'; say '250-AUTH CRAM-MD5'
+    for ((n = 0; n < OFFERED; n++)); do say "250-X-ODDITY-$n $(printf '%040d' "$n")"; done
+    say '250-STARTTLS'; say '250 ATRN'; hear
+}
+
+# A reply has one --timeout for all of its lines, on either side.
+t_a_reply_that_drips() {
+    local start=$SECONDS
+    serve peer_that_drips
+    customer 75 --timeout 3 "127.0.0.1:$PORT"
+    has "$T/err" 'the peer kept us waiting too long$'
+    [ $((SECONDS - start)) -lt 7 ] || fail 'it waited for each line'
+    start=$SECONDS
+    provider --timeout 3
+    put_letter one 1.a a@example.edu eva@example.org
+    login; ask ATRN '^250 '; say '220 x'; hear
+    drip
+    until_true shows "$LOG" 'disconnected: the peer kept us waiting too long'
+    [ $((SECONDS - start)) -lt 7 ] || fail 'the provider waited for each line'
+}
+drip() { local n; trap '' PIPE; for n in {1..8}; do say "250-X-$n" || break; moment 0.8; done 2> /dev/null; }
+peer_that_drips() { say '220 x'; hear; drip; }
+
+# <postmaster> without a domain (RFC 5321, 4.5.1): of the first domain asked for, else of the first that mail was stored
+# for. After a bare ATRN the summary names the domains.
+t_postmaster_without_a_domain() {
+    serve peer_to_postmaster
+    customer 0 "127.0.0.1:$PORT" example.org example.com
+    peer_ok
+    has "$T"/mail/example.org/new/* '^Delivered-To: postmaster@example.org$'
+    has "$T/err" ' octets received$'
+    rm -r "$T/mail"
+    serve peer_to_some_postmaster
+    customer 0 "127.0.0.1:$PORT"
+    peer_ok
+    equal "$(mailbox)" 1
+    equal "$(mailbox mail.example.com)" 2
+    has "$T/err" ' 3 messages, [0-9]* octets received for mail.example.com,example.org$'
+}
+peer_to_postmaster() { reverse; store PostMaster; ask QUIT '^221 '; }
+store() { ask 'MAIL FROM:<a@b.example>' '^250 '; ask "RCPT TO:<$1>" '^250 '; printf 'BDAT 4 LAST\r\nn: 1' >&"$LINE_OUT"; expect '^250 '; }
+peer_to_some_postmaster() {
+    reverse
+    ask 'MAIL FROM:<a@b.example>' '^250 '; ask 'RCPT TO:<postmaster>' '^450 4\.7\.1 '; ask RSET '^250 '
+    store eva@mail.example.com; store bob@example.org; store postmaster; ask QUIT '^221 '
+}
+
+# A reply of several lines is one line of the log, on both sides.
+t_replies_of_several_lines_in_the_log() {
+    serve peer_with_a_long_refusal
+    customer 75 "127.0.0.1:$PORT"
+    has "$T/err" 'the reply to ATRN was 450 not now / nor later$'
+}
+peer_with_a_long_refusal() { provide $'450-not now\r\n450 nor later'; goodbye; }
+
+# A challenge that is no base64 cancels AUTH (RFC 4954, 4).
+t_challenge_that_is_no_base64() {
+    serve peer_without_base64
+    customer 76 "127.0.0.1:$PORT"
+    peer_ok
+}
+peer_without_base64() { offer_mechanisms CRAM-MD5; expect_line '^AUTH CRAM-MD5$'; say '334 ???'; expect_line '^\*$'; say '501 cancelled'; goodbye; }
+
+# A session in which 100 commands in a row bring no mail forward ends with 421; those that do start the count anew.
+t_idle_commands() {
+    serve peer_that_idles
+    customer 76 "127.0.0.1:$PORT"
+    peer_ok
+    equal "$(mailbox)" 1
+}
+peer_that_idles() {
+    local n
+    reverse
+    for n in {1..30}; do ask NOOP '^250 '; ask RSET '^250 '; ask 'VRFY x' '^252 '; done
+    store eva@example.org
+    for n in {1..33}; do ask NOOP '^250 '; ask 'EHLO x' '^250'; ask 'MAIL FROM:<>' '^250'; done
+    ask NOOP '^421 '
+    closed
+}
+
+# Received: no name that could mean something else there, the registered keywords, and nothing of the content in it.
+t_received_says_what_it_should() {
+    serve peer_with_odd_names
+    customer 0 "127.0.0.1:$PORT"
+    peer_ok
+    cat "$T"/mail/example.org/new/* > "$T/all"
+    equal "$(grep -c '^Received: from unknown (127' "$T/all") $(grep -c '^Received: from \[IPv6:::1\] (127' "$T/all")" '2 1'
+    equal "$(sed -n 's/.* with \(.*\) (odmr.*/\1/p' "$T/all" | sort | tr '\n' ' ')" "$(tr ' ' '\n' <<< 'ESMTP SMTP UTF8SMTP' | sort | tr '\n' ' ')"
+    grep -B 1 '^ (a comment' "$T/all" > "$T/blank"
+    equal "$(head -n 1 "$T/blank")" '' 'the line above the first of the content'
+}
+peer_with_odd_names() {
+    reverse
+    ask 'EHLO evil((((' '^250'; store eva@example.org
+    ask 'EHLO [IPv6:::1]' '^250'; ask 'MAIL FROM:<> SMTPUTF8' '^250 '; ask 'RCPT TO:<eva@example.org>' '^250 '
+    printf 'BDAT 13 LAST\r\n (a comment\r\n' >&"$LINE_OUT"; expect '^250 '
+    ask 'HELO x"y' '^250'; store eva@example.org
+    ask QUIT '^221 '
+}
+
+# Short of descriptors the customer first stores what waits for the disk, and takes the next message then.
+t_customer_short_of_descriptors() {
+    serve peer_in_a_hurry_for_one
+    ( ulimit -n 14; customer 0 "127.0.0.1:$PORT" ) || exit 1
+    peer_ok
+    equal "$(mailbox)" 30
+}
+peer_in_a_hurry_for_one() {
+    local n
+    reverse
+    for n in {1..30}; do printf 'MAIL FROM:<a@b.example>\r\nRCPT TO:<x@example.org>\r\nBDAT 4 LAST\r\nn: %d' $((n % 10)); done > "$T/hurry"
+    printf 'QUIT\r\n' >> "$T/hurry"
+    cat "$T/hurry" >&"$LINE_OUT"
+    for n in {1..30}; do expect '^250 2.1.0'; expect '^250 2.1.5'; expect '^250 .* stored'; done
+    expect '^221 '
 }
 
 # Cut in the middle of a message: exit 75, nothing half-written; a line without an end; a NUL.
@@ -1894,6 +2058,8 @@ t_customer_and_broken_providers() {
     customer 75 "127.0.0.1:$PORT"
     equal "$(find "$T/mail" -type f | wc -l)" 0
     serve peer_bdat_nonsense
+    customer 76 "127.0.0.1:$PORT"
+    serve peer_bdat_endless
     customer 76 "127.0.0.1:$PORT"
     serve peer_long_lines
     customer 76 "127.0.0.1:$PORT"
@@ -1904,6 +2070,7 @@ t_customer_and_broken_providers() {
 }
 peer_cuts() { reverse; ask 'MAIL FROM:<a@b.example>' '^250 '; ask 'RCPT TO:<x@example.org>' '^250 '; ask DATA '^354 '; say 'Subject: half'; }
 peer_bdat_nonsense() { reverse; ask 'MAIL FROM:<a@b.example>' '^250 '; ask 'RCPT TO:<x@example.org>' '^250 '; ask 'BDAT 10x LAST' '^501 '; closed; }
+peer_bdat_endless() { reverse; ask 'MAIL FROM:<a@b.example>' '^250 '; ask 'RCPT TO:<x@example.org>' '^250 '; ask 'BDAT 9223372036854775808 LAST' '^501 '; closed; }
 peer_long_lines() {
     local long n
     reverse
@@ -2105,7 +2272,7 @@ t_relay_reaches_a_lost_receiver_again() {
     for words in '220 me' '220 me\r\n421 idle for too long'; do
         rm -rf "$T/once" "$T/heard"
         relay 0 "if mkdir $T/once; then printf '$words\r\n'; exit; else exec $SERVER; fi"
-        has "$T/err" '1 messages, .* handed on'
+        has "$T/err" '1 message, .* handed on'
         has "$T/heard" '^QUIT'
     done
     rm -rf "$T/once"
@@ -2121,7 +2288,7 @@ t_relay_waits_for_the_final_reply() {
     serve peer_with_trailing_blanks
     relay 0 "$SERVER" --timeout 2
     peer_ok
-    has "$T/err" '1 messages, .* handed on'
+    has "$T/err" '1 message, .* handed on'
     perl_provider stay
     printf 'NOOP\r\n' > "$T/batch"
     relay 75 "$SERVER" --timeout 2
@@ -2752,11 +2919,15 @@ t_customer_quiet_and_progress() {
     equal "$(cat "$T/err")" ''
     put_letter two 1.a a@example.edu eva@example.org
     customer 0 "127.0.0.1:$PORT"
-    matches "$T/err" '^odmr: \[1\] 1 message, [0-9]+ octets received$'
+    matches "$T/err" '^odmr: \[1\] 1 message, [0-9]+ octets received for example.org$'
     needs unbuffer
     put_letter three 1.a a@example.edu eva@example.org
     ODMR_SECRET=tanstaaf unbuffer "$ODMR" customer -u example.org -q "$T/mail" "127.0.0.1:$PORT" > "$T/terminal"
     match "$(tr '\r' '|' < "$T/terminal")" '^\|odmr: 0 messages, [0-9]+ octets \| +\|odmr: \[1\] 1 message,'
+    # an error has a line of its own
+    serve peer_cuts
+    ODMR_SECRET=tanstaaf unbuffer "$ODMR" customer -u example.org -n example.org -q "$T/mail" "127.0.0.1:$PORT" > "$T/terminal"
+    match "$(tr '\r' '|' < "$T/terminal")" '^\|odmr: 0 messages, [0-9]+ octets \| +\|odmr: \[1\] [^|]*: the peer closed the connection'
 }
 
 # ---- The demo and the ladder -------------------------------------------------------------------------
@@ -3336,15 +3507,17 @@ t_scram_wrong_channel() {
 # Providers that the customer must not believe.
 t_customer_and_scram_impostors() {
     local impostor
-    for impostor in old_nonce own_nonce odd_nonce few_rounds many_rounds endless_rounds no_salt wrong_signature no_signature; do
+    for impostor in old_nonce own_nonce odd_nonce few_rounds signed_rounds rounds_twice many_rounds endless_rounds no_salt wrong_signature no_signature; do
         serve "scram_$impostor"
         customer 77 --trace "127.0.0.1:$PORT"
         peer_ok
         hasnt "$T/err" 'C: ATRN'
     done
-    serve scram_honest
-    customer 1 "127.0.0.1:$PORT"
-    peer_ok
+    for impostor in scram_honest scram_extended; do
+        serve $impostor
+        customer 1 "127.0.0.1:$PORT"
+        peer_ok
+    done
 }
 # scram_serve CHALLENGE: with NONCE in it for the customer's; the customer's final message in FINAL.
 scram_serve() {
@@ -3362,6 +3535,8 @@ scram_old_nonce() { scram_refused 'r=fyko+d2lbbFgONRv9qkxdawLfyko+d2lbbFgONRv9,s
 scram_own_nonce() { scram_refused 'r=NONCE,s=QSXCR+Q6sek8bf92,i=4096'; }
 scram_odd_nonce() { scram_refused 'r=NONCEx y,s=QSXCR+Q6sek8bf92,i=4096'; }
 scram_few_rounds() { scram_refused 'r=NONCEx,s=QSXCR+Q6sek8bf92,i=1'; }
+scram_signed_rounds() { scram_refused 'r=NONCEx,s=QSXCR+Q6sek8bf92,i=+4096'; }
+scram_rounds_twice() { scram_refused 'r=NONCEx,s=QSXCR+Q6sek8bf92,i=4096,i=4096'; }
 scram_many_rounds() { scram_refused 'r=NONCEx,s=QSXCR+Q6sek8bf92,i=1000001'; }
 scram_endless_rounds() { scram_refused 'r=NONCEx,s=QSXCR+Q6sek8bf92,i=2147483648'; }
 scram_no_salt() { scram_refused 'r=NONCEx,i=4096'; }
@@ -3377,6 +3552,15 @@ scram_honest() {
     scram tanstaaf "$BARE" "$CHALLENGE" "${FINAL%,p=*}"
     equal "${FINAL##*,p=}" "$PROOF_OF_IT"
     say "334 $(b64 "v=$SIGNATURE")"
+    expect_line '^$'
+    say '235 welcome'; no_mail
+}
+# Extensions stand behind the count and behind the signature (RFC 5802, 7).
+scram_extended() {
+    scram_serve 'r=NONCEx,s=QSXCR+Q6sek8bf92,i=4096,x=more'
+    scram tanstaaf "$BARE" "$CHALLENGE" "${FINAL%,p=*}"
+    equal "${FINAL##*,p=}" "$PROOF_OF_IT"
+    say "334 $(b64 "v=$SIGNATURE,x=more")"
     expect_line '^$'
     say '235 welcome'; no_mail
 }
