@@ -66,8 +66,8 @@ void escape(char *out, size_t size, const char *text)
     out[n] = '\0';
 }
 
-/* A word of the peer in quotes, cut to size, for the middle of a line of the log: backslash and quote are escaped, so it
- * cannot pretend to be the rest of the line or an escaped octet. */
+/* A word of the peer in quotes, cut to size: backslash and quote are escaped, so that in a line of the log it cannot
+ * pretend to be the rest of the line or an escaped octet. */
 static void quote(char *out, size_t size, const char *text)
 {
     size_t n = 0;
@@ -1659,24 +1659,43 @@ bool domain_in_list(const char *list, const char *domain, size_t len)
     return false;
 }
 
-/* The list as we want it: in lower case, each domain once. */
+/* Equal domains in the order in which they stand in the list. */
+static int by_domain(const void *left, const void *right)
+{
+    const char *a = *(char *const *)left, *b = *(char *const *)right;
+    int order = strcmp(a, b);
+    return order ? order : (a > b) - (a < b);
+}
+
+/* The list as we want it: in lower case, each domain once, where it stands first. Without memory for that, a domain
+ * that is there twice stays so: the second time its mail is gone, or claimed. */
 static void tidy_domains(char *list)
 {
-    size_t kept = strcspn(list, ",");
-    char *next = list[kept] ? list + kept + 1 : NULL;
-    list[kept] = '\0';
-    while (next) {
-        char *domain = next;
-        size_t len = strcspn(domain, ",");
-        next = domain[len] ? domain + len + 1 : NULL;
-        domain[len] = '\0';
-        if (domain_in_list(list, domain, len))
-            continue;
-        list[kept++] = ',';
-        memmove(list + kept, domain, len + 1);
-        kept += len;
-    }
+    const char *end = list + strlen(list);
+    size_t count = 0, kept = 0;
+    char **domains;
     lower_case(list);
+    for (const char *p = list; p < end; p++)
+        count += *p == ',';
+    if (!(domains = malloc((count + 1) * sizeof *domains)))
+        return;
+    count = 0;
+    for (char *next = list; next;)
+        domains[count++] = strsep(&next, ",");
+    qsort(domains, count, sizeof *domains, by_domain);
+    while (--count > 0)
+        if (strcmp(domains[count - 1], domains[count]) == 0)
+            domains[count][0] = ','; /* struck out */
+    free(domains);
+    for (size_t at = 0, len; list + at < end; at += len + 1) {
+        len = strlen(list + at);
+        if (list[at] != ',') {
+            memmove(list + kept, list + at, len);
+            kept += len;
+            list[kept++] = ',';
+        }
+    }
+    list[kept - 1] = '\0';
 }
 
 static int by_name(const void *left, const void *right)
@@ -1793,12 +1812,13 @@ static struct accounts *accounts_read(FILE *file, const char *path, char *why, s
     return NULL;
 }
 
-/* What the salts of names without a verifier are made from. It lasts as long as the file, as the verifiers' salts do, and
- * is not made from the secrets: anybody can ask for a salt, and could then try out secrets without asking again. */
+/* What the salts of names without a verifier are made from. It lasts as long as the file, as the verifiers' salts do.
+ * It is not made from the secrets: anybody can ask for a salt, and could then try out secrets without asking again. */
 static bool accounts_key(struct accounts *all, const struct stat *st)
 {
     char text[96];
-    snprintf(text, sizeof text, "%ju %jd.%09ld", (uintmax_t)st->st_ino, (intmax_t)st->st_mtim.tv_sec, st->st_mtim.tv_nsec);
+    snprintf(text, sizeof text, "%ju %jd.%09ld", (uintmax_t)st->st_ino, (intmax_t)st->st_mtim.tv_sec,
+             st->st_mtim.tv_nsec);
     return hmac_sha256((const unsigned char *)"salt", 4, text, all->salt_key);
 }
 
@@ -2962,8 +2982,8 @@ static bool quit_command(struct session *s)
 /* ---- 5.1.2 AUTH: the exchange ---- */
 
 /* An exchange that came to nothing, because the secret is wrong (name: whose) or the customer gave it up. Either is
- * answered a second after the last response, however long that took to judge: otherwise the work of a challenge could be
- * asked for without end. The third ends the session. fail2ban reads this line, and the address must be the peer's. */
+ * answered a second after the last response, however long that took to judge: the work of a challenge cannot be asked
+ * for without end. The third ends the session. fail2ban reads this line, so the address stands before the name. */
 static enum result exchange_failed(struct session *s, const char *name, const char *reply)
 {
     struct pollfd wake = {.fd = s->io.wake_fd, .events = POLLIN};
@@ -2971,7 +2991,8 @@ static enum result exchange_failed(struct session *s, const char *name, const ch
     char whose[MAILBOX_MAX] = "";
     if (name)
         quote(whose, sizeof whose, name);
-    log_event(s, LOG_WARNING, "authentication failed from %s%s%s", s->peer, name ? " for " : ": ", name ? whose : reply + 4);
+    log_event(s, LOG_WARNING, "authentication failed from %s%s%s", s->peer, name ? " for " : ": ",
+              name ? whose : reply + 4);
     poll(&wake, 1, left > 0 ? (int)left : 0);
     send_line(s, "%s", reply);
     if (++s->auth_failures >= AUTH_FAILURES)
@@ -3541,33 +3562,48 @@ static enum result claim_next(struct session *s, struct backlog *b, struct messa
     return result;
 }
 
-/* (5.2.1-i) An account that asks again too soon: told to wait. The clock is set by an answer, not by a
- * refusal, and outlives the session. */
+/* Under the lock. NULL: the account has had no answer yet. */
+static struct last_atrn *last_atrn_of(const struct provider *p, const char *account)
+{
+    struct last_atrn *last = p->last_atrn;
+    while (last && strcmp(last->name, account) != 0)
+        last = last->next;
+    return last;
+}
+
+/* (5.2.1-i) An account that asks again too soon: told to wait. */
 static bool asked_too_soon(struct session *s)
 {
     struct provider *p = s->provider;
-    struct last_atrn *last;
-    bool soon = false;
-    if (p->interval == 0)
-        return false;
+    const struct last_atrn *last;
+    bool soon;
     pthread_mutex_lock(&p->lock);
-    for (last = p->last_atrn; last && strcmp(last->name, s->account->name) != 0; last = last->next)
-        ;
-    if (last) {
-        soon = now_ms() - last->when < (int64_t)p->interval * 1000;
-    } else if ((last = malloc(sizeof *last))) {
-        last->name = strdup(s->account->name);
-        last->next = p->last_atrn;
-        if (last->name)
-            p->last_atrn = last;
-    }
-    if (last && !soon)
-        last->when = now_ms();
+    last = last_atrn_of(p, s->account->name);
+    soon = last && now_ms() - last->when < (int64_t)p->interval * 1000;
     pthread_mutex_unlock(&p->lock);
     if (soon)
         log_event(s, LOG_WARNING, "ATRN refused (450): %s repeats it within --interval %d s", s->account->name,
                   p->interval);
     return soon;
+}
+
+/* The clock of that is set by an answer: mail that was handed over, or 453. A 450, a 451, and a connection lost before
+ * any mail was taken are none. It outlives the session. */
+static void start_interval(struct session *s)
+{
+    struct provider *p = s->provider;
+    const char *name = s->account->name;
+    struct last_atrn *last;
+    pthread_mutex_lock(&p->lock);
+    last = last_atrn_of(p, name);
+    if (!last && p->interval > 0 && (last = malloc(sizeof *last + strlen(name) + 1))) {
+        strcpy(last->name, name);
+        last->next = p->last_atrn;
+        p->last_atrn = last;
+    }
+    if (last)
+        last->when = now_ms();
+    pthread_mutex_unlock(&p->lock);
 }
 
 /* 5.2.1: DONE when the roles are to be reversed; then s->backlog and s->first hold what is to be sent. This
@@ -3581,7 +3617,8 @@ static enum result atrn_command(struct session *s)
         return REFUSED;
     }
     if (!accounts_renew(s)) {
-        log_event(s, LOG_WARNING, "ATRN refused (530): %s is no longer an account, or has another secret", s->account->name);
+        log_event(s, LOG_WARNING, "ATRN refused (530): %s is no longer an account, or has another secret",
+                  s->account->name);
         refuse(s, "530 Authentication required, for the account has changed");
         return REFUSED;
     }
@@ -3598,15 +3635,15 @@ static enum result atrn_command(struct session *s)
         send_line(s, "250 OK now reversing the connection");
         return DONE;
     }
-    if (got == LATER)
-        log_event(s, LOG_WARNING, "ATRN %s: 451, mail waits, but %s", s->asked, s->postponed);
-    else
-        log_event(s, LOG_INFO, "ATRN %s: 453, no mail", s->asked);
     backlog_free(&s->backlog);
-    if (got == LATER)
+    if (got == LATER) {
+        log_event(s, LOG_WARNING, "ATRN %s: 451, mail waits, but %s", s->asked, s->postponed);
         send_line(s, "451 Unable to process ATRN request now"); /* (5.2.1-k) */
-    else
+    } else {
+        log_event(s, LOG_INFO, "ATRN %s: 453, no mail", s->asked);
+        start_interval(s);
         send_line(s, "453 You have no mail"); /* (5.2.1-g) */
+    }
     return REFUSED;
 }
 
@@ -4410,6 +4447,7 @@ static void reversed_state(struct session *s)
     struct sender x = {.s = s, .rcpt_max = RECIPIENTS_A_TRANSACTION};
     struct message *m;
     enum result result;
+    bool settled;
     enter_state(s, REVERSED);
     s->io.wake_fd = -1; /* a shutdown lets the message under way finish */
     s->io.waits = 0;
@@ -4420,7 +4458,10 @@ static void reversed_state(struct session *s)
             result = settle_arrived(&x);
     }
     /* When the customer hears QUIT, the queue shows what it took. */
-    if (settle_down_to(&x, 0) == DONE && !s->io.broken) {
+    settled = settle_down_to(&x, 0) == DONE && !s->io.broken;
+    if (s->messages > 0)
+        start_interval(s);
+    if (settled) {
         send_line(s, "QUIT");
         result = expect(&x, FOR_QUIT, NULL, NULL);
     }
@@ -5990,7 +6031,8 @@ static void address_text(char *out, size_t size, const struct sockaddr_storage *
 {
     char host[64], port[16];
     if ((a->ss_family != AF_INET && a->ss_family != AF_INET6) ||
-        getnameinfo((const struct sockaddr *)a, len, host, sizeof host, port, sizeof port, NI_NUMERICHOST | NI_NUMERICSERV) != 0)
+        getnameinfo((const struct sockaddr *)a, len, host, sizeof host, port, sizeof port,
+                    NI_NUMERICHOST | NI_NUMERICSERV) != 0)
         snprintf(out, size, "local program");
     else
         snprintf(out, size, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
@@ -6425,41 +6467,50 @@ static void listen_on(struct provider *p, const char *where, bool tls)
     freeaddrinfo(list);
 }
 
+static const unsigned char ipv4_mapped[12] = "\0\0\0\0\0\0\0\0\0\0\xff\xff";
+
+static bool is_ipv4(const unsigned char address[16])
+{
+    return memcmp(address, ipv4_mapped, sizeof ipv4_mapped) == 0;
+}
+
 /* ADDR or ADDR/BITS; an IPv4 address is kept as its IPv6 form, so that there is one comparison. */
 bool network_parse(struct network *n, const char *text)
 {
     char address[64];
     struct in_addr four;
-    size_t len = strcspn(text, "/");
-    char *end = NULL;
-    long bits = text[len] ? strtol(text + len + 1, &end, 10) : -1;
-    if (len >= sizeof address || (text[len] && (end == text + len + 1 || *end != '\0' || bits < 0)))
+    size_t len = strcspn(text, "/"), digits = text[len] ? strspn(text + len + 1, "0123456789") : 0;
+    if (len >= sizeof address || (text[len] && (digits == 0 || digits > 3 || text[len + 1 + digits])))
         return false;
     memcpy(address, text, len);
     address[len] = '\0';
+    n->bits = 128;
     if (inet_pton(AF_INET, address, &four) == 1) {
-        memcpy(n->address, "\0\0\0\0\0\0\0\0\0\0\xff\xff", 12);
+        memcpy(n->address, ipv4_mapped, 12);
         memcpy(n->address + 12, &four, 4);
-        n->bits = bits < 0 ? 128 : (int)bits + 96;
-        return bits <= 32;
+        n->bits = digits > 0 ? atoi(text + len + 1) + 96 : 128;
+    } else if (inet_pton(AF_INET6, address, n->address) != 1) {
+        return false;
+    } else if (digits > 0) {
+        n->bits = atoi(text + len + 1);
     }
-    n->bits = bits < 0 ? 128 : (int)bits;
-    return inet_pton(AF_INET6, address, n->address) == 1 && bits <= 128;
+    return n->bits <= 128;
 }
 
 static void address_bytes(unsigned char out[16], const struct sockaddr_storage *a)
 {
-    memcpy(out, "\0\0\0\0\0\0\0\0\0\0\xff\xff", 12);
+    memcpy(out, ipv4_mapped, 12);
     if (a->ss_family == AF_INET)
         memcpy(out + 12, &((const struct sockaddr_in *)a)->sin_addr, 4);
     else
         memcpy(out, &((const struct sockaddr_in6 *)a)->sin6_addr, 16);
 }
 
+/* A prefix too short to be one of IPv4 in its IPv6 form is of IPv6 alone: ::/0 has no IPv4 address. */
 bool network_has(const struct network *n, const unsigned char address[16])
 {
     int whole = n->bits / 8, rest = n->bits % 8;
-    return memcmp(n->address, address, (size_t)whole) == 0 &&
+    return !(n->bits < 96 && is_ipv4(address)) && memcmp(n->address, address, (size_t)whole) == 0 &&
            (rest == 0 || (n->address[whole] ^ address[whole]) >> (8 - rest) == 0);
 }
 
@@ -6513,10 +6564,12 @@ static void *session_thread(void *argument)
 static const char *session_admit(struct provider *p, struct session *s)
 {
     const char *why = NULL;
+    struct network here = {.bits = is_ipv4(s->address) ? 128 : 64}; /* of IPv6, one customer may have a whole /64 */
     size_t from_here = 0;
+    memcpy(here.address, s->address, sizeof here.address);
     pthread_mutex_lock(&p->lock);
     for (const struct session *other = p->sessions; other; other = other->next)
-        from_here += memcmp(other->address, s->address, sizeof s->address) == 0;
+        from_here += network_has(&here, other->address);
     if (p->session_count >= p->max_sessions)
         why = "too many sessions";
     else if (from_here >= p->max_per_address)
@@ -6992,7 +7045,7 @@ static const char usage_provider[] =
     "  -i, --interval SECONDS       450 for an ATRN that repeats sooner for the same account; default 0: off\n"
     "      --allow ADDR[/BITS]      serve these addresses only; may be given again\n"
     "      --max-sessions N         default 1000; over it: 421 and close\n"
-    "      --max-per-address N      default 20; over it: 421 and close\n"
+    "      --max-per-address N      default 20, an IPv6 /64 being one address; over it: 421 and close\n"
     "      --timeout SECONDS        any one wait for the peer, default 300\n"
     "      --login-timeout SECONDS  from connect to authenticated, all in all, default 60\n"
     "      --no-cram-md5            do without it (RFC 2645, 5.1.2, lets a site that has something better)\n"

@@ -285,8 +285,8 @@ struct network {
 /* When an account last had an answer to ATRN (5.2.1-i). */
 struct last_atrn {
     struct last_atrn *next;
-    char *name;
     int64_t when;
+    char name[];
 };
 
 /* The provider: its options, then what its threads share. */

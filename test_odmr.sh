@@ -569,6 +569,24 @@ t_5.2.1-i_a_refusal_starts_no_interval() {
     ask 'ATRN' '^450 ATRN request refused$'
 }
 
+# An answer is mail that was handed over, or 453: neither a 451 nor a line that was cut behind the 250 is one.
+# shows: 5.2.1-i
+t_5.2.1-i_what_is_no_answer_starts_no_interval() {
+    put_letter one 1.a a@example.edu eva@example.org
+    provider --interval 3600
+    login
+    exec {CLAIM}< "$T/queue/example.org/new/1.a"
+    flock "$CLAIM"; ask ATRN '^451 '; ask ATRN '^451 '
+    exec {CLAIM}<&-
+    ask ATRN '^250 '; hang_up
+    until_true over 1
+    login; ask ATRN '^250 '; say '220 me'; expect '^EHLO '; say '250 me'; expect '^MAIL '; hang_up
+    until_true over 2
+    turn
+    equal "$N_GOT" 1
+    login; ask ATRN '^450 '
+}
+
 # Mail that the provider may not open is a reason to try later, not to say that there is none.
 # shows: 5.2.1-k
 t_5.2.1-k_mail_that_cannot_be_opened() {
@@ -1524,6 +1542,25 @@ t_limits_on_sessions() {
 
 another_session() ( dial; hear && [[ $HEARD == 220* ]] )
 
+# A customer may have a whole /64 of IPv6, which counts as one address; IPv4's are told apart, also from ::1.
+t_limit_of_an_address_is_that_of_a_network() {
+    needs socat
+    in_a_network ip address add 2001:db8::1/64 dev lo 2> /dev/null || skip 'needs root and ip(8), to have more addresses'
+    mkdir "$T/queue"; accounts
+    export T ODMR
+    # shellcheck disable=SC2016
+    in_a_network bash -c '
+        for a in 2001:db8::1 2001:db8::2 2001:db8:0:1::1; do ip address add $a/64 dev lo nodad; done
+        "$ODMR" provider -l "*:3660" -q "$T/queue" -a "$T/accounts" -n example.net --max-per-address 1 2> "$T/log" & provider=$!
+        trap "kill $provider; wait" EXIT
+        until [ "$(grep -c "listening on" "$T/log")" = 2 ] || ! kill -0 "$provider"; do sleep 0.05; done
+        from() { timeout 10 socat -u "TCP:$1:3660,bind=$2" - & sleep 0.2; }
+        from "[2001:db8::1]" "[2001:db8::1]"; from "[2001:db8::1]" "[2001:db8::2]"; from "[2001:db8::1]" "[2001:db8:0:1::1]"
+        from "[::1]" "[::1]"; from 127.0.0.1 127.0.0.1; from 127.0.0.1 127.0.0.2; from 127.0.0.1 127.0.0.2
+        kill $(jobs -p); wait' > "$T/out" 2> /dev/null
+    equal "$(cut -c1-3 "$T/out" | paste -sd ' ')" '220 421 220 220 220 220 421'
+}
+
 # shows: 8-a
 t_8-a_access_by_address() {
     provider --allow 10.0.0.0/8 --allow ::1
@@ -1536,25 +1573,41 @@ t_8-a_access_by_address() {
     exec {LINE}<> "/dev/tcp/::1/$PORT"; expect '^220 '
 }
 
-# Prefixes of any length, of both families; an IPv4 address is the same as an IPv6 one that holds it.
+# Prefixes of any length, of both families; an IPv4 address is the same as an IPv6 one that holds it, but a prefix too
+# short to be one of those is of IPv6 alone.
 # shows: 8-a
 t_8-a_prefixes() {
     local network
-    for network in 127.0.0.1 127.0.0.1/32 127.0.0.0/31 126.0.0.0/7 0.0.0.0/0 ::ffff:127.0.0.0/104 ::/0; do
+    for network in 127.0.0.1 127.0.0.1/32 127.0.0.0/31 126.0.0.0/7 0.0.0.0/0 ::ffff:127.0.0.0/104 ::ffff:0:0/96; do
         provider --allow 192.0.2.1 --allow "$network"
         dial; expect '^220 '; hang_up; stop_provider
     done
-    for network in 127.0.0.2 127.0.0.2/31 128.0.0.0/1 ::1 ::ffff:128.0.0.0/97; do
+    for network in 127.0.0.2 127.0.0.2/31 128.0.0.0/1 ::1 ::ffff:128.0.0.0/97 ::/0 ::/1 ::1/33 ::/95; do
         provider --allow "$network"
         dial; expect '^554 '; closed; hang_up; stop_provider
     done
-    for network in ::1/128 ::/127 8000::/1; do
+    for network in ::1/128 ::/127 ::/0 8000::/1 0.0.0.0/0; do
         provider -l '[::1]:0' --allow "$network"
         PORT=$(sed -n 's/.*listening on \[::1\]:\([0-9]*\)$/\1/p' "$LOG")
         exec {LINE}<> "/dev/tcp/::1/$PORT"
-        if [ "$network" = 8000::/1 ]; then expect '^554 '; else expect '^220 '; fi
+        if [ "$network" = 8000::/1 ] || [ "$network" = 0.0.0.0/0 ]; then expect '^554 '; else expect '^220 '; fi
         hang_up; stop_provider
     done
+}
+
+# The domains of an account are made one list in the time of a sort, for meanwhile nobody is greeted.
+t_account_of_many_domains_is_read_fast() {
+    local start i
+    ( umask 077
+      { printf 'example.org:'; seq -f 'Domain%.0f.example,' 40000 | tr -d '\n'
+        seq -f 'domain%.0f.EXAMPLE,' 40000 | tr -d '\n'; echo 'first.example,example.org,First.Example:tanstaaf'; } > "$T/accounts" )
+    provider --trace
+    login
+    ask 'ATRN domain40000.example,FIRST.example,domain1.example,first.example,domain1.example' '^453 '
+    has "$LOG" 'ATRN domain40000.example,first.example,domain1.example: 453'
+    start=$(date +%s%N)
+    for i in 1 2 3; do kill -HUP "$PROVIDER"; until_true counted "$i" 'accounts read again' "$LOG"; done
+    [ $(($(date +%s%N) - start)) -lt 3000000000 ] || fail 'the accounts are read slowly'
 }
 
 t_accounts_file() {
@@ -1622,6 +1675,12 @@ provider --allow ''
 provider --allow 10.0.0.0/
 provider --allow ::1/129
 provider --allow ::1/x
+provider --allow 10.0.0.0/-0
+provider --allow '10.0.0.0/ 8'
+provider --allow 10.0.0.0/+8
+provider --allow 10.0.0.0/0x8
+provider --allow 10.0.0.0/2147483647
+provider --allow ::1/4294967296
 provider --listen '[::1'
 provider --listen 127.0.0.1:65536
 provider --max-sessions 0
