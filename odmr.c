@@ -1308,11 +1308,32 @@ static void write_date(FILE *out, const char *before, time_t when)
  * Who we are and whom we believe: certificates, keys, authorities. The handshake and the octets are the
  * stream's affair. TLS 1.2 and up; no sessions are kept, for each connection is one of its own. */
 
-static void explain_tls(char *why, size_t size, const char *what)
+/* Why OpenSSL does not take what an option names: its own words ("system lib") do not tell. wanted: what the file must
+ * have in it; path NULL: it is about no file. */
+static void explain_tls(char *why, size_t size, const char *option, const char *path, const char *wanted)
 {
-    unsigned long error = ERR_peek_last_error();
-    const char *reason = error ? ERR_reason_error_string(error) : NULL;
-    snprintf(why, size, "%s: %s", what, reason ? reason : "OpenSSL cannot use it");
+    const char *reason = ERR_reason_error_string(ERR_peek_last_error());
+    bool pem = false, found = false, locked = false;
+    char line[256];
+    FILE *file = path ? fopen(path, "re") : NULL;
+    while (file && fgets(line, sizeof line, file)) {
+        pem |= strncmp(line, "-----BEGIN ", 11) == 0;
+        found |= strncmp(line, "-----BEGIN ", 11) == 0 && strstr(line, wanted);
+        locked |= strstr(line, "ENCRYPTED") != NULL;
+    }
+    if (path && (!file || ferror(file)))
+        reason = errno == ENOENT ? "no such file" : strerror(errno);
+    else if (path && !pem)
+        reason = "not PEM";
+    else if (path && !found)
+        reason = strcmp(wanted, "CERTIFICATE") == 0 ? "no certificate in it" : "no private key in it";
+    else if (locked)
+        reason = "the private key is encrypted";
+    else if (!reason || strstr(reason, " lib"))
+        reason = "OpenSSL cannot use it";
+    snprintf(why, size, "%s%s%s: %s", option, path ? " " : "", path ? path : "", reason);
+    if (file)
+        fclose(file);
     ERR_clear_error();
 }
 
@@ -1330,12 +1351,12 @@ static SSL_CTX *tls_context(const SSL_METHOD *method, const char *cert, const ch
         SSL_CTX_set_default_passwd_cb(context, no_pass_phrase);
     ERR_clear_error();
     if (!make_tls_bio_method() || !context || SSL_CTX_set_min_proto_version(context, TLS1_2_VERSION) != 1) {
-        explain_tls(why, size, "TLS");
+        explain_tls(why, size, "TLS", NULL, "");
     } else if (cert && SSL_CTX_use_certificate_chain_file(context, cert) != 1) {
-        explain_tls(why, size, cert);
+        explain_tls(why, size, "--cert", cert, "CERTIFICATE");
     } else if (cert && (SSL_CTX_use_PrivateKey_file(context, key, SSL_FILETYPE_PEM) != 1 ||
                         SSL_CTX_check_private_key(context) != 1)) {
-        explain_tls(why, size, key);
+        explain_tls(why, size, key == cert ? "--cert" : "--key", key, "PRIVATE KEY");
     } else {
         SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_OFF);
         SSL_CTX_set_options(context, SSL_OP_NO_TICKET | SSL_OP_NO_RENEGOTIATION);
@@ -1366,7 +1387,7 @@ SSL_CTX *tls_server_context(const char *cert, const char *key, const char *clien
         return context;
     names = SSL_load_client_CA_file(client_ca);
     if (!names || SSL_CTX_load_verify_locations(context, client_ca, NULL) != 1) {
-        explain_tls(why, size, client_ca);
+        explain_tls(why, size, "--client-ca", client_ca, "CERTIFICATE");
         sk_X509_NAME_pop_free(names, X509_NAME_free);
         SSL_CTX_free(context);
         return NULL;
@@ -1382,7 +1403,7 @@ SSL_CTX *tls_client_context(const char *ca, bool insecure, const char *cert, con
     if (!context)
         return NULL;
     if (ca ? SSL_CTX_load_verify_locations(context, ca, NULL) != 1 : SSL_CTX_set_default_verify_paths(context) != 1) {
-        explain_tls(why, size, ca ? ca : "the system's certificates");
+        explain_tls(why, size, ca ? "--ca" : "the system's certificates", ca, "CERTIFICATE");
         SSL_CTX_free(context);
         return NULL;
     }
@@ -6661,6 +6682,23 @@ static bool load_configuration(struct provider *p, struct accounts **accounts, S
     return false;
 }
 
+/* What would surprise later. */
+static void warn_of_configuration(const struct provider *p, const struct accounts *accounts, SSL_CTX *tls)
+{
+    const X509 *certificate = tls ? SSL_CTX_get0_certificate(tls) : NULL;
+    int days, seconds;
+    if (accounts->count == 0)
+        log_event(NULL, LOG_WARNING, "%s: no account in it; nobody can log in", p->accounts_path);
+    if (!certificate || ASN1_TIME_diff(&days, &seconds, NULL, X509_get0_notAfter(certificate)) != 1)
+        return;
+    if (days < 0 || seconds < 0)
+        log_event(NULL, LOG_WARNING, "--cert %s: the certificate has expired, and customers refuse it; renew it, then "
+                                     "send SIGHUP", p->cert);
+    else if (days < CERTIFICATE_DAYS)
+        log_event(NULL, LOG_WARNING, "--cert %s: the certificate expires in %d day%s; renew it, then send SIGHUP",
+                  p->cert, days, plural((uint64_t)days));
+}
+
 static void reload(struct provider *p)
 {
     char why[PATH_MAX + 256];
@@ -6671,6 +6709,7 @@ static void reload(struct provider *p)
         return;
     }
     log_event(NULL, LOG_NOTICE, "accounts read again: %zu%s", accounts->count, tls ? "; certificates too" : "");
+    warn_of_configuration(p, accounts, tls);
     pthread_mutex_lock(&p->lock);
     old_accounts = p->accounts;
     old_tls = p->tls_context;
@@ -6707,6 +6746,39 @@ static void drop_privileges(const char *user)
         die(EX_NOPERM, "--user %s: %s", user, strerror(errno));
     if (pw->pw_uid != 0 && setuid(0) == 0)
         die(EX_SOFTWARE, "--user %s: the privileges did not go away", user);
+}
+
+/* --user: what this user will need, now and at SIGHUP. Says what is missing and what helps, and ends the program. */
+static void check_file_access(const char *option, const char *path, const char *user)
+{
+    if (path && access(path, R_OK) < 0 && errno == EACCES)
+        die(EX_CONFIG, "%s %s: --user %s may not read it; do: chown %s %s, and let that user into its directory",
+            option, path, user, user, path);
+}
+
+static bool check_domain_access(void *context, int queue, const char *domain)
+{
+    static const char *const part[] = {"", "/new", "/cur", "/tmp"};
+    const struct provider *p = context;
+    char path[MAILDIR_PATH];
+    for (size_t i = 0; i < sizeof part / sizeof *part; i++) {
+        snprintf(path, sizeof path, "%s%s", domain, part[i]);
+        if (faccessat(queue, path, R_OK | W_OK | X_OK, 0) < 0 && (errno == EACCES || errno == EROFS))
+            die(EX_CONFIG, "%s/%s: --user %s may not read and write there (%s); do: chown -R %s %s", p->queue_path,
+                path, p->user, strerror(errno), p->user, p->queue_path);
+    }
+    return true;
+}
+
+static void check_access(struct provider *p)
+{
+    check_file_access("--accounts", p->accounts_path, p->user);
+    check_file_access("--cert", p->cert, p->user);
+    check_file_access("--key", p->key, p->user);
+    check_file_access("--client-ca", p->client_ca, p->user);
+    if (!for_each_domain(p->queue, check_domain_access, p))
+        die(EX_CONFIG, "%s: --user %s may not read it (%s); do: chown -R %s %s", p->queue_path, p->user,
+            strerror(errno), p->user, p->queue_path);
 }
 
 /* As many descriptors as we may have: each session holds one, each message on its way another. */
@@ -6773,8 +6845,11 @@ int provider_run(struct provider *p)
     for (size_t i = 0; i < p->listen_count; i++)
         listen_on(p, p->listen[i], p->listen_tls[i]);
     catch_signals();
-    if (p->user)
+    if (p->user) {
         drop_privileges(p->user);
+        check_access(p);
+    }
+    warn_of_configuration(p, p->accounts, p->tls_context);
     if (pipe(wake) < 0)
         die(EX_OSERR, "cannot make a pipe: %s", strerror(errno));
     fcntl(wake[0], F_SETFD, FD_CLOEXEC);

@@ -98,6 +98,7 @@
 #define FIRST_SECOND 100000000   /* 1973: a file's name that starts with less is no Maildir's */
 #define LAST_SECOND 9999999999   /* 2286 */
 #define TMP_AGE (36 * 3600)      /* seconds: Maildir's rule for files in tmp */
+#define CERTIFICATE_DAYS 14      /* a certificate that expires in less is warned of */
 #define CARE_INTERVAL 3600       /* seconds between two looks through the queue */
 #define MAX_AGE_MOST 36500       /* days */
 #define PROGRESS_MS 200

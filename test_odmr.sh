@@ -105,6 +105,7 @@ provider() {
     N_PROVIDERS=$((N_PROVIDERS + 1))
     [ -d "$T/queue" ] || mkdir "$T/queue"
     [ -f "$T/accounts" ] || accounts
+    [[ " $* " != *' --user nobody '* ]] || chown nobody "$T/accounts"
     if [ -n "${OVER_TLS:-}" ]; then
         [ -f "$T/server.pem" ] || authority
         set -- --cert "$T/server.pem" --tls-listen 127.0.0.1:0 "$@"
@@ -593,7 +594,7 @@ t_5.2.1-k_mail_that_cannot_be_opened() {
     needs_capabilities 'file that the provider may not read' CHOWN SETUID
     chmod 755 "$T"
     put_letter one 1.a a@example.edu eva@example.org
-    chmod 755 "$T"/queue{,/example.org{,/new,/cur}}; chmod 600 "$T/queue/example.org/new/1.a"
+    chown -R nobody "$T/queue"; chown root "$T/queue/example.org/new/1.a"; chmod 600 "$T/queue/example.org/new/1.a"
     provider --user nobody
     login
     ask ATRN '^451 Unable to process ATRN request now$'
@@ -606,9 +607,10 @@ t_5.2.1-k_queue_that_cannot_be_read() {
     needs_capabilities 'file that the provider may not read' CHOWN SETUID
     chmod 755 "$T"
     mkdir -m 755 "$T/queue"
-    mkdir -m 700 -p "$T/queue/example.org"/{new,cur,tmp}
-    mkdir -m 755 -p "$T/queue/example.com"/{new,cur,tmp}
+    mkdir -m 755 -p "$T/queue/example."{org,com}/{new,cur,tmp}
+    chown -R nobody "$T/queue"
     provider --user nobody
+    chown root "$T/queue/example.org"; chmod 700 "$T/queue/example.org"
     login
     ask 'ATRN' '^451 Unable to process ATRN request now$'
     ask 'ATRN example.com' '^453 '
@@ -1280,6 +1282,82 @@ t_signals_of_the_parent_process() {
     stop_provider
 }
 
+# What --user will need is tried as that user before anything is served: accounts, key and certificate, the queue in
+# every domain. The line says which it is and what helps.
+t_user_can_read_what_it_needs() {
+    needs_capabilities 'another user' CHOWN SETUID
+    local path
+    chmod 755 "$T"
+    authority
+    mkdir -p "$T/queue"/example.{org,com}/{new,cur,tmp}; accounts
+    openssl pkey -in "$T/server.pem" -out "$T/other.key"; cp "$T/ca.crt" "$T/client.crt"
+    chown -R nobody "$T/queue" "$T/accounts" "$T/server.crt" "$T/other.key" "$T/client.crt"; chmod 600 "$T"/*.key "$T"/{client,server}.crt
+    for path in accounts server.crt other.key client.crt queue queue/example.com queue/example.{org/cur,com/new,org/tmp}; do
+        chown root "$T/$path"; [ ! -d "$T/$path" ] || chmod 700 "$T/$path"
+        run 78 "$ODMR" provider --user nobody -l 127.0.0.1:0 -q "$T/queue" -a "$T/accounts" --cert "$T/server.crt" --key "$T/other.key" --client-ca "$T/client.crt"
+        matches "$T/err" "^$MOMENT odmr: (--[a-z-]+ )?$T/$path: --user nobody may not .*; do: chown (-R )?nobody $T/"
+        equal "$(wc -l < "$T/err")" 1 'lines that say why'
+        chown nobody "$T/$path"
+    done
+    provider --user nobody --cert "$T/server.crt" --key "$T/other.key" --client-ca "$T/client.crt"
+    kill -HUP "$PROVIDER"; until_true shows "$LOG" 'certificates too'
+}
+
+# What will surprise later is said at the start: accounts without one, a certificate that has expired or soon will.
+t_start_says_what_will_surprise() {
+    local days
+    needs faketime
+    authority; mkdir "$T/queue"
+    printf '# nobody yet\n' > "$T/accounts"; chmod 600 "$T/accounts"
+    provider
+    has "$LOG" "$T/accounts: no account in it; nobody can log in$"
+    accounts
+    for days in 30 12 3; do
+        faketime "-2 days" openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days "$days" -subj /CN=x -keyout "$T/k" -out "$T/c$days" 2> /dev/null
+        cat "$T/k" >> "$T/c$days"
+    done
+    faketime '-9 days' openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 3 -subj /CN=x -keyout "$T/old" -out "$T/old.crt" 2> /dev/null
+    cat "$T/old" >> "$T/old.crt"
+    provider --cert "$T/c30"; hasnt "$LOG" 'expire'; hasnt "$LOG" 'no account'
+    cp "$T/old.crt" "$T/c30"; kill -HUP "$PROVIDER"; until_true shows "$LOG" 'the certificate has expired'
+    provider --cert "$T/c12"; has "$LOG" "--cert $T/c12: the certificate expires in \(9\|10\) days; renew it"
+    provider --cert "$T/c3"; has "$LOG" "--cert $T/c3: the certificate expires in \(0 days\|1 day\); renew it"
+    provider --cert "$T/old.crt"; has "$LOG" "--cert $T/old.crt: the certificate has expired"
+}
+
+# What is wrong with a file for TLS is said in plain words, with its option, on both sides.
+t_words_for_files_of_tls() {
+    local word=
+    authority; mkdir "$T/queue"; accounts
+    words() { # CODE WORDS OPTION...
+        local code=$1 words=$2; shift 2
+        if [ "$code" = 78 ] && [ "$1" != customer ]; then set -- provider -l 127.0.0.1:0 -q "$T/queue" -a "$T/accounts" "$@"; fi
+        ODMR_SECRET=x run "$code" "$ODMR" "$@"
+        has "$T/err" "odmr: .*$words\$"
+        hasnt "$T/err" ' lib'
+    }
+    cd "$T" || fail
+    openssl x509 -in server.crt -outform DER -out der.crt
+    openssl pkey -in server.pem -out server.key
+    openssl ecparam -name prime256v1 -genkey -noout -out other.key
+    openssl pkey -in server.key -aes256 -passout pass:phrase -out locked.key
+    : > empty
+    words 78 '--cert nosuch: no such file' --cert nosuch
+    words 78 '--key nosuch: no such file' --cert server.crt --key nosuch
+    words 78 '--cert der.crt: not PEM' --cert der.crt --key server.key
+    words 78 '--cert empty: not PEM' --cert empty
+    words 78 '--cert server.crt: no private key in it' --cert server.crt
+    words 78 '--key ./server.crt: no private key in it' --cert server.crt --key ./server.crt
+    words 78 '--cert server.key: no certificate in it' --cert server.key
+    words 78 '--key locked.key: the private key is encrypted' --cert server.crt --key locked.key
+    words 78 '--key other.key: key values mismatch' --cert server.crt --key other.key
+    words 78 '--cert queue: Is a directory' --cert queue
+    words 78 '--client-ca nosuch: no such file' --cert server.pem --client-ca nosuch
+    words 78 '--client-ca server.key: no certificate in it' --cert server.pem --client-ca server.key
+    words 78 '--ca nosuch: no such file' customer -u x --ca nosuch 127.0.0.1:1
+    words 78 '--cert server.crt: no private key in it' customer -u x --cert server.crt 127.0.0.1:1
+}
+
 # SIGUSR1: a line for each session with its number, peer, account, state and messages so far; all goes on as before.
 t_sigusr1_lists_the_sessions() {
     local peers=()
@@ -1463,11 +1541,13 @@ t_user_drops_privileges() {
     needs_capabilities 'privilege to drop' CHOWN SETUID
     uid=$(id -u nobody) gid=$(id -g nobody)
     chmod 755 "$T"
+    mkdir -m 755 "$T/queue"
     provider --user nobody
     equal "$(sed -n 's/^Uid:\t//p' "/proc/$PROVIDER/status")" "$uid	$uid	$uid	$uid"
     equal "$(sed -n 's/^Gid:\t//p' "/proc/$PROVIDER/status")" "$gid	$gid	$gid	$gid"
     equal "$(sed -n 's/^Groups:\t//p' "/proc/$PROVIDER/status" | tr -d ' ')" "$gid"
     equal "$(sed -n 's/^CapEff:\t//p' "/proc/$PROVIDER/status")" 0000000000000000
+    chown root "$T/accounts"
     kill -HUP "$PROVIDER"
     until_true shows "$LOG" 'Permission denied.*stay as they were'
     login; ask ATRN '^453 '
