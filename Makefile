@@ -148,7 +148,7 @@ build/crowd: .ci/crowd.c
 	@mkdir -p build
 	$(COMPILE) -o $@ $< -lcrypto
 
-build/fail.so: .ci/fail.c
+build/fail.so build/stale.so: build/%.so: .ci/%.c
 	@mkdir -p build
 	$(COMPILE) -fPIC -shared -o $@ $<
 

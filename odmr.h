@@ -4,8 +4,10 @@
 #ifndef ODMR_H
 #define ODMR_H
 
-#define _FILE_OFFSET_BITS 64 /* on 32 bits too: messages over 2 GiB, times after 2038 */
+#ifndef __LP64__ /* 32 bits: messages over 2 GiB, times after 2038. Elsewhere it would only give calls other names */
+#define _FILE_OFFSET_BITS 64
 #define _TIME_BITS 64
+#endif
 #define _GNU_SOURCE /* accept4, flock, initgroups, ppoll, strcasestr, strverscmp; else C11 and POSIX.1-2008 */
 
 #include <openssl/evp.h>
