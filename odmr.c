@@ -2154,18 +2154,21 @@ static bool sync_directory(int queue, const char *path)
 
 static atomic_uint names_given; /* in this process: the part of a name that no clock makes unique */
 
-/* A name that no other file in any Maildir has: the time, its microseconds, the process, a number, the host. */
+/* A name that no other file in any Maildir has: the time, its microseconds, the process, a number, 64 random bits, the
+ * host. Two hosts, or two containers of one, can agree in all but the random bits. */
 static void unique_name(char *out, size_t size)
 {
     struct timespec t;
+    uint64_t random = 0;
     char host[64] = "localhost";
+    RAND_bytes((unsigned char *)&random, sizeof random);
     gethostname(host, sizeof host - 1);
     for (char *p = host; *p; p++)
         if (*p == '/' || *p == ':')
             *p = '_';
     clock_gettime(CLOCK_REALTIME, &t);
-    snprintf(out, size, "%lld.M%06ldP%ldQ%u.%s", (long long)t.tv_sec, t.tv_nsec / 1000, (long)getpid(),
-             atomic_fetch_add(&names_given, 1), host);
+    snprintf(out, size, "%lld.M%06ldP%ldQ%uR%016llx.%s", (long long)t.tv_sec, t.tv_nsec / 1000, (long)getpid(),
+             atomic_fetch_add(&names_given, 1), (unsigned long long)random, host);
 }
 
 /* What root makes belongs to the owner of the queue, for the provider that serves it runs as that user. */
@@ -4671,9 +4674,16 @@ bool deliveries_store(struct delivery *d, size_t count)
         if (delivery_written(&d[i]))
             posix_fadvise(fileno(d[i].file), 0, 0, POSIX_FADV_DONTNEED);
     for (size_t i = 0; i < count; i++) {
-        d[i].safe = delivery_sync(&d[i]) && delivery_publish(&d[i]);
+        d[i].safe = delivery_sync(&d[i]);
         problem = d[i].safe || problem ? problem : errno;
     }
+    for (size_t i = 1; i < count; i++) /* the files of one message become mail together, or none of them does */
+        d[i].safe = d[i].safe && (d[i - 1].safe || !d[i].same_message);
+    for (size_t i = count; i-- > 1;)
+        d[i - 1].safe = d[i - 1].safe && (d[i].safe || !d[i].same_message);
+    for (size_t i = 0; i < count; i++)
+        if (d[i].safe && !(d[i].safe = delivery_publish(&d[i])))
+            problem = problem ? problem : errno;
     for (size_t i = 0; i < count; i++) {
         d[i].safe = d[i].safe && box_synced(d, i);
         problem = d[i].safe || problem ? problem : errno;
@@ -4970,6 +4980,7 @@ static bool open_deliveries(struct receiver *rx)
         if (!open_delivery(rx, domain))
             return cannot_write(rx);
         d = rx->deliveries + rx->waiting;
+        d[f].same_message = f > 0;
         rx->files++;
         write_trace_fields(rx, &d[f]);
     }
@@ -6173,7 +6184,7 @@ int open_queue(const char *dir, bool make)
 }
 
 /* The message on standard input, once for each delivery. A From_ line (mbox's) on top is dropped, as an
- * MTA's pipe may write one. If the message itself starts with a field of our envelope, written by an
+ * MTA's pipe may write one; "From :" is a header field (RFC 5322, 4.5.2). If the message itself starts with a field of our envelope, written by an
  * earlier hop, or with a blank, which would continue ours, a Received field goes between: what a sender wrote
  * must never be taken for part of the envelope. */
 static bool copy_message(FILE *in, struct delivery *d, size_t count, const char *name)
@@ -6181,11 +6192,13 @@ static bool copy_message(FILE *in, struct delivery *d, size_t count, const char 
     char data[COPY_SIZE];
     size_t value, start = 0, n = fread(data, 1, sizeof data - 1, in);
     data[n] = '\0';
-    if (strncmp(data, "From ", 5) == 0 && strchr(data, '\n'))
+    if (strncmp(data, "From ", 5) == 0 && data[5 + strspn(data + 5, " \t")] != ':' && strchr(data, '\n'))
         start = (size_t)(strchr(data, '\n') + 1 - data);
     if (envelope_field(data + start, &value) != NO_FIELD || data[start] == ' ' || data[start] == '\t')
-        for (size_t i = 0; i < count; i++)
-            fprintf(d[i].file, "Received: by %s (odmr enqueue)\n", name);
+        for (size_t i = 0; i < count; i++) {
+            fprintf(d[i].file, "Received: by %s (odmr enqueue);\n", name);
+            write_date(d[i].file, "\t", time(NULL));
+        }
     while (n > 0) {
         for (size_t i = 0; i < count; i++)
             fwrite(data + start, 1, n - start, d[i].file);
@@ -6207,6 +6220,7 @@ static int open_envelopes(struct delivery *d, int queue, const char *sender, cha
         if (f == files) {
             if (!delivery_open(&d[f], queue, domain))
                 return -1 - files;
+            d[f].same_message = f > 0;
             files++;
             fprintf(d[f].file, "Return-Path: <%s>\n", sender);
         }

@@ -271,6 +271,7 @@ struct delivery {
     int queue;
     FILE *file;
     bool published, safe; /* in new, no longer in tmp; on disk, all of it */
+    bool same_message;    /* as the delivery before it, for another domain */
     char domain[MAILDIR_PATH], name[NAME_SIZE]; /* the domain, or a folder of it */
 };
 

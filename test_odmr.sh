@@ -2552,11 +2552,11 @@ t_enqueue() {
     equal "$(ls "$T"/queue/example.*/tmp | grep -v :)" ''
     rm -r "$T"/queue/*
     printf 'From me Mon\nDelivered-To: earlier@hop.example\n\nx\n' | run 0 "$ODMR" enqueue -q "$T/queue" -- eva@example.org
-    match "$(tr '\n' '|' < "$(echo "$T"/queue/example.org/new/*)")" '^Return-Path: <>\|Delivered-To: eva@example.org\|Received: by [^|]*\|Delivered-To: earlier@hop.example\|\|x\|$'
+    match "$(tr '\n' '|' < "$(echo "$T"/queue/example.org/new/*)")" '^Return-Path: <>\|Delivered-To: eva@example.org\|Received: by [^|]* \(odmr enqueue\);\|'$'\t''[A-Z][a-z]{2}, [0-9]{2} [A-Z][a-z]{2} [0-9]{4} [0-9:]{8} [+-][0-9]{4}\|Delivered-To: earlier@hop.example\|\|x\|$'
     provider
     turn
-    equal "$(sed -n '/^RCPT/,$p' "$T/got/1" | tr -d '\r' | tr '\n' '|' | sed 's/by .* (/by X (/')" \
-        'RCPT TO:<eva@example.org>||Received: by X (odmr enqueue)|Delivered-To: earlier@hop.example||x|'
+    equal "$(sed -n '/^RCPT/,$p' "$T/got/1" | tr -d '\r' | tr '\n' '|' | sed 's/by .*[0-9]|/by X|/')" \
+        'RCPT TO:<eva@example.org>||Received: by X|Delivered-To: earlier@hop.example||x|'
     run 65 "$ODMR" enqueue -q "$T/queue" eva < /dev/null
     run 65 "$ODMR" enqueue -q "$T/queue" eva@org < /dev/null
     run 65 "$ODMR" enqueue -q "$T/queue" eva@example.org $'e\nva@example.org' < /dev/null
@@ -2565,6 +2565,79 @@ t_enqueue() {
     touch "$T/queue/not-a-directory.example"
     letter one | run 75 "$ODMR" enqueue -q "$T/queue" x@example.com eva@not-a-directory.example
     equal "$(waiting)" 0
+}
+
+# Whatever the size of a message, all its octets are queued, in each of its domains; the sizes are those around the
+# pieces in which it is copied.
+t_enqueue_copies_every_octet() {
+    local size
+    mkdir "$T/queue"
+    for size in 0 1 65535 65536 65537 131070 131071 131072 131073 262142 262143 262144 262145; do
+        { printf 'A: b\n\n'; head -c "$size" /dev/zero | tr '\0' x; } > "$T/message"
+        head -c "$size" "$T/message" > "$T/part"; truncate -s "$size" "$T/part"
+        run 0 "$ODMR" enqueue -q "$T/queue" eva@example.org bob@example.com < "$T/part"
+        tail -n +3 "$T"/queue/example.org/new/* | cmp - "$T/part" || fail "$size octets for example.org"
+        tail -n +3 "$T"/queue/example.com/new/* | cmp - "$T/part" || fail "$size octets for example.com"
+        rm -r "$T"/queue/*
+    done
+}
+
+# The first line of a message is mbox's only if it is "From " without a colon behind blanks: "From  : Ann" is a field.
+t_enqueue_keeps_a_from_field() {
+    local first
+    mkdir "$T/queue"
+    for first in 'From : Ann <a@example.edu>' 'From  : Ann' $'From \t: Ann' 'From: Ann'; do
+        printf '%s\nSubject: x\n\nt\n' "$first" | run 0 "$ODMR" enqueue -q "$T/queue" eva@example.org
+        equal "$(sed -n 3p "$T"/queue/example.org/new/*)" "$first"
+        rm -r "$T"/queue/*
+    done
+    for first in 'From a@b Mon Jan  1 00:00:00 2026' 'From  x:y' 'From '; do
+        printf '%s\nSubject: x\n\nt\n' "$first" | run 0 "$ODMR" enqueue -q "$T/queue" eva@example.org
+        equal "$(sed -n 3p "$T"/queue/example.org/new/*)" 'Subject: x' "$first"
+        rm -r "$T"/queue/*
+    done
+}
+
+# A message for several domains becomes mail in all of them only when it is on disk for each: whatever call it is killed
+# before, or whatever call fails, it is in none or, once the last is on disk, in some; and nothing is left after a failure.
+t_enqueue_for_all_domains_or_none() {
+    local call n code
+    [ -z "${SANITIZED:-}" ] || skip 'a library is loaded that a sanitizer does not like'
+    make -s -C "$here" build/fail.so > /dev/null || skip 'the library that makes calls fail cannot be built'
+    failing() { # CALL N ERROR, into CODE
+        CODE=0
+        letter one | (FAIL=$1 FAIL_AT=$2 FAIL_ERRNO=$3 FAIL_LOG=$T/fired LD_PRELOAD=$here/build/fail.so exec "$ODMR" enqueue -q "$T/queue" \
+            a@example.org b@example.com c@example.net) > "$T/out" 2> "$T/err" || CODE=$?
+    }
+    mkdir -p "$T/queue"/example.{org,com,net}/{new,cur,tmp}
+    for n in 1 2 3; do
+        failing fsync "$n" KILL 2> /dev/null
+        equal "$CODE $(waiting)" '137 0' "killed before fsync $n: exit, queued"
+        rm "$T"/queue/*/tmp/*
+    done
+    for call in fsync renameat openat; do
+        for n in 1 2 3 4 5 6; do
+            failing "$call" "$n" EIO
+            [ "$CODE" != 0 ] || { equal "$(waiting)" 3 "queued, exit 0, $call $n"; rm "$T"/queue/*/new/*; }
+            equal "$(find "$T/queue" -type f)" '' "left after $call $n failed, exit $CODE"
+            code+=" $CODE"
+        done
+    done
+    equal "$code" "$(printf ' 75%.0s' {1..6}) 75 75 75 0 0 0 75 75 75 75 75 75"  'exits when fsync, renameat, openat failed'
+}
+
+# Two hosts with the same name, process number and clock give their files different names.
+t_file_names_are_random() {
+    needs faketime
+    unshare -p -f true 2> /dev/null || skip 'needs root, to have the same process number twice'
+    local n
+    mkdir "$T/queue"
+    for n in 1 2; do
+        letter $n | unshare -p -f faketime -f '2026-01-01 00:00:00' "$ODMR" enqueue -q "$T/queue" eva@example.org || fail "exit $?"
+    done
+    equal "$(waiting)" 2 "files with the same clock and process: $(ls "$T/queue/example.org/new")"
+    equal "$(ls "$T/queue/example.org/new" | cut -d R -f 1 | sort -u | wc -l)" 1 'names that differ in their random part only'
+    equal "$(ls "$T/queue/example.org/new" | grep -cE '^[0-9]+\.M[0-9]{6}P[0-9]+Q[0-9]+R[0-9a-f]{16}\..')" 2
 }
 
 # What root queues, or receives into a directory of another user, belongs to that directory's owner and group, so that
