@@ -14,6 +14,7 @@
 #include <getopt.h>
 #include <grp.h>
 #include <limits.h>
+#include <linux/sockios.h>
 #include <netdb.h>
 #include <netinet/tcp.h>
 #include <openssl/crypto.h>
@@ -31,6 +32,7 @@
 #include <string.h>
 #include <strings.h>
 #include <sys/file.h>
+#include <sys/ioctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -492,17 +494,35 @@ static bool out_of_time(struct stream *s)
     return true;
 }
 
+/* Octets that have left us and that the peer's TCP has not taken yet: Linux buffers up to 4 MB of them. */
+static int octets_on_the_way(const struct stream *s)
+{
+    int octets;
+    return ioctl(s->fd, SIOCOUTQ, &octets) < 0 ? 0 : octets;
+}
+
+/* A peer that reads slowly makes progress, although nothing can be written and no reply is due yet: as long as its TCP
+ * takes PATIENCE_OCTETS within our patience, it has its whole time again. */
 static bool socket_wait(struct stream *s, short events)
 {
     struct pollfd p[2] = {{.fd = s->fd, .events = events}, {.fd = s->wake_fd, .events = POLLIN}};
     nfds_t n = s->wake_fd >= 0 ? 2 : 1;
+    int before = octets_on_the_way(s);
     if (events == POLLIN) {
         s->waits += s->spoke;
         s->spoke = false;
     }
-    while (!out_of_time(s)) {
-        int64_t left = s->until - now_ms();
-        int ready = poll(p, n, left < 0 ? 0 : left > INT_MAX ? INT_MAX : (int)left);
+    for (;;) {
+        int64_t left;
+        int ready;
+        if (now_ms() >= s->until && before - octets_on_the_way(s) >= PATIENCE_OCTETS) {
+            before = octets_on_the_way(s);
+            set_patience(s);
+        }
+        if (out_of_time(s))
+            return false;
+        left = s->until - now_ms();
+        ready = poll(p, n, left < 0 ? 0 : left > INT_MAX ? INT_MAX : (int)left);
         if (ready > 0 && n == 2 && p[1].revents) {
             s->woken = true;
             stream_break(s, "this server is shutting down");
@@ -515,7 +535,6 @@ static bool socket_wait(struct stream *s, short events)
             return false;
         }
     }
-    return false;
 }
 
 /* The two functions that touch the socket. The descriptor blocks; MSG_DONTWAIT makes the kernel give what it
@@ -865,16 +884,17 @@ void stream_end(struct stream *s)
 }
 
 /* A close() with unread input makes the kernel send a reset, which can overtake our last reply (a 421,
- * say). So: say that we are done, then throw away what still comes, for a bounded while. A peer that said
- * QUIT says no more, and is not waited for. */
+ * say). So: say that we are done, then throw away what still comes, for LINGER_MS in all. A peer that said
+ * QUIT says no more, and is not waited for, nor is any when this server is shutting down. */
 void stream_close(struct stream *s)
 {
+    int64_t until = now_ms() + LINGER_MS;
     stream_end(s);
     SSL_free(s->tls);
     s->tls = NULL;
-    for (int i = 0; i < LINGER_READS && !s->said_quit; i++) {
+    for (int64_t left; !s->said_quit && !s->woken && (left = until - now_ms()) > 0;) {
         struct pollfd p = {.fd = s->fd, .events = POLLIN};
-        if (poll(&p, 1, LINGER_MS) <= 0 || recv(s->fd, s->in, sizeof s->in, 0) <= 0)
+        if (poll(&p, 1, (int)left) <= 0 || recv(s->fd, s->in, sizeof s->in, MSG_DONTWAIT) <= 0)
             break;
     }
     close(s->fd);
@@ -4526,6 +4546,7 @@ void provider_session(struct session *s)
         authenticated_state(s) == DONE)
         reversed_state(s);
     log_event(s, LOG_INFO, "%s disconnected%s%s", s->peer, s->io.broken ? ": " : "", s->io.broken ? s->io.broken : "");
+    s->io.woken |= atomic_load(&s->provider->stopping);
     stream_close(&s->io);
 }
 
@@ -5329,6 +5350,21 @@ static bool receive_command(struct receiver *rx, struct content *chunks)
     return true;
 }
 
+/* --poll and SIGTERM: the message under way is taken first, then the provider hears 421. The pipe's reading end, which a
+ * wait for a command watches, then has an octet. A second signal ends the program at once. */
+static int stop_pipe[2] = {-1, -1};
+static volatile sig_atomic_t customer_stops;
+
+static void stop_customer(int number)
+{
+    int problem = errno;
+    (void)number;
+    customer_stops = 1;
+    if (write(stop_pipe[1], "", 1) < 0)
+        _exit(EX_TEMPFAIL);
+    errno = problem;
+}
+
 /* 5.3 on the customer's side, now the server (5.3-a): a greeting line (5.3-b), then commands until QUIT. */
 static void receive_mail(struct receiver *rx)
 {
@@ -5338,8 +5374,18 @@ static void receive_mail(struct receiver *rx)
     enter_state(s, REVERSED);
     answer(rx, "220 %s ready to receive email", s->name);
     while (!s->protocol_broken) {
+        bool between = !rx->in_mail && !chunks.to; /* two messages */
+        if (customer_stops && between) {
+            settle_answers(rx);
+            rx->done = true;
+            hang_up(s, "this server is shutting down");
+            break;
+        }
+        s->io.wake_fd = between ? stop_pipe[0] : -1;
         before_reading(rx, stream_has_line);
         got = read_line(s);
+        if (got == LATER && s->io.woken)
+            continue;
         if (got == LATER)
             break;
         if (got == REFUSED || s->line_len != strlen(s->line)) {
@@ -5378,7 +5424,7 @@ struct onlooker {
     size_t len[2];
     enum passing fifo[PASSING_MAX];
     size_t oldest, count;
-    bool in_data;
+    bool in_mail, in_data;
     bool hidden;            /* the two speak TLS with each other from here on */
     uint64_t chunk, octets; /* octets of a BDAT still to come; of this content so far */
     unsigned tail;          /* how much of CRLF.CRLF was just seen */
@@ -5396,6 +5442,8 @@ static void looker_expect(struct onlooker *o, enum passing what)
 static void looker_command(struct onlooker *o, const char *line)
 {
     trace_line(o->s, PROVIDER, "%s", line);
+    o->in_mail |= strncasecmp(line, "MAIL ", 5) == 0;
+    o->in_mail &= strcasecmp(line, "RSET") != 0;
     if (strncasecmp(line, "BDAT ", 5) == 0) {
         o->chunk = strtoull(line + 5, NULL, 10);
         trace_line(o->s, PROVIDER, "... %llu octets of message ...", (unsigned long long)o->chunk);
@@ -5424,6 +5472,7 @@ static void looker_reply(struct onlooker *o, const char *line)
         o->octets = 0;
     }
     o->messages += what == PASS_CONTENT && line[0] == '2';
+    o->in_mail &= what != PASS_CONTENT || o->count > 0;
     o->quit |= what == PASS_QUIT;
     o->hidden = what == PASS_STARTTLS && line[0] == '2';
     if (o->hidden)
@@ -5512,9 +5561,15 @@ static enum side join_streams(struct onlooker *o, struct stream *receiver)
     enum side first = PROVIDER;
     int64_t since = now_ms();
     enter_state(o->s, REVERSED);
+    side[PROVIDER]->wake_fd = -1;
     while (!(over[PROVIDER] && over[CUSTOMER]) && !(o->quit && (over[PROVIDER] || over[CUSTOMER]))) {
-        struct pollfd p[2];
+        struct pollfd p[3] = {[2] = {.fd = customer_stops ? -1 : stop_pipe[0], .events = POLLIN}};
         bool moved = false;
+        if (customer_stops && (o->hidden || (!o->in_mail && o->count == 0))) {
+            o->quit = true;
+            hang_up(o->s, "this server is shutting down");
+            break;
+        }
         for (int i = 0; i < 2; i++) {
             enum side who = i == 0 ? CUSTOMER : PROVIDER;
             struct stream *from = side[who], *to = side[other_side(who)];
@@ -5532,7 +5587,7 @@ static enum side join_streams(struct onlooker *o, struct stream *receiver)
             stream_break(side[PROVIDER], "both sides were silent too long");
             return PROVIDER;
         } else {
-            poll(p, 2, (int)(since + relay_patience(o) - now_ms()));
+            poll(p, 3, (int)(since + relay_patience(o) - now_ms()));
         }
     }
     return first;
@@ -6105,7 +6160,7 @@ static void leave_server(const struct customer *c, struct mail_server *m)
         stream_close(&m->session->io);
     free(m->session);
     if (m->child > 0)
-        finish_program(m->child, greeted ? c->timeout : 0);
+        finish_program(m->child, greeted && !customer_stops ? c->timeout : 0);
     *m = (struct mail_server){.session = NULL};
 }
 
@@ -6150,6 +6205,7 @@ static int session_with_provider(const struct customer *c, struct mail_server *m
     s->quiet = c->quiet;
     s->ladder.stepwise = c->stepwise;
     s->progress = !c->quiet && !c->trace && isatty(STDERR_FILENO);
+    s->io.wake_fd = stop_pipe[0];
     code = client_dialogue(s, c);
     if (code == EX_OK)
         code = m->session ? hand_session_on(s, c, m) : take_mail_ourselves(s, c);
@@ -7165,7 +7221,7 @@ static const char usage_customer[] =
     "      --mechanism NAME     this SASL mechanism and no other: SCRAM-SHA-256-PLUS, SCRAM-SHA-256, EXTERNAL,\n"
     "                           CRAM-MD5, PLAIN; default: the first of them that both sides can do\n"
     "      --quiet              neither progress nor a summary; only what went wrong\n"
-    "      --poll SECONDS       ask again and again\n"
+    "      --poll SECONDS       ask again and again; later and later (up to an hour) after exit code 77\n"
     "\n"
     "Exit: 0 mail received, 1 no mail (or none that was taken), 75 try later, 77 not authenticated, 76 the peer\n"
     "broke the protocol, 69 no ATRN or no such service, 68 unknown host, 73 cannot write the mail.\n";
@@ -7407,14 +7463,31 @@ static const char *join_domains(char **domains, int count)
     return list;
 }
 
+/* What will never change ends it; after a log-in that failed it waits longer and longer, so that it does not look like
+ * an attack. */
 static int poll_provider(const struct customer *c, int interval)
 {
-    for (;;) {
-        int code = customer_session(c);
-        if (interval == 0)
+    struct sigaction stop = {.sa_handler = stop_customer, .sa_flags = (int)SA_RESETHAND};
+    struct pollfd told = {.events = POLLIN};
+    int pause = interval, code;
+    if (interval == 0)
+        return customer_session(c);
+    if (pipe2(stop_pipe, O_CLOEXEC) < 0)
+        die(EX_OSERR, "cannot make a pipe: %s", strerror(errno));
+    told.fd = stop_pipe[0];
+    sigaction(SIGTERM, &stop, NULL);
+    sigaction(SIGINT, &stop, NULL);
+    while (!customer_stops) {
+        code = customer_session(c);
+        if (code == EX_USAGE || code == EX_DATAERR || code == EX_CONFIG)
             return code;
-        poll(NULL, 0, interval * 1000);
+        pause = code != EX_NOPERM ? interval : pause < POLL_MOST / 2 ? pause * 2 : POLL_MOST;
+        pause = pause < interval ? interval : pause;
+        if (code == EX_NOPERM && !customer_stops)
+            log_event(NULL, LOG_WARNING, "the provider does not let us in; asking again in %d seconds", pause);
+        poll(&told, 1, pause * 1000);
     }
+    return EX_OK;
 }
 
 struct customer_options {

@@ -44,8 +44,9 @@
 #define KILL_AFTER_MS 5000       /* a program that we end has so long between SIGTERM and SIGKILL */
 #define LAST_WORD 5              /* seconds for a 421 to leave */
 #define EMPTY_RECORDS 16         /* of TLS, without application data, that are taken in one after the other */
-#define LINGER_READS 64          /* bounds on what is thrown away when closing */
-#define LINGER_MS 500
+#define LINGER_READS 64          /* of what is thrown away before TLS */
+#define LINGER_MS 1000           /* when closing: so long in all we read on, and throw away what comes */
+#define POLL_MOST 3600           /* seconds between two --polls that the provider does not let in */
 #define LABEL_MAX 63             /* RFC 1035, 2.3.4 */
 #define DOMAIN_MAX 255           /* RFC 5321, 4.5.3.1.2 */
 #define MAILBOX_MAX 320          /* 64 + @ + 255 (RFC 5321, 4.5.3.1) */

@@ -789,6 +789,36 @@ END
     equal "$(sort "$T/banned" | uniq -c | tr -s ' \n' ' ')" ' 4 127.0.0.1 1 ::1 '
 }
 
+# A peer that sends an octet now and then after its 421 does not keep its place.
+t_no_place_after_the_end() {
+    local n drip start
+    provider --max-sessions 1 --login-timeout 1
+    dial; expect '^220 '; expect '^421 '
+    start=$SECONDS
+    ( trap '' PIPE; for n in {1..80}; do printf x >&"$LINE"; moment 0.1; done ) 2> /dev/null & drip=$!; STARTED+=("$drip")
+    until_true served
+    [ $((SECONDS - start)) -lt 4 ] || fail 'the place was kept'
+    kill "$drip"
+}
+served() { ( dial; hear; [[ $HEARD == 220* ]] ); }
+
+# Who reads steadily but slowly gets the whole message, although Linux buffers more than he takes within --timeout.
+t_slow_reader() {
+    provider --timeout 1
+    { printf 'Subject: big\n\n'; head -c 5000000 /dev/zero | tr '\0' x | fold -w 70; } | put 1.a a@example.edu eva@example.org
+    login; ask ATRN '^250 '
+    perl -e '$| = 1; sub line { my $l = ""; while (sysread(STDIN, my $c, 1)) { $l .= $c; last if $c eq "\n" } $l }
+        print "220 x\r\n"; while (my $l = line()) {
+            if ($l =~ /^DATA/) { print "354 go\r\n"; my ($end, $n) = ("", 0);
+                while ($end !~ /\r\n\.\r\n$/) { my $got = sysread(STDIN, my $d, 16384); exit 1 unless $got; $n += $got; $end = substr($end . $d, -9); select undef, undef, undef, $got / 700000 }
+                print "250 kept\r\n"; print STDERR "$n\n" }
+            elsif ($l =~ /^QUIT/) { print "221 bye\r\n"; exit 0 } else { print "250 OK\r\n" } } exit 1' \
+        <&"$LINE" >&"$LINE" 2> "$T/octets" || fail 'it was cut off'
+    hang_up
+    until_true settled
+    equal "$(waiting)" 0
+}
+
 t_silence_and_early_close() {
     provider --timeout 3 --login-timeout 5
     dial; expect '^220'; expect '^421 '; closed
@@ -2246,6 +2276,50 @@ t_customer_polls() {
     until_true two_mails
     kill "$pid"
 }
+# --poll ends at once on what will never change, and waits longer and longer where it is not let in.
+t_poll_knows_what_will_not_change() {
+    local pid
+    ODMR_SECRET=tanstaaf run 64 timeout "$PATIENCE" "$ODMR" customer -u example.org -q "$T/mail" --poll 1 127.0.0.1:99999
+    provider
+    ODMR_SECRET=wrong "$ODMR" customer -u example.org -q "$T/mail" --poll 1 "127.0.0.1:$PORT" 2> "$T/err" & pid=$!; STARTED+=("$pid")
+    until_true shows "$T/err" 'not let us in; asking again in 2 seconds.*asking again in 4 seconds'
+    kill "$pid"; wait "$pid"
+    equal $? 0 'exit of a customer that waits'
+}
+
+# SIGTERM with --poll: the message under way is taken first, then the provider hears 421. So too between two messages,
+# and with --exec.
+t_poll_and_sigterm() {
+    local way pid
+    perl_server
+    for way in "-q $T/mail" "--exec $T/server"; do
+        printf '%s\n' '#!/bin/sh' "exec $SERVER" > "$T/server"; chmod 755 "$T/server"
+        rm -f "$T/half" "$T/stopped" "$T/done"
+        serve peer_that_is_told
+        # shellcheck disable=SC2086
+        ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org -n example.org $way --poll 1 "127.0.0.1:$PORT" 2> "$T/err" & pid=$!; STARTED+=("$pid")
+        until_true [ -e "$T/half" ]
+        kill "$pid"; moment 0.2; touch "$T/stopped"
+        wait "$pid"
+        equal $? 0 "exit with $way"
+        until_true [ -e "$T/done" ]
+        peer_ok
+    done
+    equal "$(mailbox)" 1
+    rm "$T/half"
+    serve peer_that_pauses
+    ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org -n example.org -q "$T/mail" --poll 1 "127.0.0.1:$PORT" 2> "$T/err" & pid=$!; STARTED+=("$pid")
+    until_true [ -e "$T/half" ]
+    kill "$pid"; wait "$pid"
+    equal $? 0 'exit of a customer that waits for a command'
+    peer_ok
+}
+peer_that_is_told() {
+    reverse; ask 'MAIL FROM:<a@b.example>' '^250'; ask 'RCPT TO:<x@example.org>' '^250'; ask DATA '^354'
+    say 'Subject: x'; touch "$T/half"; until_true [ -e "$T/stopped" ]; ask . '^250'; expect '^421 '; touch "$T/done"
+}
+peer_that_pauses() { reverse; touch "$T/half"; expect '^421 '; }
+
 has_mail() { [ "$(mailbox)" -ge 1 ]; }
 two_mails() { [ "$(mailbox)" = 2 ]; }
 
@@ -3324,6 +3398,25 @@ t_tls_records_without_data() {
     customer 0 "127.0.0.1:$NOISE"
     equal "$(mailbox)" 81
     equal "$(waiting)" 0
+}
+
+# Key updates without end from somebody who has not logged in hold neither the session nor the shutdown.
+t_flood_of_key_updates() {
+    local start
+    tls_provider --login-timeout 2
+    noise --flood "$TLS_PORT"
+    start=$SECONDS
+    dial "$NOISE"
+    until_true shows "$LOG" 'disconnected'
+    [ $((SECONDS - start)) -lt 6 ] || fail 'the log-in time was not kept'
+    hang_up
+    tls_provider --login-timeout 60
+    noise --flood "$TLS_PORT"
+    dial "$NOISE"
+    until_true shows "$LOG" 'connected'; moment 0.5
+    start=$SECONDS
+    stop_provider
+    [ $((SECONDS - start)) -lt 6 ] || fail 'the shutdown waited'
 }
 
 t_starttls_replies() {
