@@ -5648,7 +5648,9 @@ static int connect_to(const char *where, const char *default_port, int timeout, 
     }
     for (struct addrinfo *a = list; a && fd < 0; a = a->ai_next) {
         fd = socket(a->ai_family, a->ai_socktype | SOCK_CLOEXEC, a->ai_protocol);
-        if (fd >= 0)
+        if (fd < 0)
+            problem = problem ? problem : errno; /* what connect() said of another address tells more */
+        else
             setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience); /* bounds connect() */
         if (fd >= 0 && connect(fd, a->ai_addr, a->ai_addrlen) < 0) {
             problem = errno;
@@ -6474,8 +6476,8 @@ int print_account(const char *name, const char *domains, bool scram)
 /* ==== The listener ====================================================================================
  *
  * One thread accepts, one thread a connection serves. Threads share what struct provider names as shared,
- * under its lock or as an atomic, and nothing else. Signals come to the accepting thread alone, and only while
- * it waits for connections: no other thread is ever interrupted by one. */
+ * under its lock or as an atomic, and nothing else. Signals come to the accepting thread alone, and only between
+ * two connections: no other thread is ever interrupted by one. */
 
 static volatile sig_atomic_t told_to_stop, told_to_reload, told_to_report;
 
@@ -6530,7 +6532,9 @@ static void listen_on_address(struct provider *p, const struct addrinfo *a, cons
     if (fd < 0 && errno == EAFNOSUPPORT)
         return;
     if (fd < 0)
-        die(EX_OSERR, "%s: %s", where, strerror(errno));
+        die(EX_OSERR, "%s: cannot listen: %s", where, strerror(errno));
+    if (p->socket_count == LISTENERS_MAX)
+        die(EX_USAGE, "%s: cannot listen: more than %d sockets", where, LISTENERS_MAX);
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int));
     setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &(int){RECEIVE_BUFFER}, sizeof(int)); /* see the sender */
     if (a->ai_family == AF_INET6)
@@ -6546,6 +6550,7 @@ static void listen_on(struct provider *p, const char *where, bool tls)
 {
     char host[256], port[32];
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM, .ai_flags = AI_PASSIVE}, *list;
+    size_t before = p->socket_count;
     int problem;
     if (!split_host_port(where, NULL, host, sizeof host, port, sizeof port))
         die(EX_USAGE, "%s: not ADDR:PORT", where);
@@ -6553,9 +6558,10 @@ static void listen_on(struct provider *p, const char *where, bool tls)
     if (problem)
         die(EX_NOHOST, "%s: %s", where, gai_strerror(problem));
     for (struct addrinfo *a = list; a; a = a->ai_next)
-        if (p->socket_count < LISTENERS_MAX)
-            listen_on_address(p, a, where, tls);
+        listen_on_address(p, a, where, tls);
     freeaddrinfo(list);
+    if (p->socket_count == before)
+        die(EX_OSERR, "%s: cannot listen: %s", where, strerror(EAFNOSUPPORT));
 }
 
 static const unsigned char ipv4_mapped[12] = "\0\0\0\0\0\0\0\0\0\0\xff\xff";
@@ -6678,6 +6684,26 @@ static const char *session_admit(struct provider *p, struct session *s)
     return why;
 }
 
+/* Whether the log has a line for a connection that is refused: the first has, those of the next seconds are counted, so
+ * that a flood of them does not fill the disk. For the accepting thread alone. */
+static bool refusal_shown(struct provider *p)
+{
+    if (now_ms() < p->refusals_until) {
+        p->refusals++;
+        return false;
+    }
+    p->refusals_until = now_ms() + REFUSALS_MS;
+    return true;
+}
+
+static void report_refusals(struct provider *p)
+{
+    if (p->refusals > 0)
+        log_event(NULL, LOG_WARNING, "%zu more connection%s refused", p->refusals,
+                  p->refusals == 1 ? " was" : "s were");
+    p->refusals = 0;
+}
+
 /* A last word to somebody who gets no thread of his own; never waits, so not for a TLS handshake either. */
 static void turn_away(int fd, bool tls_at_once, const char *reply, const char *name, const char *why)
 {
@@ -6689,34 +6715,40 @@ static void turn_away(int fd, bool tls_at_once, const char *reply, const char *n
     close(fd);
 }
 
-static void start_session(struct provider *p, int fd, const struct sockaddr_storage *address, bool tls_at_once)
+static void start_session(struct provider *p, int fd, const struct sockaddr_storage *address, socklen_t len,
+                          bool tls_at_once)
 {
     struct session *s = session_new(fd, PROVIDER, p->timeout, p->name, p->trace);
     const char *why;
     pthread_t thread;
     if (!s) {
-        log_event(NULL, LOG_ERR, "a connection is turned away: out of memory");
+        if (refusal_shown(p))
+            log_event(NULL, LOG_ERR, "a connection is turned away: out of memory");
         turn_away(fd, tls_at_once, "421", p->name, "out of memory, closing connection");
         return;
     }
+    address_text(s->peer, sizeof s->peer, address, len); /* the connection may be gone already, and with it this */
     address_bytes(s->address, address);
     s->tls_at_once = tls_at_once;
     if (!address_allowed(p, s->address)) {
-        log_event(s, LOG_WARNING, "%s refused: its address is not allowed", s->peer);
+        if (refusal_shown(p))
+            log_event(s, LOG_WARNING, "%s refused: its address is not allowed", s->peer);
         turn_away(fd, tls_at_once, "554", p->name, "does not serve your address");
         free(s);
         return;
     }
     why = session_admit(p, s);
     if (why) {
-        log_event(s, LOG_WARNING, "%s turned away: %s", s->peer, why);
+        if (refusal_shown(p))
+            log_event(s, LOG_WARNING, "%s turned away: %s", s->peer, why);
         turn_away(fd, tls_at_once, "421", p->name, why);
         free(s);
         return;
     }
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
     if (pthread_create(&thread, &p->thread_attributes, session_thread, s) != 0) {
-        log_event(s, LOG_ERR, "%s turned away: no thread for it", s->peer);
+        if (refusal_shown(p))
+            log_event(s, LOG_ERR, "%s turned away: no thread for it", s->peer);
         turn_away(fd, tls_at_once, "421", p->name, "cannot serve you now, closing connection");
         session_free(s);
         session_over(p);
@@ -6729,14 +6761,57 @@ static void accept_session(struct provider *p, size_t i)
     socklen_t len = sizeof address;
     int fd = accept4(p->sockets[i], (struct sockaddr *)&address, &len, SOCK_CLOEXEC);
     if (fd >= 0) {
-        start_session(p, fd, &address, p->socket_tls[i]);
+        start_session(p, fd, &address, len, p->socket_tls[i]);
     } else if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
-        log_event(NULL, LOG_ERR, "cannot accept a connection: %s; waiting a moment", strerror(errno));
+        if (refusal_shown(p))
+            log_event(NULL, LOG_ERR, "cannot accept a connection: %s; it waits", strerror(errno));
         poll(NULL, 0, ACCEPT_PAUSE_MS);
     }
 }
 
 /* ---- Start, reload, stop ---- */
+
+/* A handshake with ourselves, in memory, at most of that version; 0: the latest. */
+static bool tls_rehearsed(SSL_CTX *context, int version)
+{
+    SSL_CTX *other = SSL_CTX_new(TLS_client_method());
+    SSL *server = SSL_new(context), *client = other ? SSL_new(other) : NULL;
+    BIO *here, *there;
+    bool done = false;
+    if (server && client && SSL_set_max_proto_version(client, version) == 1 &&
+        BIO_new_bio_pair(&here, 0, &there, 0) == 1) {
+        SSL_set_bio(server, here, here);
+        SSL_set_bio(client, there, there);
+        SSL_set_accept_state(server);
+        SSL_set_connect_state(client);
+        for (int turns = 0; turns < 100 && !done; turns++) {
+            done = SSL_do_handshake(client) == 1;
+            done &= SSL_do_handshake(server) == 1;
+        }
+    }
+    SSL_free(server);
+    SSL_free(client);
+    SSL_CTX_free(other);
+    ERR_clear_error();
+    return done;
+}
+
+/* OpenSSL fetches an algorithm when it is first used, and one that could not be had then, for want of memory in some
+ * session, is gone until the program starts again. So all of them are used once before there are sessions. */
+static void fetch_algorithms(const struct provider *p)
+{
+    struct scram_keys keys;
+    char text[33];
+    if (!p->no_cram_md5 && !cram_md5_digest(text, "secret", "challenge"))
+        die(EX_SOFTWARE, "OpenSSL cannot compute HMAC-MD5; --no-cram-md5 does without it");
+    if (!scram_keys(&keys, "secret", (const unsigned char *)"salt", 4, SCRAM_ITERATIONS) ||
+        RAND_bytes(keys.client, sizeof keys.client) != 1)
+        die(EX_SOFTWARE, "OpenSSL cannot compute SCRAM-SHA-256");
+    if (p->tls_context && !tls_rehearsed(p->tls_context, 0))
+        die(EX_CONFIG, "%s: a TLS handshake with it fails", p->cert);
+    if (p->tls_context)
+        tls_rehearsed(p->tls_context, TLS1_2_VERSION); /* which the system's configuration may forbid */
+}
 
 /* Both or nothing: a provider with new accounts and an old certificate would puzzle its owner. */
 static bool load_configuration(struct provider *p, struct accounts **accounts, SSL_CTX **tls, char *why, size_t size)
@@ -6876,27 +6951,43 @@ static void stop_sessions(struct provider *p, int wake_fd)
     log_event(NULL, LOG_NOTICE, "stopped");
 }
 
+/* What SIGHUP and SIGUSR1 ask for is done here. ppoll() delivers no signal while a connection waits, so those that have
+ * come are let in first. False: SIGTERM or SIGINT has come. */
+static bool heed_signals(struct provider *p)
+{
+    sigset_t none, held;
+    sigemptyset(&none);
+    pthread_sigmask(SIG_SETMASK, &none, &held);
+    pthread_sigmask(SIG_SETMASK, &held, NULL);
+    if (told_to_reload) {
+        told_to_reload = 0;
+        reload(p);
+    }
+    if (told_to_report) {
+        told_to_report = 0;
+        report_sessions(p);
+    }
+    return !told_to_stop;
+}
+
 static void serve(struct provider *p)
 {
+    static const struct timespec second = {.tv_sec = 1};
     struct pollfd ready[LISTENERS_MAX];
     sigset_t none;
     sigemptyset(&none);
-    while (!told_to_stop) {
+    while (heed_signals(p)) {
+        if (now_ms() >= p->refusals_until)
+            report_refusals(p);
         for (size_t i = 0; i < p->socket_count; i++)
             ready[i] = (struct pollfd){.fd = p->sockets[i], .events = POLLIN};
-        if (ppoll(ready, p->socket_count, NULL, &none) < 0) {
-            bool again = told_to_reload, report = told_to_report;
-            told_to_reload = told_to_report = 0;
-            if (again)
-                reload(p);
-            if (report)
-                report_sessions(p);
+        if (ppoll(ready, p->socket_count, p->refusals > 0 ? &second : NULL, &none) <= 0)
             continue;
-        }
         for (size_t i = 0; i < p->socket_count; i++)
             if (ready[i].revents)
                 accept_session(p, i);
     }
+    report_refusals(p);
 }
 
 int provider_run(struct provider *p)
@@ -6911,6 +7002,7 @@ int provider_run(struct provider *p)
         die(EX_CONFIG, "%s: %s", p->queue_path, strerror(errno));
     if (!load_configuration(p, &p->accounts, &p->tls_context, why, sizeof why))
         die(EX_CONFIG, "%s", why);
+    fetch_algorithms(p);
     raise_descriptor_limit();
     for (size_t i = 0; i < p->listen_count; i++)
         listen_on(p, p->listen[i], p->listen_tls[i]);
@@ -7689,6 +7781,14 @@ static void set_signals(void)
     sigprocmask(SIG_SETMASK, &none, NULL);
 }
 
+/* The first connection must not become what the log is written to. Opened the wrong way round, they fail as before. */
+static void reserve_standard_streams(void)
+{
+    for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
+        if (fcntl(fd, F_GETFD) < 0 && open("/dev/null", fd == STDIN_FILENO ? O_WRONLY : O_RDONLY) != fd)
+            exit(EX_OSERR);
+}
+
 int main(int argc, char **argv)
 {
     static const struct {
@@ -7696,6 +7796,7 @@ int main(int argc, char **argv)
         int (*run)(int, char **);
     } commands[] = {{"provider", main_provider}, {"customer", main_customer}, {"enqueue", main_enqueue},
                     {"queue", main_queue}, {"account", main_account}, {"demo", main_demo}};
+    reserve_standard_streams();
     if (argc < 2)
         die(EX_USAGE, "no command; see odmr --help");
     if (argc > 2 && strcmp(argv[1], "help") == 0)

@@ -85,6 +85,7 @@
 #define NETWORKS_MAX 64
 #define LISTEN_BACKLOG 1024
 #define ACCEPT_PAUSE_MS 100
+#define REFUSALS_MS 5000         /* one line of the log for the connections refused in so long */
 #define THREAD_STACK (1 << 20)  /* octets; only what is touched is used */
 #define TIMEOUT_MAX 86400
 #define DEMO_TIMEOUT 30
@@ -309,6 +310,8 @@ struct provider {
     int sockets[LISTENERS_MAX];
     bool socket_tls[LISTENERS_MAX];
     size_t socket_count;
+    size_t refusals;        /* of connections, that the log has no line for */
+    int64_t refusals_until; /* now_ms() at which they are counted there */
     int queue;   /* the queue's directory */
     int wake_fd; /* readable once the server shuts down */
     pthread_attr_t thread_attributes;

@@ -1624,6 +1624,104 @@ t_log_lines_have_time_or_priority() {
     matches "$T/err" "^$MOMENT odmr: $T/none: "
 }
 
+# Where a system has neither IPv4 nor IPv6 sockets, or the sockets are too many, the start says so, and a customer that
+# can have no socket says why.
+t_sockets_that_cannot_be_had() {
+    make -s -C "$here" build/fail.so || fail 'not built'
+    mkdir "$T/queue"; accounts
+    fault socket 1 EAFNOSUPPORT socket
+    run 71 timeout 10 "${FAULT[@]}" "$ODMR" provider -l 127.0.0.1:0 -q "$T/queue" -a "$T/accounts"
+    matches "$T/err" 'odmr: 127.0.0.1:0: cannot listen: Address family not supported by protocol$'
+    provider
+    fault socket 1 EMFILE socket
+    ODMR_SECRET=x run 75 "${FAULT[@]}" "$ODMR" customer -u x "127.0.0.1:$PORT"
+    matches "$T/err" "odmr: 127.0.0.1:$PORT: Too many open files\$"
+    in_a_network true 2> /dev/null || skip 'needs root, to listen on every address'
+    # shellcheck disable=SC2046
+    run 64 timeout 10 unshare -n "$ODMR" provider $(printf ' -l *:%s' {4001..4017}) -q "$T/queue" -a "$T/accounts"
+    matches "$T/err" 'odmr: \*:4017: cannot listen: more than 32 sockets$'
+}
+
+# Signals are heard while connections wait that cannot be accepted, for want of descriptors or because more keep coming.
+t_signals_are_heard_when_connections_wait() {
+    local i
+    AROUND=(bash -c 'ulimit -n 20; exec "$@"' -)
+    provider
+    for i in {1..30}; do dial; done
+    until_true shows "$LOG" 'cannot accept a connection: Too many open files'
+    kill -USR1 "$PROVIDER"
+    until_true shows "$LOG" '[0-9] sessions'
+    kill -HUP "$PROVIDER"
+    until_true shows "$LOG" 'Too many open files; accounts and certificates stay as they were'
+    stop_provider
+}
+
+# Standard streams that are closed at the start do not become connections: what is written there goes nowhere, and fails.
+t_standard_streams_that_are_closed() {
+    local fd
+    provider
+    stop_provider
+    "$ODMR" provider -l "127.0.0.1:$PORT" -q "$T/queue" -a "$T/accounts" -n example.net --trace 0<&- 1>&- 2>&- &
+    PROVIDER=$!
+    STARTED+=("$PROVIDER")
+    until_true reachable "$PORT"
+    for fd in 0 1 2; do equal "$(readlink "/proc/$PROVIDER/fd/$fd")" /dev/null "descriptor $fd"; done
+    login; ask ATRN '^453 '; ask QUIT '^221 '; closed
+    stop_provider
+    run 74 bash -c '"$1" --version >&-' - "$ODMR"
+    run 75 bash -c '"$1" enqueue -q "$2/queue" eva@example.org <&-' - "$ODMR" "$T"
+    equal "$(waiting)" 0
+}
+
+# A flood of connections that are refused is two lines in the log, the first and how many more there were, every few
+# seconds.
+t_refused_connections_are_counted() {
+    local i
+    provider --allow 192.0.2.1
+    for i in {1..50}; do dial; expect '^554 '; closed; hang_up; done
+    until_true shows "$LOG" '49 more connections were refused'
+    equal "$(grep -c 'refused' "$LOG")" 2
+    dial; expect '^554 '; dial; expect '^554 '
+    stop_provider
+    equal "$(grep -c 'refused: its address is not allowed$' "$LOG")" 2
+    has "$LOG" ': 1 more connection was refused$'
+}
+
+# The address of a connection that is gone before it is looked at is the one that accept4() gave.
+t_connection_that_is_reset_at_once() {
+    provider
+    kill -STOP "$PROVIDER"
+    perl -MSocket -e 'socket my $s, AF_INET, SOCK_STREAM, 0; connect $s, sockaddr_in($ARGV[0], INADDR_LOOPBACK) or die;
+        setsockopt $s, SOL_SOCKET, SO_LINGER, pack "ii", 1, 0; close $s' "$PORT" || fail 'no connection'
+    kill -CONT "$PROVIDER"
+    until_true shows "$LOG" '127.0.0.1:[0-9]+ disconnected'
+    hasnt "$LOG" 'local program'
+}
+
+# The first session asks for no more memory than the second: what OpenSSL fetches when it is first used is there before,
+# so that nothing is gone until the next start when there was no memory for it in one session.
+t_algorithms_are_fetched_at_the_start() {
+    local options before sessions count
+    make -s -C "$here" build/fail.so || fail 'not built'
+    authority
+    for options in '--mechanism CRAM-MD5' '--mechanism SCRAM-SHA-256' "--ca $T/ca.crt --mechanism PLAIN"; do
+        before=0
+        for sessions in 1 2; do
+            fault malloc 0 ENOMEM accept4
+            AROUND=("${FAULT[@]}")
+            if [[ $options == *PLAIN ]]; then tls_provider; else provider; fi
+            AROUND=()
+            # shellcheck disable=SC2086
+            for ((i = 0; i < sessions; i++)); do customer 1 $options "localhost:$PORT"; done
+            stop_provider
+            count=$(sed -n 's/^malloc //p' "$T/fired")
+            [ "$sessions" = 1 ] || [ $((before * 2)) -le $((count + 20)) ] ||
+                fail "$options: $before calls of malloc in the first session, $((count - before)) in the second"
+            before=$count
+        done
+    done
+}
+
 t_sighup_reads_accounts_again() {
     provider
     printf 'example.org:example.org:new secret\n' > "$T/accounts"

@@ -44,7 +44,8 @@ static const struct {
     const char *name;
     int number;
 } errors[] = {{"ENOMEM", ENOMEM}, {"ENOSPC", ENOSPC}, {"EIO", EIO},       {"EMFILE", EMFILE},         {"EAGAIN", EAGAIN},
-              {"EINTR", EINTR},   {"ENOLCK", ENOLCK}, {"EPIPE", EPIPE},   {"ECONNRESET", ECONNRESET}, {"KILL", 0}};
+              {"EINTR", EINTR},   {"ENOLCK", ENOLCK}, {"EPIPE", EPIPE},   {"ECONNRESET", ECONNRESET}, {"EAFNOSUPPORT", EAFNOSUPPORT},
+              {"KILL", 0}};
 
 static struct {
     const char *name, *from;
