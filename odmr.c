@@ -5270,8 +5270,7 @@ static void rcpt_command(struct receiver *rx)
 static void hello_command(struct receiver *rx)
 {
     struct session *s = rx->s;
-    static const char *const offer[] = {"PIPELINING", "SIZE", "8BITMIME", "SMTPUTF8", "CHUNKING",
-                                        "LIMITS RCPTMAX=" STRING(RECIPIENTS_MAX)}; /* RFC 9422 */
+    static const char *const offer[] = {"PIPELINING", "SIZE", "8BITMIME", "SMTPUTF8", "CHUNKING"};
     if (!s->argument || !printable(s->argument, strlen(s->argument)) || strchr(s->argument, ' ')) {
         answer(rx, "501 5.5.4 That is not the name of a host");
         return;
@@ -5287,6 +5286,7 @@ static void hello_command(struct receiver *rx)
     answer(rx, "250-%s", s->name);
     for (size_t i = 0; i < sizeof offer / sizeof *offer; i++)
         answer(rx, "250-%s", offer[i]);
+    answer(rx, "250-LIMITS RCPTMAX=%d", RECIPIENTS_MAX); /* RFC 9422 */
     answer(rx, "250 ENHANCEDSTATUSCODES");
 }
 
@@ -5350,8 +5350,8 @@ static bool receive_command(struct receiver *rx, struct content *chunks)
     return true;
 }
 
-/* --poll and SIGTERM: the message under way is taken first, then the provider hears 421. The pipe's reading end, which a
- * wait for a command watches, then has an octet. A second signal ends the program at once. */
+/* --poll and SIGTERM: the message under way is taken first, then the provider hears 421. The pipe's reading end, which
+ * a wait for a command watches, then has an octet. A second signal ends the program at once. */
 static int stop_pipe[2] = {-1, -1};
 static volatile sig_atomic_t customer_stops;
 

@@ -109,8 +109,6 @@
 #define PROGRESS_WIDTH 60
 #define LADDER_TEXT 40           /* columns; with the margins 80 */
 #define LADDER_STEPS 400         /* more than REPLIES_IN_FLIGHT */
-#define TEXT_OF(x) #x
-#define STRING(number) TEXT_OF(number) /* in decimal, as the preprocessor knows it */
 #define BASE64_SIZE(n) (((n) + 2) / 3 * 4)
 
 /* ---- Types ---- */
