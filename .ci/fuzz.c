@@ -627,6 +627,7 @@ struct mailbox_referee {
     char content[PEER_MAX + 2]; /* of this message, with LF */
     size_t len;
     bool chunks;
+    char postmaster[DOMAIN_MAX + 1]; /* the domain of the one without */
     size_t messages;
     size_t taken[FILES_MAX]; /* this file of new/ belongs to a message already */
 };
@@ -690,6 +691,8 @@ static void content_answered(struct mailbox_referee *x, const struct heard *r)
 {
     if (r->code == 250) {
         must(x->recipients > 0);
+        if (!x->postmaster[0])
+            memcpy(x->postmaster, x->domains[0], sizeof x->postmaster);
         for (size_t d = 0; d < x->domain_count; d++)
             find_delivery(x, d);
         x->messages++;
@@ -702,9 +705,11 @@ static void note_recipient(struct mailbox_referee *x, struct text line)
     char domain[DOMAIN_MAX + 1] = "";
     const char *at = memrchr(line.at, '@', line.len), *end = memrchr(line.at, '>', line.len);
     size_t d = 0;
-    must(at && end && end > at && (size_t)(end - at - 1) < sizeof domain);
-    for (size_t i = 0; at + 1 + i < end; i++)
+    must(end && (at ? end > at && (size_t)(end - at - 1) < sizeof domain : x->postmaster[0] != '\0'));
+    for (size_t i = 0; at && at + 1 + i < end; i++)
         domain[i] = (char)tolower((unsigned char)at[1 + i]);
+    if (!at)
+        memcpy(domain, x->postmaster, sizeof domain);
     x->recipients++;
     while (d < x->domain_count && strcmp(x->domains[d], domain) != 0)
         d++;
@@ -730,6 +735,8 @@ static bool add_content(struct mailbox_referee *x, const char *data, size_t len,
             return false;
         line_start = data[i] == '\r';
         i += line_start;
+        if (x->len == 0 && (data[i] == ' ' || data[i] == '\t'))
+            x->content[x->len++] = '\n'; /* it must not continue the field above it */
         x->content[x->len++] = data[i];
     }
     if (len > 0 && x->content[x->len - 1] != '\n')
@@ -846,6 +853,8 @@ static void fuzz_receiver(void)
     check_replies((struct text){said, said_len});
     memset(&x, 0, offsetof(struct mailbox_referee, content));
     memset(&x.len, 0, sizeof x - offsetof(struct mailbox_referee, len));
+    if (*c.domains)
+        strcpy(x.postmaster, "example.org");
     x.said = (struct text){said, said_len};
     x.heard = (struct text){peer, peer_at};
     receiver_heard(&x);
