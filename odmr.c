@@ -2494,7 +2494,7 @@ enum result message_open(struct message *m, int queue, const char *path, int acc
 {
     struct stat st;
     *m = (struct message){.queue = queue, .path = path, .fd = -1};
-    m->fd = openat(queue, path, access | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    m->fd = openat(queue, path, access | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC, 0);
     if (m->fd < 0 && (errno == ELOOP || errno == EISDIR || errno == ENXIO))
         return message_hold(m, "not a regular file");
     if (m->fd < 0 && (errno == ENOENT || errno == ESTALE))
@@ -4414,14 +4414,16 @@ static enum result send_message(struct sender *x, struct message *m)
 
 /* ---- The session in this state ---- */
 
-/* RFC 9422: the number behind NAME= in the parameters of LIMITS; none: not told. */
+/* RFC 9422: the number after NAME= in the parameters of LIMITS; none: there is no such number. */
 static size_t limit_of(const char *limits, const char *name, size_t none)
 {
-    size_t len;
+    size_t len, before = strlen(name);
     const char *word;
-    while (limits && (word = next_word(&limits, &len)))
-        if (strncasecmp(word, name, strlen(name)) == 0 && strtoull(word + strlen(name), NULL, 10) > 0)
-            return (size_t)strtoull(word + strlen(name), NULL, 10);
+    while (limits && (word = next_word(&limits, &len))) {
+        size_t limit = strncasecmp(word, name, before) == 0 ? strtoull(word + before, NULL, 10) : 0;
+        if (limit > 0 && len <= before + 6 && strspn(word + before, "0123456789") == len - before)
+            return limit;
+    }
     return none;
 }
 

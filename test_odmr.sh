@@ -268,7 +268,7 @@ answer() {
 }
 offer_extensions() {
     local word last=example.org
-    for word in $OFFER; do say "250-$last"; last=${word//=/ }; done
+    for word in $OFFER; do say "250-$last"; last=${word/=/ }; last=${last//;/ }; done
     say "250 $last"
 }
 take_content() {
@@ -3312,6 +3312,510 @@ t_customer_quiet_and_progress() {
     serve peer_cuts
     ODMR_SECRET=tanstaaf unbuffer "$ODMR" customer -u example.org -n example.org -q "$T/mail" "127.0.0.1:$PORT" > "$T/terminal"
     match "$(tr '\r' '|' < "$T/terminal")" '^\|odmr: 0 messages, [0-9]+ octets \| +\|odmr: \[1\] [^|]*: the peer closed the connection'
+}
+
+# ---- Nothing lost, nothing sent again ------------------------------------------------------------------
+
+# at_ATRN [OFFER]: login, ATRN, greeting and the response to EHLO; the provider's first MAIL is what comes next.
+at_ATRN() { OFFER=${1:-}; login; ask ATRN '^250 '; say '220 example.org'; expect_line '^EHLO '; offer_extensions; }
+# owed NAME: whom the message of this name in example.org is still owed, as words.
+owed() { sed -n 's/^Delivered-To: \(.*@.*\)$/\1/p' "$T/queue/example.org/new/$1" | xargs; }
+
+# Who is owed nothing any more is struck out in the file itself: one octet each; its inode, its size and its time stay.
+t_recipients_are_struck_out_in_place() {
+    local file=$T/queue/example.org/new/1.a before
+    provider
+    put_letter one 1.a a@example.edu eva@example.org '"b@b"@example.org' Zoe@Example.ORG x@elsewhere.example
+    touch -d '3 days ago' "$file"
+    before=$(stat -c '%i %s %Y' "$file")
+    ANSWERS=(['RCPT TO:<Zoe@Example.ORG>']='450 4.2.0 later'); turn
+    equal "$(stat -c '%i %s %Y' "$file")" "$before"
+    equal "$(cat "$file")" "$(printf 'Return-Path: <a@example.edu>\nDelivered-To: eva=example.org\nDelivered-To: "b@b"=example.org\nDelivered-To: Zoe@Example.ORG\nDelivered-To: x@elsewhere.example\n'; letter one)"
+    ANSWERS=(); turn
+    equal "$(sed '/^\r*$/,$d' "$T/got/1")" $'MAIL FROM:<a@example.edu>\nRCPT TO:<Zoe@Example.ORG>' 'the second session'
+    # one is somebody else's, so the file stays, and is held
+    login; ask ATRN '^453 '
+    has "$LOG" 'held example.org/new/1.a: its recipients belong to another domain$'
+}
+
+# A disk without an octet of space, and without a tmp: who was served is struck out all the same.
+t_recipients_are_struck_out_on_a_full_disk() {
+    local root
+    unshare -m true 2> /dev/null || skip 'CAP_SYS_ADMIN is missing, to mount a small disk'
+    put_letter one 1.a a@example.edu eva@example.org bob@example.org
+    rm -r "$T/queue/example.org/tmp"
+    # shellcheck disable=SC2016
+    AROUND=(unshare -m bash -c 'cp -a "$T/queue" "$T/full" && mount -t tmpfs -o size=64k none "$T/queue" && cp -a "$T/full/." "$T/queue" &&
+        { cat /dev/zero > "$T/queue/filler"; exec "$@"; }' -)
+    provider
+    root=/proc/$PROVIDER/root
+    ! echo > "$root$T/queue/more" || fail 'the disk is not full'
+    ANSWERS=(['RCPT TO:<bob@example.org>']='450 4.2.0 later')
+    turn; turn
+    equal "$N_GOT $(grep -hc '^RCPT' "$T/heard")" '0 1'
+    equal "$(grep -h '^Delivered-To' "$root$T/queue/example.org/new/1.a" | xargs)" 'Delivered-To: eva=example.org Delivered-To: bob@example.org'
+    ANSWERS=(); turn
+    until_true settled
+    equal "$N_GOT $(ls "$root$T/queue/example.org/new")" '1 '
+}
+
+# A message that cannot be removed is not sent again: its recipients are struck out, it is held, and what else waits in
+# that directory is left alone.
+t_message_that_cannot_be_removed() {
+    local box=$T/queue/example.org/new
+    mkdir -p "$box"
+    { chattr +a "$box" && chattr -a "$box"; } 2> /dev/null || skip 'CAP_LINUX_IMMUTABLE is missing, or the file system has no append-only directories'
+    provider
+    put_letter one 1.a a@example.edu eva@example.org
+    put_letter two 2.a a@example.edu eva@example.org bob@example.org
+    put_letter other 3.a a@example.edu eva@example.com
+    chattr +a "$box"
+    turn
+    until_true settled
+    chattr -a "$box"
+    equal "$N_GOT $(cat "$T"/got/* | sed -n 's/^Subject: //p' | tr '\r\n' '  ')" '2 one  other  '
+    equal "$(owed 1.a) / $(owed 2.a)" ' / eva@example.org bob@example.org'
+    has "$LOG" 'cannot remove example.org/new/1.a (Operation not permitted): all its recipients are struck out, and no more'
+    chattr +a "$box"
+    turn
+    until_true settled
+    chattr -a "$box"
+    has "$LOG" 'held example.org/new/1.a: no recipient is left in its envelope: all are struck out$'
+    equal "$N_GOT $(sed -n 's/^Subject: //p' "$T/got/1" | tr -d '\r')" '1 two'
+}
+
+# What is removed is what was sent. Somebody who renames a file over the message's name while it is sent, or writes into
+# it between its last octet and the reply to that, loses nothing.
+t_what_is_removed_is_what_was_sent() {
+    local file=$T/queue/example.org/new/1.a change what
+    provider
+    for change in 'letter new | put new a@example.edu bob@example.org; mv "${file%1.a}new" "$file"' 'echo more >> "$file"' \
+        'printf X | dd bs=1 seek=90 conv=notrunc of="$file" status=none; touch -d "2 hours ago" "$file"' 'touch -d "1970-01-01" "$file"'; do
+        for what in '' '450 later'; do
+            until_true settled
+            put_letter one 1.a a@example.edu eva@example.org zoe@example.org
+            touch -d '2 hours ago' "$file"
+            at_ATRN
+            expect_line '^MAIL'; say '250 ok'; expect_line 'RCPT TO:<eva'; say '250 ok'; expect_line 'RCPT TO:<zoe'; say "${what:-250 ok}"
+            expect_line '^DATA'; say '354 go on'
+            until [ "$HEARD" = . ]; do hear; done
+            eval "$change"
+            cp -p "$file" "$T/changed"
+            say '250 taken'; expect_line '^QUIT'; say '221 bye'
+            until_true settled
+            same "$T/changed" "$file" "$change"
+            has "$LOG" 'example.org/new/1.a was replaced or written into while it was sent: it stays, and is sent again'
+            : > "$LOG"
+        done
+    done
+}
+
+# The directory is gone with the message, or the message alone: there is nothing to remove, and nothing is wrong.
+t_message_that_is_gone_when_it_is_delivered() {
+    local gone
+    provider
+    for gone in queue/example.org/new/1.a queue/example.org; do
+        put_letter one 1.a a@example.edu eva@example.org
+        at_ATRN
+        expect_line '^MAIL'; say '250 ok'; expect_line '^RCPT'; say '250 ok'; expect_line '^DATA'; say '354 go on'
+        until [ "$HEARD" = . ]; do hear; done
+        rm -r "${T:?}/$gone"
+        say '250 taken'; expect_line '^QUIT'; say '221 bye'; hang_up
+        until_true settled
+        hasnt "$LOG" 'cannot remove\|sent again\|stays'
+    done
+}
+
+# A proxy has offered CHUNKING for a server that does not know BDAT, and reads the content as commands. Lines like NOOP
+# bring replies of 250 that belong to nothing that was sent: no message leaves for them, and no QUIT is said.
+t_3030_a_server_that_does_not_know_bdat() {
+    local i code
+    provider
+    for code in 500 502 504; do
+        for i in {1..8}; do { letter "$i"; printf 'NOOP\nRSET\nNOOP\n'; } | put "$i.a" a@example.edu eva@example.org; done
+        at_ATRN 'PIPELINING CHUNKING 8BITMIME'
+        while hear; do
+            case $HEARD in
+            MAIL* | RCPT* | NOOP | RSET) say '250 ok' ;;
+            QUIT) fail 'QUIT, though nothing that was said is believed' ;;
+            *) say "$code unrecognized command" ;;
+            esac
+        done 2> /dev/null
+        hang_up
+        until_true settled
+        equal "$(waiting) $(notices)" '8 0' "$code"
+        has "$LOG" "the reversed session ended early: the customer's server does not know BDAT, though CHUNKING was offered"
+    done
+}
+
+# receiver PROGRAM: a customer in perl on the open line, after ATRN's 250. It has said(LINE), heard() and content(N).
+receiver() {
+    timeout "$PATIENCE" perl -e 'use strict; use Socket; $SIG{PIPE} = "IGNORE"; binmode STDIN; binmode STDOUT; $| = 1;
+        sub said { print "$_[0]\r\n" } sub heard { my $l = <STDIN>; defined $l or exit; $l =~ s/\r\n\z//; $l }
+        sub content { my $n = read STDIN, my $d, $_[0]; $n == $_[0] or exit; $d }
+        sub greets { said("220 example.org"); heard(); said("250-example.org"); said("250-$_") for @_; said("250 8BITMIME") }
+        '"$1" <&"$LINE" >&"$LINE"
+}
+
+# A line that breaks again and again makes progress: what was accepted before it broke has left the queue.
+t_a_broken_line_makes_progress() {
+    local i way
+    provider
+    for way in 'PIPELINING CHUNKING' PIPELINING; do
+        for i in {10..69}; do { letter "$i"; head -c 200000 /dev/zero | tr '\0' x | fold -w 70; } | put "$i.a" a@example.edu eva@example.org; done
+        login; ask ATRN '^250 '
+        receiver 'my $n = 0; greets(qw('"$way"'));
+            while ($n < 25) { my $l = heard(); if ($l =~ /^BDAT (\d+)/) { content($1); $n++ } if ($l eq "DATA") { said(354); 1 while heard() ne "."; $n++ } said("250 ok") }
+            setsockopt STDIN, SOL_SOCKET, SO_LINGER, pack("ii", 1, 0) or die'
+        hang_up
+        until_true settled
+            [ "$(waiting)" -le 37 ] || fail "$way: $(waiting) of 60 wait, though 25 were taken"
+        rm -f "$T/queue/example.org/new"/*
+    done
+}
+
+# What is accepted leaves the queue while the session goes on, so a provider that is killed costs few second copies.
+t_replies_are_settled_as_they_arrive() {
+    local i
+    provider
+    for i in {10..79}; do { letter "$i"; head -c 500000 /dev/zero | tr '\0' x | fold -w 70; } | put "$i.a" a@example.edu eva@example.org; done
+    login; ask ATRN '^250 '
+    receiver 'my $n = 0; greets(qw(PIPELINING CHUNKING));
+        while (1) { my $l = heard(); if ($l =~ /^BDAT (\d+)/) { content($1); $n++ } said("250 ok"); if ($n == 40) { print STDERR "forty\n"; sleep 20 } }' 2> "$T/forty" &
+    STARTED+=($!)
+    until_true shows "$T/forty" forty
+    until_true eval '[ "$(waiting)" -le 35 ]'
+    kill -9 "$PROVIDER"
+    [ "$(waiting)" -ge 30 ] || fail "$(waiting) wait, though only 40 of 70 were accepted"
+}
+
+# A server that refuses every command which arrives before its reply to the final dot: each message gets through in the
+# same session, once.
+t_2920_a_server_that_refuses_what_follows_the_final_dot() {
+    local i
+    provider
+    for i in {1..6}; do put_letter "$i" "$i.a" a@example.edu eva@example.org bob@example.org; done
+    login; ask ATRN '^250 '
+    receiver 'my ($n, $in) = (0, ""); greets("PIPELINING");
+        sub more { my $r = ""; vec($r, 0, 1) = 1; select $r, undef, undef, 0.4 or return 0; my $k = sysread STDIN, $in, 65536, length $in; $k or exit }
+        sub command { while (1) { return $1 if $in =~ s/\A(.*?)\r\n//s; more() } }
+        while (1) {
+            my $l = command();
+            if ($l eq "DATA") {
+                said(354); my ($text, $d) = ("", ""); $text .= "$d\n" while ($d = command()) ne ".";
+                my $early = 0; do { $early++ while $in =~ s/\A.*?\r\n//s } while more();
+                $text =~ /^Subject: (\w+)$/m; print STDERR "$1 ";
+                said("250 taken"); said("503 5.5.1 too early") for 1 .. $early;
+            } elsif ($l eq "QUIT") { said(221); exit } else { said("250 ok") }
+        }' 2> "$T/taken"
+    until_true settled
+    equal "$(tr ' ' '\n' < "$T/taken" | sort | xargs) / $(waiting) $(notices)" '1 2 3 4 5 6 / 0 0'
+    has "$LOG" "the customer's server wants no MAIL before its reply to the end of a message"
+}
+
+# Replies in 5xx that are about the session: nobody's mail is returned, QUIT is said, and the log says once why.
+t_replies_about_the_session() {
+    local code command
+    provider
+    for OFFER in '' PIPELINING 'PIPELINING CHUNKING'; do
+        for command in MAIL DATA BDAT; do
+            [[ $command$OFFER != BDAT && $command$OFFER != BDATPIPELINING && $command$OFFER != DATA*CHUNKING ]] || continue
+            for code in 500 502 503 504 521 530 534 535 538; do
+                [[ $command$code != BDAT50[024] ]] || continue
+                rm -rf "$T/queue/example.org"; until_true settled; : > "$LOG"
+                put_many 4
+                ANSWERS=([$command]="$code 5.7.0 Must issue a STARTTLS command first")
+                if [ "$command" = BDAT ]; then ANSWERS=([CONTENT]="$code 5.7.0 Must issue a STARTTLS command first"); fi
+                turn
+                until_true settled
+                equal "$(waiting) $(notices) $(tail -n 1 "$T/heard")" '4 0 QUIT' "$OFFER: $code to $command"
+                equal "$(grep -c "the customer's server is not ready for mail: $code 5.7.0 Must" "$LOG")" 1 "$OFFER: $code to $command"
+            done
+        done
+    done
+    # after the final dot any number is a verdict on the message
+    OFFER=PIPELINING ANSWERS=([CONTENT]='500 5.5.2 Line too long')
+    turn
+    until_true settled
+    equal "$(waiting) $(notices)" '0 4'
+}
+
+# A customer whose server refuses everything does not make the provider return its whole queue: ten messages, no more.
+t_a_server_that_refuses_everything() {
+    provider
+    for OFFER in '' PIPELINING 'PIPELINING CHUNKING'; do
+        rm -rf "$T/queue/example.org" "$T"/notice.*; : > "$LOG"
+        put_many 25
+        ANSWERS=([RCPT]='554 5.7.1 relay access denied')
+        turn
+        until_true settled
+        equal "$(waiting) $(notices) $(tail -n 1 "$T/heard")" '15 10 QUIT' "$OFFER"
+        has "$LOG" "the customer's server has refused 10 messages and taken none; the rest of the mail stays queued"
+    done
+    # one that was taken: then each is judged by itself
+    rm -rf "$T/queue/example.org" "$T"/notice.*
+    put_many 15 r%d@example.org
+    ANSWERS=([RCPT]='554 5.7.1 relay access denied' ['RCPT TO:<r1@example.org>']='250 ok')
+    turn
+    until_true settled
+    equal "$(waiting) $(notices)" '0 14'
+}
+
+# RFC 9422: no more recipients in a transaction and no more transactions in a session than the customer takes.
+t_9422_limits() {
+    provider
+    put_letter one 1.a a@example.edu r{1..5}@example.org
+    OFFER='LIMITS=RCPTMAX=2 PIPELINING' turn
+    equal "$N_GOT $(grep -hc '^RCPT' "$T"/got/* | xargs)" '3 2 2 1'
+    put_many 5
+    rm -r "$T/got"
+    OFFER='LIMITS=MAILMAX=3,RCPTMAX=x PIPELINING CHUNKING' turn
+    until_true settled
+    equal "$N_GOT $(waiting)" '5 0' 'a limit that cannot be read'
+    put_many 5
+    rm -r "$T/got"
+    OFFER='LIMITS=RCPTMAX=1000;MAILMAX=3 PIPELINING CHUNKING' turn
+    until_true settled
+    equal "$N_GOT $(waiting) $(tail -n 1 "$T/heard")" '3 2 QUIT'
+    has "$LOG" 'the customer takes no more than 3 transactions a session (RFC 9422); the rest of the mail stays queued'
+}
+
+# A header with octets over 127 and ASCII addresses: sent as it is with 8BITMIME alone; SMTPUTF8 is declared where it is
+# offered and describes the header.
+t_6531_a_header_with_8_bit_octets() {
+    provider
+    printf 'Subject: \xc3\xa9\n\nx\n' | put 1.utf8 sender@example.edu eva@example.org
+    printf 'Subject: \xe9\n\nx\n' | put 2.latin1 sender@example.edu eva@example.org
+    { printf 'Subject: \xc3\xa9'; printf '%01100d\n\nx\n' 1; } | put 3.long sender@example.edu eva@example.org
+    cp -r "$T/queue" "$T/before"
+    OFFER=8BITMIME turn
+    equal "$(grep -h '^MAIL' "$T"/got/* | sort | uniq -c | xargs)" '3 MAIL FROM:<sender@example.edu> BODY=8BITMIME'
+    equal "$(sed -n '/^\r*$/,$p' "$T/got/2" | sed 1d | head -n 1)" $'Subject: \xe9\r'
+    cp -r "$T/before/." "$T/queue"
+    OFFER='8BITMIME SMTPUTF8' turn
+    equal "$(grep -h '^MAIL' "$T"/got/{1,2,3} | sed 's/.*BODY=8BITMIME//' | tr '\n' '|')" ' SMTPUTF8|||'
+    equal "$(waiting) $(notices)" '0 0'
+}
+
+# A second Return-Path belongs to an earlier hop: the envelope ends before it.
+t_the_envelope_ends_before_a_second_return_path() {
+    local box=$T/queue/example.org/new
+    mkdir -p "$box"
+    printf 'Return-Path: <last@example.edu>\nDelivered-To: eva@example.org\nReturn-Path: <first@example.edu>\nDelivered-To: mallory@example.org\nSubject: x\n\nx\n' > "$box/1.a"
+    provider
+    turn
+    equal "$(tr -d '\r' < "$T/got/1" | tr '\n' '|')" 'MAIL FROM:<last@example.edu>|RCPT TO:<eva@example.org>||Return-Path: <first@example.edu>|Delivered-To: mallory@example.org|Subject: x||x|'
+}
+
+# The same recipient twice in a file is one recipient: asked for once, struck out in both places.
+t_the_same_recipient_twice() {
+    provider
+    put_letter one 1.a a@example.edu eva@example.org bob@example.org eva@EXAMPLE.org Eva@example.org
+    ANSWERS=(['RCPT TO:<bob@example.org>']='450 later'); turn
+    equal "$(grep -h '^RCPT' "$T/got/1" | xargs)" 'RCPT TO:<eva@example.org> RCPT TO:<Eva@example.org>'
+    until_true settled
+    equal "$(owed 1.a)" bob@example.org
+    ANSWERS=(); turn
+    until_true settled
+    equal "$N_GOT $(waiting)" '1 0'
+}
+
+# Who asks what became of a mail finds it by sender, recipient or Message-ID: one line for each recipient's fate, with the
+# file and the reply, the lines of which are joined.
+t_the_log_tells_each_recipients_fate() {
+    local where='from=<a@example.edu> message-id=<x.1@example.edu> file=example.org/new/1.a'
+    provider
+    printf 'Subject: x\nMessage-ID:\n\t<x.1@example.edu>\nReferences: <y@z>\n\nMessage-ID: <no@header>\n' | put 1.a a@example.edu eva@example.org bob@example.org zoe@example.org
+    ANSWERS=(['RCPT TO:<bob@example.org>']=$'450-4.2.0 not\r\n450 4.2.0 now' ['RCPT TO:<zoe@example.org>']='550 5.1.1 no')
+    turn
+    until_true settled
+    has "$LOG" "\\[1\\] delivered to=<eva@example.org> $where: 250 OK\$"
+    has "$LOG" "\\[1\\] deferred to=<bob@example.org> $where: 450 4.2.0 not / 4.2.0 now\$"
+    has "$LOG" "\\[1\\] refused to=<zoe@example.org> $where: 550 5.1.1 no\$"
+    ANSWERS=([CONTENT]=CLOSE); turn
+    until_true settled
+    has "$LOG" "\\[2\\] deferred to=<bob@example.org> $where: the peer closed the connection\$"
+    put_letter two 2.a '' eva@example.org
+    ANSWERS=(['RCPT TO:<bob@example.org>']='450 later'); turn
+    until_true settled
+    has "$LOG" '\[3\] delivered to=<eva@example.org> from=<> message-id=none file=example.org/new/2.a: 250 OK$'
+}
+
+# Another host may have finished with a message between our open and our lock, while the path still says otherwise: NFS with
+# a warm cache, or ESTALE. Two providers, four customers, some recipients put off again and again: each is served once.
+t_stale_look_ups() {
+    local stale n name ports=() pids=()
+    run 0 make -s -C "$here" build/stale.so
+    for stale in attributes estale; do
+        rm -rf "$T/queue" "$T"/s?
+        mkdir -p "$T/queue/example.org"/{new,cur,tmp}
+        for n in {1..150}; do
+            name=$T/queue/example.org/new/$n.a
+            printf 'Delivered-To: %s@example.org\n' "r1.$n" "r2.$n" "later.$n" > "$name"; letter "$n" >> "$name"
+        done
+        AROUND=(env STALE=$stale LD_PRELOAD="$here/build/stale.so")
+        provider; ports[0]=$PORT; provider; ports[1]=$PORT
+        AROUND=() pids=()
+        for n in 0 1 2 3; do
+            ( receives_some "$n" "${ports[n % 2]}" ) & pids+=($!); STARTED+=($!)
+        done
+        for n in "${pids[@]}"; do wait "$n" || fail "$stale: a session ended as it should not: $(cat "$T"/s?.failed)"; done
+        equal "$(cat "$T"/s?.got | sort | uniq -d | wc -l)" 0 "$stale: recipients who were served twice"
+        equal "$(sort -u "$T"/s?.got | wc -l) $(cat "$T/queue/example.org/new"/* | grep -c '^Delivered-To: r[12].*@')" '300 0' "$stale: recipients who were served"
+        ! grep -h 'ended early' "$T"/provider*.log || fail "$stale: a session was broken off"
+    done
+}
+# Some sessions, until there is nothing but what this customer puts off; who has got a message is in $T/sN.got.
+receives_some() {
+    local n=$1 i
+    : > "$T/s$n.got"
+    for i in {1..6}; do
+        dial "$2"; expect '^220 '; ask 'EHLO example.org' '^250'; auth_cram_md5 example.org tanstaaf '^235 '; say ATRN; expect '^(250|451|453) '
+        if [[ $ANSWER == 250* ]]; then
+            receiver 'greets(); my @to;
+                while (1) {
+                    my $l = heard(); if ($l eq "QUIT") { said(221); exit }
+                    if ($l =~ /^RCPT TO:<(.*)>/) { if ($1 =~ /^later/) { said("450 later"); next } push @to, $1 }
+                    if ($l eq "DATA") { said(354); 1 while heard() ne "."; print STDERR "$_\n" for @to; @to = () }
+                    @to = () if $l =~ /^MAIL/; said("250 ok");
+                }' 2>> "$T/s$n.got" || { echo "$n" > "$T/s$n.failed"; exit 1; }
+        fi
+        hang_up
+    done
+}
+
+# A mount that is gone: one line in the log, not one a message, and 451 as long as it lasts.
+t_a_mount_that_is_gone() {
+    run 0 make -s -C "$here" build/stale.so
+    put_many 30
+    AROUND=(env STALE=gone LD_PRELOAD="$here/build/stale.so")
+    provider
+    login
+    ask ATRN '^451 '; ask ATRN '^451 '
+    equal "$(grep -c 'example.org/new.*endpoint is not connected' "$LOG")" 2
+    equal "$(waiting)" 30
+}
+
+# A domain that cannot be read does not keep the account's other domains from their mail, and is no reason to say that there
+# is no mail.
+t_5.2.1-k_one_domain_that_cannot_be_read() {
+    provider
+    mkdir -p "$T/queue/example.com"; : > "$T/queue/example.com/new"
+    login; ask ATRN '^451 '; hang_up
+    put_letter one 1.a a@example.edu eva@example.org
+    turn
+    equal "$N_GOT" 1
+    equal "$(grep -c 'the queue of example.com cannot be read: Not a directory$' "$LOG")" 2
+}
+
+# A provider that is short of descriptors settles what is outstanding and goes on; it does not skip messages.
+t_a_provider_short_of_descriptors() {
+    needs prlimit
+    put_many 120
+    AROUND=(prlimit --nofile=30:30)
+    provider
+    login; ask ATRN '^250 '
+    receiver 'greets(qw(PIPELINING CHUNKING)); my ($n, $owed) = (0, 0);
+        while (1) {
+            my $l = heard(); if ($l eq "QUIT") { said(221); print STDERR "$n with QUIT\n"; exit }
+            if ($l =~ /^BDAT (\d+)/) { content($1); $n++ }
+            $owed++; my $r = ""; vec($r, 0, 1) = 1; # replies as late as can be
+            if (!select $r, undef, undef, 0.05) { said("250 ok"), $owed-- while $owed }
+        }' 2> "$T/count"
+    matches "$T/count" '^120 with QUIT$'
+    until_true settled
+    equal "$(waiting)" 0
+}
+
+# A sendmail that hangs is waited for once in a session; the other refused messages stay without a further wait.
+t_a_sendmail_that_hangs() {
+    local start
+    mkdir "$T/impatient"
+    sed 's/^#define NOTICE_TIMEOUT 60 /#define NOTICE_TIMEOUT 2 /' "$here/odmr.h" > "$T/impatient/odmr.h"
+    cp "$here/odmr.c" "$T/impatient"
+    ${CC:-cc} -std=gnu11 -O1 -w -o "$T/impatient/odmr" "$T/impatient/odmr.c" -lssl -lcrypto -pthread || fail 'it does not compile'
+    printf '#!/bin/sh\nsleep 60\n' > "$T/sendmail"; chmod 755 "$T/sendmail"
+    ODMR=$T/impatient/odmr provider
+    put_many 6 r%d@example.org
+    ANSWERS=([RCPT]='550 no' ['RCPT TO:<r1@example.org>']='250 ok')
+    start=$SECONDS
+    turn
+    until_true settled
+    [ $((SECONDS - start)) -lt 8 ] || fail "it took $((SECONDS - start)) s"
+    equal "$(waiting)" 5
+    equal "$(grep -c 'did not take the notice' "$LOG") $(grep -c 'no notice about .* in this session any more; the message stays' "$LOG")" '1 4'
+}
+
+# A clock that is years ahead makes all mail too old at once: none is returned.
+t_a_clock_that_is_years_ahead() {
+    local n
+    for n in 1 2 3; do put_letter "$n" "$((1000000000 + n)).M1.a" sender@example.edu eva@example.org; done
+    provider --max-age 3
+    until_true shows "$LOG" 'all messages of example.org are older than 3 days: is the clock right'
+    stop_provider
+    equal "$(waiting) $(notices)" '3 0'
+}
+
+# What a notice shows of the message and of the replies is text, whatever it was.
+t_3464_what_a_notice_shows() {
+    provider
+    { printf 'Subject: \xe9 \x1b[31m\0 x\nX-Long: '; printf '%02000d' 1; printf '\nX-Last: yes\n\nbody\n'; } | put 1.a s@example.edu eva@example.org bob@example.org zoe@example.org
+    OFFER=8BITMIME
+    ANSWERS=(['RCPT TO:<eva@example.org>']='550 5.-1.+2 no' ['RCPT TO:<bob@example.org>']=$'550-5.1.1 nobody\r\n550 5.1.1 here' ['RCPT TO:<zoe@example.org>']='550 5.2.3')
+    turn
+    until_true settled
+    equal "$(sed -n 's/^Status: //p' "$T/notice.1" | xargs)" '5.0.0 5.1.1 5.2.3'
+    has "$T/notice.1" '^Diagnostic-Code: smtp; 550 5.1.1 nobody / 5.1.1 here$'
+    has "$T/notice.1" '^Content-Type: text/rfc822-headers$'
+    has "$T/notice.1" '^Subject: ? ?\[31m$'
+    has "$T/notice.1" '^X-Last: yes$'
+    ! LC_ALL=C grep -q $'[^ -~\t]' "$T/notice.1" || fail 'an octet that is no text'
+    ! grep -q '.\{999\}' "$T/notice.1" || fail 'a line over 998 octets'
+}
+
+# A copy for .Undeliverable that could not be made safe is none: the message stays, and nothing is left behind.
+t_setting_aside_that_fails() {
+    local call n
+    run 0 make -s -C "$here" build/fail.so
+    for call in fsync renameat mkdirat fflush openat; do
+        for n in 1 2 3 4; do
+            rm -rf "$T/queue" "$T/fired"
+            mkdir -p "$T/queue/example.org/.Undeliverable"/{new,cur,tmp}
+            put_letter one 1.a '' eva@example.org
+            AROUND=(env FAIL=$call FAIL_AT=$n FAIL_ERRNO=EIO FAIL_FROM=mkdirat FAIL_LOG="$T/fired" LD_PRELOAD="$here/build/fail.so")
+            [ $call != mkdirat ] || rm -r "$T/queue/example.org/.Undeliverable"
+            provider
+            AROUND=()
+            ANSWERS=([CONTENT]='554 5.7.1 refused'); turn
+            until_true settled
+            kill -9 "$PROVIDER"; wait "$PROVIDER" 2> /dev/null
+            if shows "$LOG" 'cannot be set aside, and stays'; then
+                equal "$(owed 1.a) $(ls "$T/queue/example.org/.Undeliverable/new" 2> /dev/null)" 'eva@example.org ' "$call $n"
+            elif shows "$LOG" 'is set aside in .Undeliverable'; then
+                equal "$(cat "$T/queue/example.org/.Undeliverable/new"/*)" "$(printf 'Return-Path: <>\nDelivered-To: eva@example.org\n'; letter one)" "$call $n"
+            else
+                equal "$(owed 1.a)" eva@example.org "$call $n"
+            fi
+            equal "$(unfinished)" 0 "$call $n: left in tmp"
+        done
+    done
+    grep -qh 'cannot be set aside' "$T"/provider*.log || fail 'no copy has failed'
+}
+
+# Domains are counted once each, however many recipients they have.
+t_domains_of_a_message_are_counted_once() {
+    serve peer_with_two_recipients_a_domain
+    customer 0 "127.0.0.1:$PORT"
+    peer_ok
+    equal "$(find "$T/mail" -path '*/new/*' | wc -l) $(cat "$T"/mail/*/new/* | grep -c '^Delivered-To: ')" '32 96'
+}
+peer_with_two_recipients_a_domain() {
+    local n who
+    reverse
+    ask 'MAIL FROM:<a@b.example>' '^250 '
+    for who in x y z; do for n in {1..32}; do ask "RCPT TO:<$who@d$n.example>" '^250 '; done; done
+    ask 'RCPT TO:<x@d33.example>' '^452 4.5.3 '
+    ask DATA '^354 '; say 'Subject: x'; ask . '^250 '; ask QUIT '^221 '
 }
 
 # ---- The demo and the ladder -------------------------------------------------------------------------
