@@ -6805,12 +6805,12 @@ static void fetch_algorithms(const struct provider *p)
     struct scram_keys keys;
     char text[33];
     if (!p->no_cram_md5 && !cram_md5_digest(text, "secret", "challenge"))
-        die(EX_SOFTWARE, "OpenSSL cannot compute HMAC-MD5; --no-cram-md5 does without it");
+        log_event(NULL, LOG_ERR, "OpenSSL cannot compute CRAM-MD5, so AUTH is answered 454; --no-cram-md5 does without");
     if (!scram_keys(&keys, "secret", (const unsigned char *)"salt", 4, SCRAM_ITERATIONS) ||
         RAND_bytes(keys.client, sizeof keys.client) != 1)
-        die(EX_SOFTWARE, "OpenSSL cannot compute SCRAM-SHA-256");
+        log_event(NULL, LOG_ERR, "OpenSSL cannot compute SCRAM-SHA-256, so AUTH is answered 454");
     if (p->tls_context && !tls_rehearsed(p->tls_context, 0))
-        die(EX_CONFIG, "%s: a TLS handshake with it fails", p->cert);
+        log_event(NULL, LOG_ERR, "%s: a TLS handshake with it fails, and so it will with customers", p->cert);
     if (p->tls_context)
         tls_rehearsed(p->tls_context, TLS1_2_VERSION); /* which the system's configuration may forbid */
 }
