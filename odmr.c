@@ -6805,10 +6805,10 @@ static void fetch_algorithms(const struct provider *p)
     struct scram_keys keys;
     char text[33];
     if (!p->no_cram_md5 && !cram_md5_digest(text, "secret", "challenge"))
-        log_event(NULL, LOG_ERR, "OpenSSL cannot compute CRAM-MD5, so AUTH is answered 454; --no-cram-md5 does without");
+        log_event(NULL, LOG_ERR, "OpenSSL cannot compute CRAM-MD5; AUTH is answered 454; see --no-cram-md5");
     if (!scram_keys(&keys, "secret", (const unsigned char *)"salt", 4, SCRAM_ITERATIONS) ||
         RAND_bytes(keys.client, sizeof keys.client) != 1)
-        log_event(NULL, LOG_ERR, "OpenSSL cannot compute SCRAM-SHA-256, so AUTH is answered 454");
+        log_event(NULL, LOG_ERR, "OpenSSL cannot compute SCRAM-SHA-256; AUTH is answered 454");
     if (p->tls_context && !tls_rehearsed(p->tls_context, 0))
         log_event(NULL, LOG_ERR, "%s: a TLS handshake with it fails, and so it will with customers", p->cert);
     if (p->tls_context)
