@@ -872,7 +872,7 @@ END
         sed -nE -e 's/^\[[0-9]+\] ([PC]: .*)/\1/p' "$T/$side" | sed -E \
             -e 's/^(P: 250-AUTH) .*/\1 CRAM-MD5/' -e '/^P: 250-STARTTLS/d' \
             -e 's/^(P: 334|C:) [A-Za-z0-9+\/]{20,}=*$/\1 (base64)/' \
-            -e '/^C: 250[- ](PIPELINING|8BITMIME|SMTPUTF8|CHUNKING|ENHANCEDSTATUSCODES)/d' -e 's/^C: 250-SIZE/C: 250 SIZE/' \
+            -e '/^C: 250[- ](PIPELINING|8BITMIME|SMTPUTF8|CHUNKING|LIMITS RCPTMAX=1000|ENHANCEDSTATUSCODES)/d' -e 's/^C: 250-SIZE/C: 250 SIZE/' \
             -e 's/^(C: 2[0-9][0-9]) [0-9.]+ /\1 /' -e 's/(FROM:<[^>]*>).*/\1/' \
             -e '/^P: BDAT/d' -e '/^P: \.\.\./d' -e '/message stored/d' > "$T/seen"
         for who in P C; do # with PIPELINING each side's lines are in order, not both together
@@ -6535,7 +6535,7 @@ MUTANT_CUSTOMERS=(
     's->io.timeout = ATRN_TIMEOUT;' 's->io.timeout = 1;'
     'send_line(s, "ATRN%s%s", ' 'send_line(s, MUTANT ? "ATRN%s%s " : "ATRN%s%s", '
     'p += strspn(p, " ");' ''
-    'list_has(offered, mechanism_name[m])' 'offered && strncasecmp(offered, mechanism_name[m], strlen(mechanism_name[m])) == 0'
+    'reply_offers(r, "AUTH", mechanism_name[m])' 'reply_keyword(r, "AUTH") && strncasecmp(reply_keyword(r, "AUTH"), mechanism_name[m], strlen(mechanism_name[m])) == 0'
     -- 5-a,5-b
     'return r->code == 235 ? EX_OK : unwelcome(s, "AUTH", r, EX_NOPERM);' 'return EX_OK;'
     'hello_command(rx);' 'hello_command(rx); return false;'
