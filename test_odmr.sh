@@ -1306,7 +1306,7 @@ t_signals_of_the_parent_process() {
     kill -HUP "$PROVIDER"; until_true shows "$LOG" 'read again'
     put_letter two 2.a a@example.edu eva@example.org
     "${AROUND[@]}" "$BASH" -c 'exec "$@" < /dev/null' - env ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org --quiet \
-        --exec "grep -E '^SigIgn' /proc/self/status > '$T/signals'; echo 220 x; cat > /dev/null" "127.0.0.1:$PORT" 2> "$T/err"
+        --exec "grep -E '^SigIgn' /proc/self/status > '$T/signals'; echo 220 x; read -r line" "127.0.0.1:$PORT" 2> "$T/err"
     ignored=$((16#$(sed -n 's/^SigIgn:\t//p' "$T/signals")))
     equal $((ignored & (1 << 12 | 1 << 14 | 1 << 16 | 1 << 24))) 0 "ignored in --exec's program"
     stop_provider
@@ -1403,6 +1403,7 @@ t_sigusr1_lists_the_sessions() {
     until_true counted 1 '\[1\] 127\.0\.0\.1:[0-9]+, no account yet, initial state, 0 messages so far$' "$LOG"
     until_true counted 1 '\[2\] 127\.0\.0\.1:[0-9]+, account other, authenticated state, 0 messages so far$' "$LOG"
     until_true counted 1 '\[3\] 127\.0\.0\.1:[0-9]+, account example\.org, reversed state, 1 message so far$' "$LOG"
+    hang_up # or the provider waits for this customer's reply
     LINE=${peers[1]}; ask ATRN '^453 '
     stop_provider
 }
