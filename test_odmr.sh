@@ -1637,7 +1637,7 @@ t_sockets_that_cannot_be_had() {
     fault socket 1 EMFILE socket
     ODMR_SECRET=x run 75 "${FAULT[@]}" "$ODMR" customer -u x "127.0.0.1:$PORT"
     matches "$T/err" "odmr: 127.0.0.1:$PORT: Too many open files\$"
-    in_a_network true 2> /dev/null || skip 'needs root, to listen on every address'
+    needs_namespaces -n 'a network in which every address is free'
     # shellcheck disable=SC2046
     run 64 timeout 10 unshare -n "$ODMR" provider $(printf ' -l *:%s' {4001..4017}) -q "$T/queue" -a "$T/accounts"
     matches "$T/err" 'odmr: \*:4017: cannot listen: more than 32 sockets$'
@@ -1754,19 +1754,24 @@ another_session() ( dial; hear && [[ $HEARD == 220* ]] )
 # A customer may have a whole /64 of IPv6, which counts as one address; IPv4's are told apart, also from ::1.
 t_limit_of_an_address_is_that_of_a_network() {
     needs socat
-    in_a_network ip address add 2001:db8::1/64 dev lo 2> /dev/null || skip 'needs root and ip(8), to have more addresses'
+    needs_namespaces -n 'a network with more addresses'
     mkdir "$T/queue"; accounts
     export T ODMR
     # shellcheck disable=SC2016
     in_a_network bash -c '
-        for a in 2001:db8::1 2001:db8::2 2001:db8:0:1::1; do ip address add $a/64 dev lo nodad; done
+        perl -MSocket=:all -e "socket S, AF_INET6, SOCK_DGRAM, 0;
+            ioctl S, 0x8916, pack q(a16Ll), inet_pton(AF_INET6, \$_), 64, 1 or die \$! for @ARGV" 2001:db8::{1,2} 2001:db8:0:1::1 # SIOCSIFADDR
         "$ODMR" provider -l "*:3660" -q "$T/queue" -a "$T/accounts" -n example.net --max-per-address 1 2> "$T/log" & provider=$!
         trap "kill $provider; wait" EXIT
         until [ "$(grep -c "listening on" "$T/log")" = 2 ] || ! kill -0 "$provider"; do sleep 0.05; done
-        from() { timeout 10 socat -u "TCP:$1:3660,bind=$2" - & sleep 0.2; }
+        from() {
+            local n
+            timeout 10 socat -u "TCP:$1:3660,bind=$2" - & peers+=($!)
+            for n in {1..200}; do [ "$(wc -l < "$T/out")" != ${#peers[@]} ] || break; sleep 0.05; done
+        }
         from "[2001:db8::1]" "[2001:db8::1]"; from "[2001:db8::1]" "[2001:db8::2]"; from "[2001:db8::1]" "[2001:db8:0:1::1]"
         from "[::1]" "[::1]"; from 127.0.0.1 127.0.0.1; from 127.0.0.1 127.0.0.2; from 127.0.0.1 127.0.0.2
-        kill $(jobs -p); wait' > "$T/out" 2> /dev/null
+        kill "${peers[@]}"; wait "${peers[@]}"' > "$T/out" 2> /dev/null
     equal "$(cut -c1-3 "$T/out" | paste -sd ' ')" '220 421 220 220 220 220 421'
 }
 
@@ -2801,7 +2806,7 @@ t_enqueue_for_all_domains_or_none() {
 # Two hosts with the same name, process number and clock give their files different names.
 t_file_names_are_random() {
     needs faketime
-    unshare -p -f true 2> /dev/null || skip 'needs root, to have the same process number twice'
+    needs_namespaces -pf 'a process number that is there twice'
     local n
     mkdir "$T/queue"
     for n in 1 2; do
@@ -2815,7 +2820,7 @@ t_file_names_are_random() {
 # What root queues, or receives into a directory of another user, belongs to that directory's owner and group, so that
 # the provider can read it; who is neither root nor the owner is refused.
 t_enqueue_as_root() {
-    [ "$(id -u)" = 0 ] || skip 'needs root'
+    needs_capabilities 'user to change to' CHOWN SETUID
     needs setpriv
     local path
     chmod 755 "$T"; cp "$ODMR" "$T/odmr"
