@@ -3453,13 +3453,13 @@ t_3030_a_server_that_does_not_know_bdat() {
     done
 }
 
-# receiver PROGRAM: a customer in perl on the open line, after ATRN's 250. It has said(LINE), heard() and content(N).
+# receiver PROGRAM [WORD...]: a customer in perl on the open line, after ATRN's 250. It has said(LINE), heard() and content(N).
 receiver() {
     timeout "$PATIENCE" perl -e 'use strict; use Socket; $SIG{PIPE} = "IGNORE"; binmode STDIN; binmode STDOUT; $| = 1;
         sub said { print "$_[0]\r\n" } sub heard { my $l = <STDIN>; defined $l or exit; $l =~ s/\r\n\z//; $l }
         sub content { my $n = read STDIN, my $d, $_[0]; $n == $_[0] or exit; $d }
         sub greets { said("220 example.org"); heard(); said("250-example.org"); said("250-$_") for @_; said("250 8BITMIME") }
-        '"$1" <&"$LINE" >&"$LINE"
+        '"$1" "${@:2}" <&"$LINE" >&"$LINE"
 }
 
 # A line that breaks again and again makes progress: what was accepted before it broke has left the queue.
@@ -7309,6 +7309,103 @@ torture_kill_provider_at_each_call() {
 # share: 6
 torture_kill_customer_at_each_call() {
     fail_everywhere customer 10 '' any
+}
+
+# ---- What others do to the queue ----
+#
+# The provider drains 40 messages of two recipients each into a receiver that takes them, puts a fifth of the recipients
+# off, or answers so many and is gone; meanwhile somebody fills the disk, makes the directory append-only, or replaces a
+# file, writes into it or dates it far away. Then one more session gets the rest. Each recipient must have had the message
+# that lies under its name, whole; twice only if the file was touched, could not be removed, or its reply was under way
+# when the line went.
+
+# fill_boxes BOX: the messages, small and large; which of them there are is in $T/wanted.
+fill_boxes() {
+    perl -e 'my ($box, $wanted) = @ARGV; open my $w, ">", $wanted or die;
+        for my $n (10 .. 49) {
+            open my $out, ">", "$box/$n.a" or die;
+            print $out "Return-Path: <s\@example.edu>\nDelivered-To: a$n\@example.org\nDelivered-To: b$n\@example.org\n",
+                "Subject: m$n\n\n", ("x" x 70 . "\n") x (int(rand 5) ? rand 20 : rand 1500), "end of m$n\n";
+            close $out or die; print $w "m$n a$n\nm$n b$n\n";
+        }' "$1" "$T/wanted"
+}
+# takes K PUTS_OFF: a session whose receiver is gone after K replies to content, 0: never; a line "MESSAGE RECIPIENT" for
+# each recipient that it took is added to $T/taken.
+takes() {
+    receiver 'my ($k, $off, $n, @to) = (int shift, shift, 0); greets(split / /, shift);
+        while (1) {
+            my $l = heard(); my $text = "";
+            if ($l eq "QUIT") { said(221); exit }
+            @to = () if $l =~ /^MAIL/;
+            if ($l =~ /^RCPT TO:<(\w+)@/) { if ($off && int(rand 5) == 0) { said("450 later"); next } push @to, $1 }
+            if ($l =~ /^BDAT (\d+)/) { $text = content($1) }
+            if ($l eq "DATA") { said(354); my $d; $text .= "$d\r\n" while ($d = heard()) ne "." }
+            if ($text) {
+                if (!@to) { said("554 nobody"); next }
+                my ($name) = $text =~ /^Subject: (\w+)\r$/m; $text =~ /end of $name\r\n/ or $name = "cut";
+                print STDERR "$name $_\n" for @to;
+                exit if $k && ++$n == $k;
+            }
+            said("250 ok");
+        }' "$1" "$2" "$3" 2>> "$T/taken" || true
+}
+# touches FAULT BOX: what somebody does to a file while it may be under way.
+touches() {
+    local file=$2/$((10 + RANDOM % 40)).a
+    moment 0.0$((RANDOM % 9))
+    [ -e "$file" ] || return 0
+    echo "${file##*/}" > "$T/touched"
+    case $1 in
+    replaced) sed 's/^\(Subject: m\|end of m\)/&new/' "$file" > "$2/../tmp/new" && mv "$2/../tmp/new" "$file" ;;
+    appended) echo 'and more' >> "$file" ;;
+    dated) touch -d "@$((RANDOM % 2 ? 9000000000 : 1))" "$file" ;;
+    esac
+}
+# share: 10
+torture_queue() {
+    local faults=(none appended replaced dated gone) i=0 twice=0 fault offer box n
+    RANDOM=${SEED:=$RANDOM}
+    mkdir -p "$T/queue/example.org"/{new,cur,tmp}
+    box=$T/queue/example.org/new
+    if { chattr +a "$box" && chattr -a "$box"; } 2> /dev/null; then faults+=(append-only); fi
+    if unshare -m true 2> /dev/null; then faults+=(full); fi
+    while [ "$i" -lt $((${#faults[@]} * 2)) ] || ! out_of_time; do
+        fault=${faults[i % ${#faults[@]}]} offer=('' PIPELINING 'PIPELINING CHUNKING') i=$((i + 1)) AROUND=()
+        WHAT="round $i, $fault, SEED=$SEED" offer=${offer[RANDOM % 3]} box=$T/queue/example.org/new
+        rm -f "$box"/* "$T/taken" "$T/touched" "$T/provider"*
+        # shellcheck disable=SC2016
+        [ "$fault" != full ] || AROUND=(unshare -m bash -c 'mount -t tmpfs -o size=8m none "$T/queue" && mkdir -p "$T/queue/example.org"/{new,cur,tmp} && exec "$@"' -)
+        provider
+        AROUND=() box=/proc/$PROVIDER/root$box
+        fill_boxes "$box"
+        if [ "$fault" = full ]; then cat /dev/zero > "$box/../../filler" 2> /dev/null; fi
+        if [ "$fault" = append-only ]; then chattr +a "$box"; fi
+        login; ask ATRN '^250 '
+        [[ $fault != appended && $fault != replaced && $fault != dated ]] || { touches "$fault" "$box" & }
+        takes "$([ $fault = gone ] && echo $((RANDOM % 40 + 1)))" 1 "$offer"
+        hang_up; until_true settled
+        [ "$fault" != append-only ] || chattr -a "$box"
+        for n in 1 2 3; do
+            dial; expect '^220 '; ask 'EHLO x' '^250'; auth_cram_md5 example.org tanstaaf '^235 '; say ATRN; expect '^(250|453) '
+            if [[ $ANSWER == 250* ]]; then takes 0 '' "$offer"; fi
+            hang_up; until_true settled
+        done
+        n=$(perl -e 'my ($dir, $fault) = @ARGV; my (%had, $touched, $twice); local $/;
+            sub slurp { open my $in, "<", "$dir/$_[0]" or return ""; <$in> }
+            $had{$_}++ for split /\n/, slurp("taken"); ($touched) = slurp("touched") =~ /^(\d+)/; $touched //= "none";
+            for (split /\n/, slurp("wanted")) {
+                my ($m, $r) = split / /; my $all = ($had{$_} // 0) + ($had{"mnew" . substr($m, 1) . " $r"} // 0);
+                die "$_: LOST\n" if !$all;
+                die "$_: $all times\n" if $all > 2 || ($all == 2 && $m ne "m$touched" && $fault !~ /gone|append-only/);
+                $twice += $all == 2;
+            }
+            if ($fault eq "replaced" && $touched ne "none") { grep /^mnew/, keys %had or die "the file that replaced $touched: LOST\n" }
+            die "a message was cut short\n" if grep /^cut/, keys %had;
+            print $twice // 0' "$T" "$fault" 2>&1) || { cat "$LOG" >&2; fail "$WHAT: $n"; }
+        twice=$((twice + n))
+        kill -9 "$PROVIDER"; wait "$PROVIDER" 2> /dev/null
+    done
+    echo "$i rounds of ${faults[*]}, SEED=$SEED; $twice second copies" > "$T/covered"
 }
 
 # ---- Hostile peers ----
