@@ -1828,12 +1828,16 @@ static struct accounts *accounts_read(FILE *file, const char *path, char *why, s
             wrong = "a NUL octet in it";
         else if (line[len - 1] != '\n')
             wrong = "the line has no end: the file was cut, or is not yet written";
+        else if (number == 1 && strncmp(line, BYTE_ORDER_MARK, 3) == 0)
+            wrong = "a byte order mark in front; save the file as UTF-8 without it";
+        else if (strcspn(line, "\r") < (size_t)len - 1 - (len > 1 && line[len - 2] == '\r'))
+            wrong = "a CR in it that ends no line; lines end with LF or CRLF";
         line[strcspn(line, "\r\n")] = '\0';
         if (!wrong && line[0] != '\0' && line[0] != '#')
             wrong = account_parse(all, line, number);
     }
-    if (!wrong && ferror(file))
-        wrong = "cannot be read";
+    if (!wrong && !feof(file)) /* getline() can fail for want of memory, too */
+        wrong = "cannot be read to its end";
     if (!wrong && all->count > 0) {
         all->iterations = common_iterations(all);
         qsort(all->list, all->count, sizeof *all->list, by_name);
@@ -1870,7 +1874,8 @@ struct accounts *accounts_load(const char *path, char *why, size_t why_size)
     int fd = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
     FILE *file = NULL;
     if (fd < 0 || fstat(fd, &st) < 0)
-        snprintf(why, why_size, "%s: %s", path, strerror(errno));
+        snprintf(why, why_size, "%s: %s", path,
+                 errno == ELOOP ? "it is a symbolic link; name the file itself" : strerror(errno));
     else if (!S_ISREG(st.st_mode))
         snprintf(why, why_size, "%s: not a regular file", path);
     else if (st.st_mode & (S_IRWXG | S_IRWXO))
@@ -3725,12 +3730,16 @@ static enum result authenticated_state(struct session *s)
  * aside in the folder .Undeliverable of its domain, for a person to see.
  */
 
-/* A file without a name. */
+/* A file without a name, which no program that is run inherits: tmpfile(3) would leave a moment for that. */
 static FILE *scratch_file(void)
 {
-    FILE *file = tmpfile();
-    if (file)
-        fcntl(fileno(file), F_SETFD, FD_CLOEXEC);
+    char path[] = P_tmpdir "/odmr-XXXXXX";
+    int fd = mkostemp(path, O_CLOEXEC);
+    FILE *file = fd < 0 ? NULL : fdopen(fd, "w+");
+    if (fd >= 0)
+        unlink(path);
+    if (fd >= 0 && !file)
+        close(fd);
     return file;
 }
 
@@ -6244,9 +6253,9 @@ int open_queue(const char *dir, bool make)
 }
 
 /* The message on standard input, once for each delivery. A From_ line (mbox's) on top is dropped, as an
- * MTA's pipe may write one; "From :" is a header field (RFC 5322, 4.5.2). If the message itself starts with a field of our envelope, written by an
- * earlier hop, or with a blank, which would continue ours, a Received field goes between: what a sender wrote
- * must never be taken for part of the envelope. */
+ * MTA's pipe may write one; "From :" is a header field (RFC 5322, 4.5.2). If the message itself starts with a
+ * field of our envelope, written by an earlier hop, or with a blank, which would continue ours, a Received field
+ * goes between: what a sender wrote must never be taken for part of the envelope. */
 static bool copy_message(FILE *in, struct delivery *d, size_t count, const char *name)
 {
     char data[COPY_SIZE];
@@ -6420,26 +6429,43 @@ int show_queue(int queue, char **domains, size_t count, bool list)
 
 /* ---- account ---- */
 
+/* The first line of a file, all of it or nothing. NULL, or why it cannot be the secret. */
+static const char *read_secret_line(FILE *file, char secret[SECRET_MAX])
+{
+    size_t n = 0;
+    int c;
+    while ((c = getc(file)) != EOF && c != '\n' && n < SECRET_MAX - 1)
+        secret[n++] = (char)c;
+    n -= n > 0 && secret[n - 1] == '\r';
+    secret[n] = '\0';
+    if (ferror(file))
+        return strerror(errno);
+    if (n > SECRET_LONGEST)
+        return "longer than 1022 octets";
+    if (strlen(secret) != n || strchr(secret, '\r') || strncmp(secret, BYTE_ORDER_MARK, 3) == 0)
+        return "it has a NUL or CR octet or a byte order mark";
+    return n == 0 ? "it is empty" : NULL;
+}
+
 /* One line from standard input; on a terminal it is asked for and not shown. */
-static bool ask_secret(const char *prompt, char *secret, int size)
+static void ask_secret(const char *prompt, char secret[SECRET_MAX])
 {
     struct termios shown, hidden;
-    bool terminal = tcgetattr(STDIN_FILENO, &shown) == 0, done;
+    bool terminal = tcgetattr(STDIN_FILENO, &shown) == 0;
+    const char *wrong;
     if (terminal) {
         hidden = shown;
         hidden.c_lflag &= ~(tcflag_t)ECHO;
         tcsetattr(STDIN_FILENO, TCSAFLUSH, &hidden);
         fputs(prompt, stderr);
     }
-    done = fgets(secret, size, stdin) != NULL;
+    wrong = read_secret_line(stdin, secret);
     if (terminal) {
         tcsetattr(STDIN_FILENO, TCSAFLUSH, &shown);
         fputc('\n', stderr);
     }
-    if (done && !strchr(secret, '\n') && !feof(stdin))
-        die(EX_DATAERR, "account: the secret is longer than %d octets", size - 2);
-    secret[strcspn(secret, "\r\n")] = '\0';
-    return done && secret[0] != '\0';
+    if (wrong)
+        die(EX_DATAERR, "account: not a secret: %s", wrong);
 }
 
 /* RFC 5803's form: what a server needs, and nobody can log in with. */
@@ -6460,9 +6486,10 @@ static bool print_verifier(const char *secret)
 int print_account(const char *name, const char *domains, bool scram)
 {
     char secret[SECRET_MAX], again[SECRET_MAX];
-    if (!ask_secret("Secret: ", secret, sizeof secret))
-        die(EX_DATAERR, "account: no secret");
-    if (isatty(STDIN_FILENO) && (!ask_secret("Again: ", again, sizeof again) || strcmp(secret, again) != 0))
+    ask_secret("Secret: ", secret);
+    if (isatty(STDIN_FILENO))
+        ask_secret("Again: ", again);
+    if (isatty(STDIN_FILENO) && strcmp(secret, again) != 0)
         die(EX_DATAERR, "account: that was not the same secret");
     if (!scram && strncmp(secret, SCRAM_SCHEME, strlen(SCRAM_SCHEME)) == 0)
         die(EX_DATAERR, "account: a secret that starts with " SCRAM_SCHEME " would be taken for a verifier");
@@ -6855,6 +6882,12 @@ static void reload(struct provider *p)
         log_event(NULL, LOG_ERR, "%s; accounts and certificates stay as they were", why);
         return;
     }
+    if (accounts->count == 0 && p->accounts->count > 0) { /* more likely it is being written than meant */
+        log_event(NULL, LOG_ERR, "%s: no account in it; accounts and certificates stay as they were", p->accounts_path);
+        accounts_release(accounts);
+        SSL_CTX_free(tls);
+        return;
+    }
     log_event(NULL, LOG_NOTICE, "accounts read again: %zu%s", accounts->count, tls ? "; certificates too" : "");
     warn_of_configuration(p, accounts, tls);
     pthread_mutex_lock(&p->lock);
@@ -7081,7 +7114,7 @@ static void demo_fill(int queue)
 static void *demo_provider(void *argument)
 {
     struct provider *p = argument;
-    int fd = accept(p->sockets[0], NULL, NULL);
+    int fd = accept4(p->sockets[0], NULL, NULL, SOCK_CLOEXEC);
     struct session *s = fd < 0 ? NULL : session_new(fd, PROVIDER, p->timeout, p->name, TRACE_OFF);
     if (!s)
         return NULL;
@@ -7212,6 +7245,7 @@ static int demo_session(struct provider *p, struct customer *c)
     if (pthread_create(&thread, NULL, demo_provider, p) != 0)
         die(EX_OSERR, "demo: cannot start a thread");
     code = customer_session(c);
+    shutdown(p->sockets[0], SHUT_RDWR); /* if the customer could not connect, accept4() ends now */
     pthread_join(thread, NULL);
     close(p->sockets[0]);
     printf("\nWhat the customer has now:\n\n");
@@ -7234,7 +7268,7 @@ int demo(bool stepwise, bool tls, enum mechanism mechanism)
                          .stepwise = stepwise, .quiet = true, .stranger = DEMO_STRANGER};
     int code;
     if (!mkdtemp(demo_dir))
-        die(EX_CANTCREAT, "demo: cannot make a scratch directory: %s", strerror(errno));
+        die(EX_CANTCREAT, "demo: cannot make a scratch directory in /tmp: %s", strerror(errno));
     signal(SIGINT, demo_interrupted);
     if (signal(SIGHUP, demo_interrupted) == SIG_IGN)
         signal(SIGHUP, SIG_IGN); /* nohup */
@@ -7518,28 +7552,33 @@ static int main_provider(int argc, char **argv)
 static void read_secret(struct customer *c, const char *path)
 {
     static char secret[SECRET_MAX];
-    const char *variable = getenv("ODMR_SECRET");
+    char *variable = getenv("ODMR_SECRET");
+    const char *name = path ? path : "ODMR_SECRET", *wrong;
+    struct stat st;
     FILE *file;
     if (!path && !variable && c->cert)
         return; /* the certificate says who we are */
     if (!path && !variable)
         die(EX_USAGE, "customer: no secret: give --secret-file, or the variable ODMR_SECRET");
-    if (path) {
+    if (path)
         file = fopen(path, "re");
-        if (!file || !fgets(secret, sizeof secret, file))
-            die(EX_NOINPUT, "%s: %s", path, file && !ferror(file) ? "it is empty" : strerror(errno));
-        fclose(file);
-    } else {
-        snprintf(secret, sizeof secret, "%s", variable);
+    else
+        file = must_alloc(*variable ? fmemopen(variable, strlen(variable), "r") : fmemopen("\n", 1, "r"));
+    if (!file)
+        die(EX_NOINPUT, "%s: %s", path, strerror(errno));
+    if (path && fstat(fileno(file), &st) == 0 && S_ISREG(st.st_mode)) {
+        if (st.st_mode & (S_IWGRP | S_IWOTH))
+            die(EX_CONFIG, "%s: others than its owner can write it; do: chmod 600 %s", path, path);
+        if (st.st_mode & S_IROTH)
+            log_event(NULL, LOG_WARNING, "%s: everybody can read it; do: chmod 600 %s", path, path);
     }
-    if (strlen(secret) == sizeof secret - 1)
-        die(EX_DATAERR, "customer: the secret is longer than %zu octets", sizeof secret - 2);
+    wrong = read_secret_line(file, secret);
+    if (wrong)
+        die(secret[0] ? EX_DATAERR : EX_NOINPUT, "customer: the secret in %s: %s", name, wrong);
+    fclose(file);
     if (variable)
-        OPENSSL_cleanse((char *)variable, strlen(variable)); /* or /proc would still show it */
+        OPENSSL_cleanse(variable, strlen(variable)); /* or /proc would still show it */
     unsetenv("ODMR_SECRET");
-    secret[strcspn(secret, "\r\n")] = '\0';
-    if (secret[0] == '\0')
-        die(EX_NOINPUT, "customer: the secret is empty");
     c->secret = secret;
 }
 

@@ -79,7 +79,9 @@
 #define SCRAM_ITERATIONS_LEAST 4096
 #define SCRAM_ITERATIONS_MOST 1000000 /* a server that asks for more only wants to keep us busy */
 #define NOBODYS_SECRET "a secret that no account has, for names that no account has"
-#define SECRET_MAX 1024
+#define SECRET_MAX 1024          /* room for a secret with a line end */
+#define SECRET_LONGEST (SECRET_MAX - 2)
+#define BYTE_ORDER_MARK "\xef\xbb\xbf" /* of UTF-8, as some editors write it */
 #define ACCOUNTS_STEP 64
 #define LISTENERS_MAX 32
 #define NETWORKS_MAX 64

@@ -2817,6 +2817,91 @@ t_file_names_are_random() {
     equal "$(ls "$T/queue/example.org/new" | grep -cE '^[0-9]+\.M[0-9]{6}P[0-9]+Q[0-9]+R[0-9a-f]{16}\..')" 2
 }
 
+# What an editor leaves in the accounts file is told in plain words: a byte order mark, line ends of another age; a link.
+# At SIGHUP a file without accounts does not replace one that has some.
+t_accounts_that_an_editor_left() {
+    mkdir "$T/queue"
+    refused() { chmod 600 "$T/accounts"; run 78 timeout "$PATIENCE" "$ODMR" provider -l 127.0.0.1:0 -q "$T/queue" -a "${2:-$T/accounts}"; has "$T/err" "$1"; }
+    printf '\xef\xbb\xbfexample.org:example.org:tanstaaf\n' > "$T/accounts"; refused "accounts:1: a byte order mark in front"
+    printf '\xef\xbb\xbf# comment\nexample.org:example.org:tanstaaf\n' > "$T/accounts"; refused "accounts:1: a byte order mark in front"
+    printf '# comment\rexample.org:example.org:tanstaaf\r\n' > "$T/accounts"; refused 'accounts:1: a CR in it that ends no line'
+    printf '# comment\nexample.org:example.org:tan\rstaaf\n' > "$T/accounts"; refused 'accounts:2: a CR in it that ends no line'
+    printf '\nexample.org:example.org:tanstaaf\r\r\n' > "$T/accounts"; refused 'accounts:2: a CR in it that ends no line'
+    ln -s accounts "$T/link"; refused 'link: it is a symbolic link; name the file itself$' "$T/link"
+    printf '\r\n\n# \r\nexample.org:example.org:tanstaaf\r\n' > "$T/accounts"
+    provider
+    : > "$T/accounts"
+    kill -HUP "$PROVIDER"; until_true shows "$LOG" 'accounts: no account in it; accounts and certificates stay as they were'
+    login
+    printf 'example.org:example.org:other\n' > "$T/accounts"
+    kill -HUP "$PROVIDER"; until_true shows "$LOG" 'accounts read again: 1'
+    login example.org other
+}
+
+# A lack of memory while the accounts are read is no end of the file: nobody's account disappears.
+t_accounts_and_a_lack_of_memory() {
+    [ -z "${SANITIZED:-}" ] || skip 'a sanitizer needs more memory'
+    local kb code=0 tried=0
+    mkdir "$T/queue"; accounts
+    { printf '# '; head -c 30000000 /dev/zero | tr '\0' x; printf '\nlast:example.org:x\n'; } >> "$T/accounts"
+    for kb in 20000 30000 40000; do
+        code=0
+        (ulimit -v "$kb"; exec timeout 3 "$ODMR" provider -l 127.0.0.1:0 -q "$T/queue" -a "$T/accounts") 2> "$T/err" || code=$?
+        [ "$code" != 78 ] || { tried=1; has "$T/err" 'accounts:3: cannot be read to its end'; }
+    done
+    equal "$tried" 1 'a lack of memory in the middle of the file'
+}
+
+# The file of the secret: others may not write it, and if they can read it that is told; a secret is taken whole, up to
+# 1022 octets, or not at all.
+t_secret_files() {
+    local secret
+    secret=$(printf '%01022d' 0)
+    mkdir "$T/queue"
+    printf 'example.org:example.org:%s\n' "$secret" > "$T/accounts"; chmod 600 "$T/accounts"
+    provider
+    take() { run "$1" "$ODMR" customer -u example.org -s "$T/secret" -q "$T/mail" "127.0.0.1:$PORT"; }
+    printf '%s\n' "$secret" > "$T/secret"; chmod 600 "$T/secret"; take 1; hasnt "$T/err" 'chmod'
+    printf '%s\r\nmore\n' "$secret" > "$T/secret"; take 1
+    printf '%s' "$secret" > "$T/secret"; take 1
+    chmod 644 "$T/secret"; take 1; has "$T/err" "^odmr: $T/secret: everybody can read it; do: chmod 600 $T/secret\$"
+    for mode in 602 620 666; do chmod $mode "$T/secret"; take 78; has "$T/err" 'others than its owner can write it; do: chmod 600'; done
+    chmod 600 "$T/secret"
+    printf '%s0\n' "$secret" > "$T/secret"; take 65; has "$T/err" 'longer than 1022 octets'
+    printf 'tan\0staaf\n' > "$T/secret"; take 65; has "$T/err" 'it has a NUL'
+    printf 'tan\rstaaf\n' > "$T/secret"; take 65
+    printf '\xef\xbb\xbftanstaaf\n' > "$T/secret"; take 65
+    printf '\nx\n' > "$T/secret"; take 66; has "$T/err" 'it is empty'
+    : > "$T/secret"; take 66
+    printf '%s\n' "$secret" | run 0 "$ODMR" account a example.org
+    has "$T/out" ":$secret\$"
+    printf '%s0\n' "$secret" | run 65 "$ODMR" account a example.org
+    printf 'tan\0staaf\n' | run 65 "$ODMR" account a example.org
+    ODMR_SECRET=$secret run 1 "$ODMR" customer -u example.org -q "$T/mail" "127.0.0.1:$PORT"
+    ODMR_SECRET=${secret}0 run 65 "$ODMR" customer -u example.org -q "$T/mail" "127.0.0.1:$PORT"
+    ODMR_SECRET= run 66 "$ODMR" customer -u example.org -q "$T/mail" "127.0.0.1:$PORT"
+}
+
+# A file can have a time that the calendar does not reach: it is listed, sent, and told of in a notice like any other.
+t_time_beyond_the_calendar() {
+    local queue=/dev/shm/odmr-test.$$
+    mkdir "$queue" 2> /dev/null || skip 'there is no /dev/shm'
+    trap 'rm -rf "'"$queue"'"' EXIT
+    ln -s "$queue" "$T/queue"
+    put_letter one a.x a@example.edu eva@example.org
+    touch -d @9000000000000000000 "$queue/example.org/new/a.x"
+    [ "$(stat -c %Y "$queue/example.org/new/a.x")" = 9000000000000000000 ] || skip 'no such time in /dev/shm'
+    run 0 "$ODMR" queue -q "$T/queue" -l
+    has "$T/out" '^example.org  *1 .* 1970-01-01 00:00:00 '
+    printf '#!/bin/sh\nexec cat > "%s/notice.$$"\n' "$T" > "$T/sendmail"; chmod 755 "$T/sendmail"
+    provider
+    ANSWERS=([RCPT]='550 5.1.1 no such user')
+    turn
+    until_true settled
+    has "$(echo "$T"/notice.*)" '^Arrival-Date: Thu, 01 Jan 1970 00:00:00 +0000$'
+    equal "$(waiting)" 0
+}
+
 # What root queues, or receives into a directory of another user, belongs to that directory's owner and group, so that
 # the provider can read it; who is neither root nor the owner is refused.
 t_enqueue_as_root() {
@@ -3825,8 +3910,8 @@ peer_with_two_recipients_a_domain() {
 
 # ---- The demo and the ladder -------------------------------------------------------------------------
 
-# at_80 FILE: plain ASCII, 79 columns at the most.
-at_80() { ! LC_ALL=C grep -n '[^ -~]' "$1" >&2 || fail "$1 is not plain ASCII"; ! grep -nE '.{80}' "$1" >&2 || fail "$1 is too wide"; }
+# at_80 FILE: plain ASCII, 79 columns at the most but for the names of files, which have the host's name in them.
+at_80() { ! LC_ALL=C grep -n '[^ -~]' "$1" >&2 || fail "$1 is not plain ASCII"; ! grep -vE '/new/[0-9]+\.M' "$1" | grep -nE '.{80}' >&2 || fail "$1 is too wide"; }
 
 t_demo() {
     run 0 "$ODMR" demo
@@ -3854,6 +3939,22 @@ t_demo_with_tls_and_each_mechanism() {
         has "$T/out" "^\[1\] |- AUTH $mechanism"
         has "$T/out" '| 5.1.2-b  logged in: now$'
     done
+}
+
+# The demo ends when its customer cannot connect, and names /tmp when it cannot write there.
+t_demo_that_cannot_work() {
+    local code=0
+    [ -z "${SANITIZED:-}" ] || skip 'a library is loaded that a sanitizer does not like'
+    make -s -C "$here" build/fail.so > /dev/null || skip 'the library that makes calls fail cannot be built'
+    timeout "$PATIENCE" env FAIL=connect FAIL_AT=1 FAIL_ERRNO=ENOMEM FAIL_LOG="$T/fired" LD_PRELOAD="$here/build/fail.so" "$ODMR" demo > "$T/out" 2> "$T/err" || code=$?
+    equal "$code" 75 'exit of a demo that cannot connect'
+    unshare -m true 2> /dev/null || skip 'needs root, to have another /tmp'
+    cp "$ODMR" /dev/shm/odmr.$$ || skip 'no /dev/shm'
+    code=0
+    unshare -m bash -c 'mount -t tmpfs -o ro none /tmp && exec "$0" demo' /dev/shm/odmr.$$ > /dev/null 2> /dev/shm/odmr.$$.err || code=$?
+    mv /dev/shm/odmr.$$.err "$T/err"; rm /dev/shm/odmr.$$
+    equal "$code" 73 'exit without /tmp'
+    has "$T/err" '^odmr: demo: cannot make a scratch directory in /tmp: '
 }
 
 t_demo_step_by_step() {
@@ -7124,7 +7225,7 @@ torture_kill_both() {
 errors_of() {
     case $1 in
     malloc | calloc | realloc | strdup | fdopen | fdopendir | poll) echo ENOMEM ;;
-    accept4 | socket | tmpfile) echo EMFILE ;;
+    accept4 | socket | mkostemp) echo EMFILE ;;
     openat) echo EMFILE EIO ;;
     fwrite | fflush | fclose | renameat | mkdirat) echo ENOSPC ;;
     fsync) echo ENOSPC EIO ;;

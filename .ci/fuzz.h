@@ -535,11 +535,10 @@ static int world_fileno(FILE *stream)
     return -1;
 }
 
-static FILE *world_tmpfile(void)
+static int world_mkostemp(void)
 {
     struct file *f = fails(ENOSPC) ? NULL : new_file("");
-    int fd = f ? new_handle(f, "") : -1;
-    return fd < 0 ? NULL : world_fdopen(fd, "w+");
+    return f ? new_handle(f, "") : -1;
 }
 
 static DIR *world_fdopendir(int fd)
@@ -671,7 +670,8 @@ static ssize_t log_write(void *cookie, const char *data, size_t size)
 #define fcntl(fd, ...) 0
 #define fdopen(fd, mode) world_fdopen(fd, mode)
 #define fileno(stream) world_fileno(stream)
-#define tmpfile() world_tmpfile()
+#define mkostemp(path, flags) ((void)(path), world_mkostemp())
+#define unlink(path) 0
 #define fdopendir(fd) world_fdopendir(fd)
 #define readdir(dir) world_readdir(dir)
 #define closedir(dir) world_close(HANDLES_FROM + (int)((struct handle *)(dir) - handles))
