@@ -543,7 +543,6 @@ static void forget_last_atrn(void)
     while (the_provider.last_atrn) {
         struct last_atrn *last = the_provider.last_atrn;
         the_provider.last_atrn = last->next;
-        free(last->name);
         free(last);
     }
 }
@@ -1254,6 +1253,48 @@ static void fuzz_onlooker(void)
     }
 }
 
+/* ---- networks: --allow's text, and which addresses are in it ---- */
+
+static bool bit_of(const unsigned char *octets, int i)
+{
+    return octets[i / 8] >> (7 - i % 8) & 1;
+}
+
+/* The options are an address, as one of IPv4 if the first is odd; the input is the text. */
+static void fuzz_networks(void)
+{
+    static const unsigned char mapped[12] = "\0\0\0\0\0\0\0\0\0\0\xff\xff";
+    unsigned char address[16], base[16] = {0};
+    char text[128], *slash, *end = NULL;
+    bool as_ipv4 = option() & 1, valid, inside = true, four;
+    struct network n;
+    unsigned long bits;
+    for (int i = 0; i < 16; i++)
+        address[i] = (unsigned char)(option() << 4 | (option() & 15));
+    if (as_ipv4)
+        memcpy(address, mapped, sizeof mapped);
+    snprintf(text, sizeof text, "%.*s", (int)(input_len < 100 ? input_len : 100), (const char *)input);
+    valid = network_parse(&n, text);
+
+    slash = strchr(text, '/');
+    if (slash)
+        *slash++ = '\0';
+    four = inet_pton(AF_INET, text, base + 12) == 1;
+    if (four)
+        memcpy(base, mapped, sizeof mapped);
+    bits = slash && isdigit((unsigned char)*slash) ? strtoul(slash, &end, 10) : four ? 32 : 128;
+    must(valid == (strlen(text) < 64 && (four || inet_pton(AF_INET6, text, base) == 1) &&
+                   (!slash || (end && *end == '\0' && end - slash <= 3)) && bits <= (four ? 32 : 128)));
+    if (!valid)
+        return;
+    bits += four ? 96 : 0;
+    for (int i = 0; i < (int)bits; i++)
+        inside = inside && bit_of(base, i) == bit_of(address, i);
+    if (!four && bits < 96 && memcmp(address, mapped, sizeof mapped) == 0)
+        inside = false;
+    must(network_has(&n, address) == inside);
+}
+
 /* ---- The program ---- */
 
 static const struct {
@@ -1263,6 +1304,7 @@ static const struct {
     {"provider", fuzz_provider}, {"sender", fuzz_sender},     {"receiver", fuzz_receiver},
     {"customer", fuzz_customer}, {"sasl", fuzz_sasl},         {"message", fuzz_message},
     {"accounts", fuzz_accounts}, {"base64", fuzz_base64},     {"onlooker", fuzz_onlooker},
+    {"networks", fuzz_networks},
 };
 static void (*target)(void);
 
