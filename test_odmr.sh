@@ -1587,6 +1587,16 @@ t_user_drops_privileges() {
     run 77 setpriv --reuid nobody --regid "$gid" --clear-groups "$T/odmr" provider -l 127.0.0.1:0 -q "$T/queue" -a "$T/accounts" --user root
 }
 
+# If the system says that the privileges are gone and they are not, the provider does not start.
+t_user_who_keeps_privileges() {
+    mkdir "$T/queue"; accounts
+    echo 'int initgroups(const char *u, int g) { return 0; } int setgid(int g) { return 0; } int setuid(int u) { return 0; }' |
+        cc -w -shared -fPIC -o "$T/kept.so" -xc - || fail 'not built'
+    run 70 env LD_PRELOAD="$T/kept.so" ASAN_OPTIONS=verify_asan_link_order=0 timeout 10 "$ODMR" provider -l 127.0.0.1:0 \
+        -q "$T/queue" -a "$T/accounts" --user nobody
+    has "$T/err" '--user nobody: the privileges did not go away$'
+}
+
 # One line for each socket, with the port that it got; what cannot be listened on ends the start.
 t_listening_sockets() {
     provider -l '[::1]:0' -l localhost:0
@@ -4442,6 +4452,49 @@ t_scram_by_hand() {
     ask '' '^235 now authenticated as example.org$'
     ask ATRN '^453 '
     ask "AUTH SCRAM-SHA-256 $(b64 n,,n=x,r=y)" '^503 '
+}
+
+# OpenSSL fails once, at each of its calls in an exchange: that is 454, which says nothing about the secret, and the next
+# exchange in the same session succeeds.
+t_openssl_fails_in_the_middle_of_scram() {
+    local n bare=n=example.org,r=abc challenge final
+    cc -shared -fPIC -o "$T/failing.so" -xc - << 'END' || fail 'not built'
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <openssl/evp.h>
+#include <openssl/hmac.h>
+#include <openssl/rand.h>
+#include <stdlib.h>
+#include <sys/socket.h>
+static int left = -1;
+#define NEXT(name) ((__typeof__(&name))dlsym(RTLD_NEXT, #name))
+int accept4(int fd, struct sockaddr *a, socklen_t *len, int flags) { int got = NEXT(accept4)(fd, a, len, flags); left = atoi(getenv("FAIL_AT")); return got; }
+int RAND_bytes(unsigned char *out, int n) { return --left == 0 ? 0 : NEXT(RAND_bytes)(out, n); }
+unsigned char *HMAC(const EVP_MD *md, const void *key, int key_len, const unsigned char *d, size_t n, unsigned char *out, unsigned *len)
+{ return --left == 0 ? NULL : NEXT(HMAC)(md, key, key_len, d, n, out, len); }
+int PKCS5_PBKDF2_HMAC(const char *pass, int len, const unsigned char *salt, int salt_len, int rounds, const EVP_MD *md, int n, unsigned char *out)
+{ return --left == 0 ? 0 : NEXT(PKCS5_PBKDF2_HMAC)(pass, len, salt, salt_len, rounds, md, n, out); }
+int EVP_Digest(const void *d, size_t n, unsigned char *out, unsigned *len, const EVP_MD *md, ENGINE *e)
+{ return --left == 0 ? 0 : NEXT(EVP_Digest)(d, n, out, len, md, e); }
+END
+    for n in {1..20}; do
+        AROUND=(env FAIL_AT="$n" ASAN_OPTIONS=verify_asan_link_order=0 LD_PRELOAD="$T/failing.so")
+        provider
+        dial; expect '^220'; ask 'EHLO x' '^250'
+        ask "AUTH SCRAM-SHA-256 $(b64 "n,,$bare")" '^(334|454) '
+        if [[ $ANSWER == 334* ]]; then
+            challenge=$(unb64 "${ANSWER#334 }")
+            final="c=biws,${challenge%%,*}"
+            scram tanstaaf "$bare" "$challenge" "$final"
+            ask "$(b64 "$final,p=$PROOF_OF_IT")" '^(334|454) '
+            [[ $ANSWER != 334* ]] || break
+        fi
+        has "$LOG" 'authentication is not possible just now: OpenSSL cannot compute$'
+        DIALLED=1 scram_by_hand example.org tanstaaf n,,
+        expect '^334 '; ask '' '^235 '
+        stop_provider
+    done
+    equal "$n" 10 'the first call that is none of the exchange'
 }
 
 # RFC 2195's example: what its customer answered to its challenge, ours answers.
