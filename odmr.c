@@ -2388,7 +2388,7 @@ void backlog_free(struct backlog *b)
 
 /* ---- All domains; and what was never finished ---- */
 
-bool for_each_domain(int queue, bool (*visit)(void *context, int queue, const char *domain), void *context)
+bool for_each_name(int queue, bool all, bool (*visit)(void *context, int queue, const char *name), void *context)
 {
     int fd = openat(queue, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     DIR *dir = fd < 0 ? NULL : fdopendir(fd);
@@ -2400,10 +2400,15 @@ bool for_each_domain(int queue, bool (*visit)(void *context, int queue, const ch
         return false;
     }
     while (go_on && (entry = readdir(dir)))
-        if (domain_valid(entry->d_name, strlen(entry->d_name)))
+        if (domain_valid(entry->d_name, strlen(entry->d_name)) || (all && entry->d_name[0] != '.'))
             go_on = visit(context, queue, entry->d_name);
     closedir(dir);
     return go_on;
+}
+
+bool for_each_domain(int queue, bool (*visit)(void *context, int queue, const char *domain), void *context)
+{
+    return for_each_name(queue, false, visit, context);
 }
 
 /* Is this a Maildir, and not just a directory that has a tmp in it? */
@@ -6321,6 +6326,27 @@ struct domain_summary {
     int64_t oldest;
 };
 
+/* The envelope of held mail, as far as it can be read: every address in it, whatever it is. */
+static void list_envelope(const struct message *m)
+{
+    struct line_reader r = {.of = m};
+    char address[sizeof r.line], safe[4 * sizeof r.line];
+    enum field field = NO_FIELD;
+    while (next_line(&r)) {
+        const char *rest = r.line;
+        size_t value = 0;
+        if (field == NO_FIELD || (r.line[0] != ' ' && r.line[0] != '\t'))
+            field = envelope_field(r.line, &value);
+        if (field == NO_FIELD)
+            return;
+        rest += value;
+        while (field != DELIVERY_DATE && cut_address(&rest, address, sizeof address)) {
+            escape(safe, sizeof safe, address);
+            printf("      %s <%s>\n", field == RETURN_PATH ? "from" : "to", safe);
+        }
+    }
+}
+
 static void list_message(const struct message *m, int64_t second)
 {
     char safe[2 * LOG_LINE], when[32];
@@ -6330,6 +6356,8 @@ static void list_message(const struct message *m, int64_t second)
     printf("  %s  %lld  %s\n", when, (long long)m->size, safe);
     if (m->held) {
         printf("      held: %s\n", m->held);
+        if (m->size > 0) /* else it is not a regular file, or could not be opened */
+            list_envelope(m);
         return;
     }
     escape(safe, sizeof safe, m->sender);
@@ -6340,13 +6368,31 @@ static void list_message(const struct message *m, int64_t second)
     }
 }
 
-static bool summarize_domain(int queue, const char *domain, bool list)
+/* A row without figures, for what no ATRN can name and for what cannot be read. */
+static void show_oddity(const char *name, const char *why)
+{
+    char safe[4 * NAME_MAX + 1];
+    escape(safe, sizeof safe, name);
+    printf("%-30s %9s %11s  %-19s %5s  %s\n", safe, "-", "-", "-", "-", why);
+}
+
+/* Has one of these accounts access to it? */
+static bool has_account(const struct accounts *accounts, const char *domain)
+{
+    for (size_t i = 0; i < accounts->count; i++)
+        if (domain_in_list(accounts->list[i].domains, domain, strlen(domain)))
+            return true;
+    return false;
+}
+
+static bool summarize_domain(int queue, const char *domain, bool list, const char *remark)
 {
     struct domain_summary sum = {0};
     struct backlog b;
     char when[32] = "-";
     struct tm tm;
     if (backlog_read(&b, NULL, queue, domain) != DONE) {
+        show_oddity(domain, "cannot be read");
         backlog_free(&b);
         return false;
     }
@@ -6371,8 +6417,8 @@ static bool summarize_domain(int queue, const char *domain, bool list)
             message_close(&m);
         }
         if (pass == 0)
-            printf("%-30s %9zu %11llu  %-19s %5zu\n", domain, sum.messages, (unsigned long long)sum.octets, when,
-                   sum.held);
+            printf("%-30s %9zu %11llu  %-19s %5zu%s\n", domain, sum.messages, (unsigned long long)sum.octets, when,
+                   sum.held, remark);
     }
     backlog_free(&b);
     return true;
@@ -6384,7 +6430,27 @@ static bool summarize_undeliverable(int queue, const char *domain, bool list)
     char folder[MAILDIR_PATH];
     struct stat st;
     snprintf(folder, sizeof folder, "%s/%s", domain, UNDELIVERABLE);
-    return fstatat(queue, folder, &st, AT_SYMLINK_NOFOLLOW) < 0 || summarize_domain(queue, folder, list);
+    return fstatat(queue, folder, &st, AT_SYMLINK_NOFOLLOW) < 0 || summarize_domain(queue, folder, list, "");
+}
+
+/* One name in the queue's directory. False: its mail cannot be listed. */
+static bool show_name(int queue, const char *name, bool list, const struct accounts *accounts)
+{
+    struct stat st;
+    const char *remark = "";
+    bool done;
+    if (!domain_valid(name, strlen(name))) {
+        show_oddity(name, "not a domain: no ATRN can name it");
+        return true;
+    }
+    if (fstatat(queue, name, &st, AT_SYMLINK_NOFOLLOW) == 0 && !S_ISDIR(st.st_mode)) {
+        show_oddity(name, "not a directory: no mail can be in it");
+        return false;
+    }
+    if (accounts && !has_account(accounts, name))
+        remark = "  no account has it";
+    done = summarize_domain(queue, name, list, remark);
+    return summarize_undeliverable(queue, name, list) && done;
 }
 
 struct domain_list {
@@ -6406,12 +6472,12 @@ static bool add_domain(void *context, int queue, const char *domain)
     return true;
 }
 
-int show_queue(int queue, char **domains, size_t count, bool list)
+int show_queue(int queue, char **domains, size_t count, bool list, const struct accounts *accounts)
 {
     struct domain_list all = {NULL, 0};
     bool done = true;
     if (count == 0) {
-        if (!for_each_domain(queue, add_domain, &all))
+        if (!for_each_name(queue, true, add_domain, &all))
             return EX_OSERR;
         if (all.count > 1)
             qsort(all.list, all.count, sizeof *all.list, by_text);
@@ -6420,7 +6486,7 @@ int show_queue(int queue, char **domains, size_t count, bool list)
     }
     printf("%-30s %9s %11s  %-19s %5s\n", "domain", "messages", "octets", "oldest", "held");
     for (size_t i = 0; i < count; i++)
-        done = summarize_domain(queue, domains[i], list) && summarize_undeliverable(queue, domains[i], list) && done;
+        done = show_name(queue, domains[i], list, accounts) && done;
     for (size_t i = 0; i < all.count; i++)
         free(all.list[i]);
     free(all.list);
@@ -7240,7 +7306,7 @@ static int demo_session(struct provider *p, struct customer *c)
     name_of_socket(p->sockets[0], where, sizeof where);
     c->provider = where;
     printf("What the provider holds for its customer:\n\n");
-    show_queue(p->queue, NULL, 0, false);
+    show_queue(p->queue, NULL, 0, false, NULL);
     fflush(stdout);
     if (pthread_create(&thread, NULL, demo_provider, p) != 0)
         die(EX_OSERR, "demo: cannot start a thread");
@@ -7249,9 +7315,9 @@ static int demo_session(struct provider *p, struct customer *c)
     pthread_join(thread, NULL);
     close(p->sockets[0]);
     printf("\nWhat the customer has now:\n\n");
-    show_queue(c->queue, NULL, 0, true);
+    show_queue(c->queue, NULL, 0, true, NULL);
     printf("\nWhat the provider holds:\n\n");
-    show_queue(p->queue, NULL, 0, false);
+    show_queue(p->queue, NULL, 0, false, NULL);
     printf("\nWhat bob@example.edu is told of the recipient that was refused:\n\n");
     demo_show_notice(p->sendmail);
     return code;
@@ -7363,10 +7429,13 @@ static const char usage_enqueue[] =
     "Exit: 0 queued; 64 wrong usage; 65 a bad address; 75 try later (nothing is queued).\n";
 
 static const char usage_queue[] =
-    "odmr queue [-q DIR] [-l] [DOMAIN...]: what waits: domain, messages, octets, oldest, held\n"
+    "odmr queue [-q DIR] [-l] [-a FILE] [DOMAIN...]: what waits: domain, messages, octets, oldest, held\n"
     "\n"
     "  -q, --queue DIR      default /var/spool/odmr\n"
-    "  -l, --list           every message with its envelope, and why it is held if it is\n";
+    "  -l, --list           every message with its envelope, and why it is held if it is\n"
+    "  -a, --accounts FILE  mark domains that no account has: nobody can collect their mail\n"
+    "\n"
+    "Without a DOMAIN it also names what is in DIR and cannot be asked for. Exit: 0; 75 something cannot be read.\n";
 
 static const char usage_account[] =
     "odmr account [--scram] NAME DOMAIN[,DOMAIN...]: prints a line for the accounts file\n"
@@ -7745,13 +7814,18 @@ static int main_queue(int argc, char **argv)
 {
     static const struct option options[] = {{"queue", required_argument, NULL, 'q'},
                                             {"list", no_argument, NULL, 'l'},
+                                            {"accounts", required_argument, NULL, 'a'},
                                             {"help", no_argument, NULL, 'h'}, {0}};
-    const char *queue_path = "/var/spool/odmr";
+    const char *queue_path = "/var/spool/odmr", *accounts_path = NULL;
+    char why[PATH_MAX + 256];
+    struct accounts *accounts = NULL;
     bool list = false;
-    int option, queue;
-    while ((option = next_option(argc, argv, ":q:lh", options, usage_queue)) != -1) {
+    int option, queue, code;
+    while ((option = next_option(argc, argv, ":q:la:h", options, usage_queue)) != -1) {
         if (option == 'q')
             queue_path = optarg;
+        else if (option == 'a')
+            accounts_path = optarg;
         else
             list = true;
     }
@@ -7763,7 +7837,13 @@ static int main_queue(int argc, char **argv)
     queue = open_queue(queue_path, false);
     if (queue < 0)
         die(EX_NOINPUT, "queue: %s: %s", queue_path, strerror(errno));
-    return show_queue(queue, argv + optind, (size_t)(argc - optind), list);
+    if (accounts_path && !(accounts = accounts_load(accounts_path, why, sizeof why)))
+        die(EX_CONFIG, "queue: %s", why);
+    code = show_queue(queue, argv + optind, (size_t)(argc - optind), list, accounts);
+    if (fflush(stdout) != 0 || ferror(stdout))
+        die(EX_IOERR, "queue: cannot write the table: %s", strerror(errno));
+    accounts_release(accounts);
+    return code;
 }
 
 static int main_account(int argc, char **argv)

@@ -579,7 +579,10 @@ enum result backlog_read(struct backlog *b, const struct session *s, int queue, 
 void backlog_skip_box(struct backlog *b, const char *path);
 /* The list and its paths, not the struct. */
 void backlog_free(struct backlog *b);
-/* Calls visit for each domain of the queue, until one says false; false then, or if the queue cannot be read. */
+/* Calls visit for each domain of the queue or, if all, for each name that starts with no dot, until one says false;
+ * false then, or if the queue cannot be read. */
+bool for_each_name(int queue, bool all, bool (*visit)(void *context, int queue, const char *name), void *context);
+/* The same for domains alone. */
 bool for_each_domain(int queue, bool (*visit)(void *context, int queue, const char *domain), void *context);
 /* Removes what was never finished; fits for_each_domain(), always true. */
 bool clean_domain(void *context, int queue, const char *domain);
@@ -639,8 +642,9 @@ int customer_session(const struct customer *c);
 int open_queue(const char *dir, bool make);
 /* The message on standard input, for all of the recipients or none of them. An exit code. */
 int enqueue(int queue, const char *sender, const char *name, char **recipients, int count);
-/* The table of what waits, with every message if list; all domains if count is 0. An exit code. */
-int show_queue(int queue, char **domains, size_t count, bool list);
+/* The table of what waits, with every message if list; all there is if count is 0; domains that none of the accounts
+ * (NULL: not known) has are marked. An exit code. */
+int show_queue(int queue, char **domains, size_t count, bool list, const struct accounts *accounts);
 /* Asks for the secret and prints the line of an accounts file; an exit code. */
 int print_account(const char *name, const char *domains, bool scram);
 

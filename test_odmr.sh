@@ -3053,12 +3053,58 @@ t_queue_shows_what_waits() {
 }
 
 # What this user may not see is said, not left out.
+# What is in the queue and cannot be asked for is shown with the reason: names that are no domains, files, links; with
+# -a domains that no account has. The exit code tells of a domain that cannot be read and of output that cannot be written.
+t_queue_shows_what_nobody_can_ask_for() {
+    mkdir -p "$T/queue"/{localhost,example.org,.hidden}/{new,cur,tmp} "$T/queue"/{linked.example,misspelt.example}/{cur,tmp}; accounts
+    ln -s /tmp "$T/queue/linked.example/new"; : > "$T/queue/stray"; : > "$T/queue/file.example"
+    put_letter one 1.a a@example.edu eva@misspelt.example
+    put_letter one 1.a a@example.edu eva@example.org
+    put_letter one 1.a a@example.edu $'x\x1b@localhost'
+    run 75 "$ODMR" queue -q "$T/queue" -a "$T/accounts"
+    has "$T/out" '^localhost  *-  *-  *-  *-  not a domain: no ATRN can name it$'
+    has "$T/out" '^stray  *-  *-  *-  *-  not a domain: no ATRN can name it$'
+    has "$T/out" '^file.example  *-  *-  *-  *-  not a directory: no mail can be in it$'
+    has "$T/out" '^linked.example  *-  *-  *-  *-  cannot be read$'
+    has "$T/out" '^misspelt.example  *1 .*  no account has it$'
+    has "$T/out" '^example.org  *1 .* 0$'
+    hasnt "$T/out" hidden
+    rm -r "$T/queue"/{file,linked}.example
+    run 0 "$ODMR" queue -q "$T/queue"
+    hasnt "$T/out" 'no account'
+    chmod 644 "$T/accounts"
+    run 78 "$ODMR" queue -q "$T/queue" -a "$T/accounts"
+    local code=0
+    "$ODMR" queue -q "$T/queue" > /dev/full 2> "$T/err" || code=$?
+    equal "$code" 74 'exit when the output fails'
+    has "$T/err" '^odmr: queue: cannot write the table: No space left on device$'
+}
+
+# odmr queue -l shows the envelope of held mail as far as it can be read, escaped.
+t_queue_lists_the_envelope_of_held_mail() {
+    local box=$T/queue/example.org/new
+    mkdir -p "$box" "$T/queue/example.org/cur"
+    printf 'Return-Path: <s@b.example>\nDelivered-To: x@other.example\nX-Original-To: y@third.example\n\nx\n' > "$box/1.a"
+    printf 'Return-Path: <a b@example.edu>\nDelivered-To: zoe@example.org, "q, r"@example.org,\n\tfolded@example.org\n\nx\n' > "$box/2.b"
+    printf 'Delivered-To: struck=example.org\nDelivered-To: e\033[31mva\n\nDelivered-To: body@example.org\n' > "$box/3.c"
+    : > "$box/4.d"; mkfifo "$box/5.e"; ln -s /etc/passwd "$box/6.f"
+    printf 'Return-Path: <a@example.edu>\n%02000d\n' 1 > "$box/7.g"
+    run 0 "$ODMR" queue -q "$T/queue" -l
+    equal "$(sed -n 's/^      \(from\|to\) /\1 /p' "$T/out" | tr '\n' '|')" \
+        'from <s@b.example>|to <x@other.example>|to <y@third.example>|from <a b@example.edu>|to <zoe@example.org>|to <"q, r"@example.org>|to <folded@example.org>|to <struck=example.org>|to <e\x1b[31mva>|from <a@example.edu>|'
+    equal "$(grep -c 'held: ' "$T/out")" 7
+}
+
 t_queue_that_is_not_ours() {
     needs_capabilities 'user who may not read the queue' SETUID
     put_letter one 1.a a@example.edu eva@example.org
     put_letter one 1.a a@example.edu eva@example.com
     chmod -R go+rX "$T"; chmod 600 "$T/queue/example.org/new/1.a"; chmod 700 "$T/queue/example.com/new"
     cp "$ODMR" "$T/odmr"
+    chmod 444 "$T/queue/example.org/new/1.a"
+    run 75 setpriv --reuid nobody --regid nogroup --clear-groups "$T/odmr" queue -q "$T/queue" -l
+    has "$T/out" '^example.org  *1  .* 0$' # it is opened for reading only
+    chmod 600 "$T/queue/example.org/new/1.a"
     run 75 setpriv --reuid nobody --regid nogroup --clear-groups "$T/odmr" queue -q "$T/queue" -l
     has "$T/out" '^example.org  *0  *0  .* 1$'
     has "$T/out" '^      held: this user cannot open it$'
