@@ -3635,28 +3635,33 @@ t_replies_are_settled_as_they_arrive() {
     [ "$(waiting)" -ge 30 ] || fail "$(waiting) wait, though only 40 of 70 were accepted"
 }
 
-# A server that refuses every command which arrives before its reply to the final dot: each message gets through in the
-# same session, once.
+# A server that refuses every command which arrives before its reply to the end of a message: each message gets through in
+# the same session, once.
 t_2920_a_server_that_refuses_what_follows_the_final_dot() {
-    local i
+    local i offer
     provider
-    for i in {1..6}; do put_letter "$i" "$i.a" a@example.edu eva@example.org bob@example.org; done
-    login; ask ATRN '^250 '
-    receiver 'my ($n, $in) = (0, ""); greets("PIPELINING");
-        sub more { my $r = ""; vec($r, 0, 1) = 1; select $r, undef, undef, 0.4 or return 0; my $k = sysread STDIN, $in, 65536, length $in; $k or exit }
-        sub command { while (1) { return $1 if $in =~ s/\A(.*?)\r\n//s; more() } }
-        while (1) {
-            my $l = command();
-            if ($l eq "DATA") {
-                said(354); my ($text, $d) = ("", ""); $text .= "$d\n" while ($d = command()) ne ".";
-                my $early = 0; do { $early++ while $in =~ s/\A.*?\r\n//s } while more();
-                $text =~ /^Subject: (\w+)$/m; print STDERR "$1 ";
-                said("250 taken"); said("503 5.5.1 too early") for 1 .. $early;
-            } elsif ($l eq "QUIT") { said(221); exit } else { said("250 ok") }
-        }' 2> "$T/taken"
-    until_true settled
-    equal "$(tr ' ' '\n' < "$T/taken" | sort | xargs) / $(waiting) $(notices)" '1 2 3 4 5 6 / 0 0'
-    has "$LOG" "the customer's server wants no MAIL before its reply to the end of a message"
+    for offer in PIPELINING 'PIPELINING CHUNKING'; do
+        for i in {1..6}; do put_letter "$i" "$i.a" a@example.edu eva@example.org bob@example.org; done
+        login; ask ATRN '^250 '
+        receiver 'my $in = ""; greets(split / /, shift);
+            sub more { my $r = ""; vec($r, 0, 1) = 1; select $r, undef, undef, 0.4 or return 0; sysread STDIN, $in, 65536, length $in or exit }
+            sub command { while (1) { return $1 if $in =~ s/\A(.*?)\r\n//s; more() } }
+            sub octets { while (length $in < $_[0]) { more() } substr $in, 0, $_[0], "" }
+            sub early { while (more()) { } my $n = 0; while ($in =~ s/\A(.*?)\r\n//s) { $n++; octets($1) if $1 =~ /^BDAT (\d+)/ } $n }
+            while (1) {
+                my ($l, $text) = command();
+                if ($l eq "QUIT") { said(221); exit }
+                if ($l eq "DATA") { said(354); my $d; $text .= "$d\n" while ($d = command()) ne "." }
+                if ($l =~ /^BDAT (\d+)/) { $text = octets($1) }
+                if ($text) { my $early = early(); $text =~ /^Subject: (\w+)/m; print STDERR "$1 "; said("250 taken"); said("503 5.5.1 too early") for 1 .. $early; next }
+                said("250 ok");
+            }' "$offer" 2> "$T/taken"
+        hang_up
+        until_true settled
+        equal "$(tr ' ' '\n' < "$T/taken" | sort | xargs) / $(waiting) $(notices)" '1 2 3 4 5 6 / 0 0' "$offer"
+        equal "$(grep -c "the customer's server wants no MAIL before its reply to the end of a message" "$LOG")" 1 "$offer"
+        : > "$LOG"
+    done
 }
 
 # Replies in 5xx that are about the session: nobody's mail is returned, QUIT is said, and the log says once why.
