@@ -2196,33 +2196,6 @@ static void unique_name(char *out, size_t size)
              atomic_fetch_add(&names_given, 1), (unsigned long long)random, host);
 }
 
-/* What root makes belongs to the owner of the queue, for the provider that serves it runs as that user. */
-static bool give_to_owner(int queue, const char *path)
-{
-    struct stat owner;
-    return geteuid() != 0 || (fstat(queue, &owner) == 0 &&
-                              fchownat(queue, path, owner.st_uid, owner.st_gid, AT_SYMLINK_NOFOLLOW) == 0);
-}
-
-/* A directory, if it is not there yet. It gets its name when it has its owner. */
-static bool directory_make(int queue, const char *path, bool *made)
-{
-    char name[NAME_SIZE] = ".";
-    struct stat st;
-    int problem;
-    if (fstatat(queue, path, &st, AT_SYMLINK_NOFOLLOW) == 0)
-        return true;
-    unique_name(name + 1, sizeof name - 1);
-    if (mkdirat(queue, name, 0700) < 0)
-        return false;
-    if (give_to_owner(queue, name) && renameat(queue, name, queue, path) == 0)
-        return *made = true;
-    problem = errno;
-    unlinkat(queue, name, AT_REMOVEDIR);
-    errno = problem;
-    return problem == EEXIST || problem == ENOTEMPTY; /* another process was faster */
-}
-
 /* A Maildir's directories, those that are missing, on disk like the mail that will be in them. maildir is a
  * domain, or a folder of one. */
 static bool maildir_make(int queue, const char *maildir)
@@ -2233,7 +2206,9 @@ static bool maildir_make(int queue, const char *maildir)
     bool made = false;
     for (size_t i = 0; i < sizeof box / sizeof *box; i++) {
         snprintf(path, sizeof path, "%s%s", maildir, box[i]);
-        if (!directory_make(queue, path, &made))
+        if (mkdirat(queue, path, 0700) == 0)
+            made = true;
+        else if (errno != EEXIST)
             return false;
     }
     if (slash)
@@ -2820,10 +2795,8 @@ bool message_set_aside(const struct message *m)
     }
     snprintf(path, sizeof path, "%s/maildirfolder", folder); /* Maildir++: what makes it a folder */
     fd = openat(m->queue, path, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
-    if (fd >= 0) {
-        give_to_owner(m->queue, path);
+    if (fd >= 0)
         close(fd);
-    }
     return true;
 }
 
@@ -4650,7 +4623,7 @@ bool delivery_open(struct delivery *d, int queue, const char *domain)
         return false;
     snprintf(path, sizeof path, "%s/tmp/%s", d->domain, d->name);
     fd = openat(queue, path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
-    d->file = fd < 0 || !give_to_owner(queue, path) ? NULL : fdopen(fd, "w");
+    d->file = fd < 0 ? NULL : fdopen(fd, "w");
     if (!d->file && fd >= 0) {
         close(fd);
         unlinkat(queue, path, 0);
@@ -6257,6 +6230,19 @@ int open_queue(const char *dir, bool make)
     return fd;
 }
 
+/* What is made in a queue must belong to its owner, or the provider, which runs as that user, could not read it. So
+ * root becomes that user; then a link that the owner has put into the queue cannot lead root elsewhere, either. */
+static void become_owner(int queue, const char *path)
+{
+    struct stat st = {.st_uid = 0};
+    if (fstat(queue, &st) == 0 && geteuid() == 0 && setgid(st.st_gid) == 0 &&
+        (st.st_uid == 0 || (setgroups(0, NULL) == 0 && setuid(st.st_uid) == 0)))
+        return;
+    if (geteuid() == 0 || geteuid() != st.st_uid)
+        die(EX_TEMPFAIL, "%s belongs to another user, who could not read the message; nothing is written; run odmr as "
+                         "that user or as root", path);
+}
+
 /* The message on standard input, once for each delivery. A From_ line (mbox's) on top is dropped, as an
  * MTA's pipe may write one; "From :" is a header field (RFC 5322, 4.5.2). If the message itself starts with a
  * field of our envelope, written by an earlier hop, or with a blank, which would continue ours, a Received field
@@ -7748,6 +7734,8 @@ static void complete_customer(struct customer_options *o)
         c->queue = open_queue(o->queue, true);
         if (c->queue < 0)
             die(EX_CANTCREAT, "%s: %s; no ATRN is sent", o->queue, strerror(errno));
+        if (geteuid() == 0)
+            become_owner(c->queue, o->queue);
     }
 }
 
@@ -7784,7 +7772,6 @@ static int main_enqueue(int argc, char **argv)
                                             {"from", required_argument, NULL, 'f'},
                                             {"help", no_argument, NULL, 'h'}, {0}};
     const char *queue_path = "/var/spool/odmr", *sender = "";
-    struct stat st;
     int option, queue;
     while ((option = next_option(argc, argv, ":q:f:h", options, usage_enqueue)) != -1) {
         if (option == 'q')
@@ -7802,11 +7789,9 @@ static int main_enqueue(int argc, char **argv)
             die(EX_DATAERR, "enqueue: %s: not a mailbox; nothing is queued", argv[i]);
     }
     queue = open_queue(queue_path, false);
-    if (queue < 0 || fstat(queue, &st) < 0)
+    if (queue < 0)
         die(EX_TEMPFAIL, "enqueue: %s: %s; try again later", queue_path, strerror(errno));
-    if (geteuid() != 0 && geteuid() != st.st_uid)
-        die(EX_TEMPFAIL, "enqueue: %s belongs to another user, who could not read the message; nothing is queued; "
-                         "run enqueue as that user or as root", queue_path);
+    become_owner(queue, queue_path);
     return enqueue(queue, sender, host_name(), argv + optind, argc - optind);
 }
 

@@ -2921,7 +2921,13 @@ t_enqueue_as_root() {
     chmod 755 "$T"; cp "$ODMR" "$T/odmr"
     mkdir -m 700 "$T/queue" "$T/mail"; accounts; chown nobody:daemon "$T/accounts" "$T/queue" "$T/mail"
     letter one | run 0 "$ODMR" enqueue -q "$T/queue" -f a@example.edu eva@example.org bob@example.com
-    mkdir -m 700 "$T/queue/other.example"; chown nobody:daemon "$T/queue/other.example"
+    mkdir -m 700 "$T/queue/other.example" "$T/queue/root.example"; chown nobody:daemon "$T/queue/other.example"
+    letter two | run 75 "$ODMR" enqueue -q "$T/queue" eva@other.example eva@root.example # the provider could not read that
+    rmdir "$T/queue/root.example"
+    mkdir "$T/elsewhere"; mkdir -p "$T/queue/link.example"; ln -s "$T/elsewhere" "$T/queue/link.example/tmp"; chown -R nobody "$T/queue/link.example"
+    letter two | run 75 "$ODMR" enqueue -q "$T/queue" eva@link.example
+    equal "$(ls "$T/elsewhere")" '' 'what root wrote where a link led'
+    rm -r "$T/queue/link.example"
     letter two | run 0 "$ODMR" enqueue -q "$T/queue" eva@other.example
     provider --user nobody
     customer 0 "127.0.0.1:$PORT" example.org
@@ -2932,7 +2938,7 @@ t_enqueue_as_root() {
     equal "$(waiting) $(mailbox)" '2 1'
     chmod 777 "$T/queue"
     letter two | run 75 setpriv --reuid daemon --regid daemon --clear-groups "$T/odmr" enqueue -q "$T/queue" eva@example.net
-    matches "$T/err" "^odmr: enqueue: $T/queue belongs to another user.* nothing is queued; run enqueue as that user or as root$"
+    matches "$T/err" "^odmr: $T/queue belongs to another user.* nothing is written; run odmr as that user or as root$"
     equal "$(waiting)" 2
     letter two | run 0 setpriv --reuid nobody --regid daemon --clear-groups "$T/odmr" enqueue -q "$T/queue" eva@example.net
 }
