@@ -4167,6 +4167,10 @@ t_tls_records_without_data() {
     customer 0 --tls --ca "$T/ca.crt" --timeout 8 "127.0.0.1:$NOISE"
     [ $((SECONDS - start)) -lt 6 ] || fail 'it waited for what was not there'
     equal "$(mailbox)" 41
+    put_many 3
+    perl_server
+    PORT=$NOISE relay 0 "$SERVER" --tls --ca "$T/ca.crt" --timeout 8
+    has "$T/err" '3 messages, .* handed on'
     tls_provider
     put_many 40
     noise "$TLS_PORT"
