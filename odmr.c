@@ -6753,7 +6753,6 @@ static const char *session_admit(struct provider *p, struct session *s)
     else if (from_here >= p->max_per_address)
         why = "too many sessions from your address";
     if (!why) {
-        s->provider = p;
         s->tls_context = p->tls_context;
         if (s->tls_context)
             SSL_CTX_up_ref(s->tls_context);
@@ -6785,11 +6784,14 @@ static void report_refusals(struct provider *p)
     p->refusals = 0;
 }
 
-/* A last word to somebody who gets no thread of his own; never waits, so not for a TLS handshake either. */
-static void turn_away(int fd, bool tls_at_once, const char *reply, const char *name, const char *why)
+/* The reply to a connection that gets no thread. Never waits, so not for a TLS handshake either. */
+static void turn_away(struct provider *p, int fd, const struct session *s, bool tls_at_once, const char *code,
+                      const char *why)
 {
     char text[512];
-    int n = snprintf(text, sizeof text, "%s %s %s\r\n", reply, name, why);
+    int n = snprintf(text, sizeof text, "%s %s %s\r\n", code, p->name, why);
+    if (refusal_shown(p))
+        log_event(s, LOG_WARNING, "%s refused: %s %s %s", s ? s->peer : "a connection was", code, p->name, why);
     if (!tls_at_once)
         send(fd, text, (size_t)n, MSG_NOSIGNAL | MSG_DONTWAIT);
     shutdown(fd, SHUT_WR);
@@ -6803,37 +6805,25 @@ static void start_session(struct provider *p, int fd, const struct sockaddr_stor
     const char *why;
     pthread_t thread;
     if (!s) {
-        if (refusal_shown(p))
-            log_event(NULL, LOG_ERR, "a connection is turned away: out of memory");
-        turn_away(fd, tls_at_once, "421", p->name, "out of memory, closing connection");
+        turn_away(p, fd, NULL, tls_at_once, "421", "out of memory, closing connection");
         return;
     }
     address_text(s->peer, sizeof s->peer, address, len); /* the connection may be gone already, and with it this */
     address_bytes(s->address, address);
+    s->provider = p;
     s->tls_at_once = tls_at_once;
     if (!address_allowed(p, s->address)) {
-        if (refusal_shown(p))
-            log_event(s, LOG_WARNING, "%s refused: its address is not allowed", s->peer);
-        turn_away(fd, tls_at_once, "554", p->name, "does not serve your address");
-        free(s);
-        return;
-    }
-    why = session_admit(p, s);
-    if (why) {
-        if (refusal_shown(p))
-            log_event(s, LOG_WARNING, "%s turned away: %s", s->peer, why);
-        turn_away(fd, tls_at_once, "421", p->name, why);
-        free(s);
-        return;
-    }
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
-    if (pthread_create(&thread, &p->thread_attributes, session_thread, s) != 0) {
-        if (refusal_shown(p))
-            log_event(s, LOG_ERR, "%s turned away: no thread for it", s->peer);
-        turn_away(fd, tls_at_once, "421", p->name, "cannot serve you now, closing connection");
-        session_free(s);
+        turn_away(p, fd, s, tls_at_once, "554", "does not serve your address");
+    } else if ((why = session_admit(p, s))) {
+        turn_away(p, fd, s, tls_at_once, "421", why);
+    } else {
+        setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
+        if (pthread_create(&thread, &p->thread_attributes, session_thread, s) == 0)
+            return;
+        turn_away(p, fd, s, tls_at_once, "421", "cannot serve you now, closing connection");
         session_over(p);
     }
+    session_free(s);
 }
 
 static void accept_session(struct provider *p, size_t i)

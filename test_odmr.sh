@@ -1694,7 +1694,7 @@ t_refused_connections_are_counted() {
     equal "$(grep -c 'refused' "$LOG")" 2
     dial; expect '^554 '; dial; expect '^554 '
     stop_provider
-    equal "$(grep -c 'refused: its address is not allowed$' "$LOG")" 2
+    equal "$(grep -c 'refused: 554 example.net does not serve your address$' "$LOG")" 2
     has "$LOG" ': 1 more connection was refused$'
 }
 
