@@ -101,7 +101,7 @@ accounts() {
 AROUND=() # what runs it
 # provider [OPTION...]: starts one on a free port, queue in $T/queue; sets PORT and PROVIDER.
 provider() {
-    local log=$T/provider${N_PROVIDERS:=0}.log sendmail=$T/sendmail
+    local log=$T/provider${N_PROVIDERS:=0}.log sendmail=$T/sendmail option sockets=0
     N_PROVIDERS=$((N_PROVIDERS + 1))
     [ -d "$T/queue" ] || mkdir "$T/queue"
     [ -f "$T/accounts" ] || accounts
@@ -117,7 +117,8 @@ provider() {
     PROVIDER=$!
     LOG=$log
     STARTED+=("$PROVIDER")
-    until_true listens "$log"
+    for option; do [[ $option != -l && $option != --tls-listen ]] || sockets=$((sockets + 1)); done
+    until_true listens "$log" "$sockets"
     PORT=${PORTS[0]}
     if [ -n "${OVER_TLS:-}" ]; then TLS_PORT=$PORT; tunnel; fi
 }
@@ -4896,12 +4897,18 @@ t_responses_with_a_nul_octet() {
 # the verdict's code and text, or by time. The verifier's many rounds, which then are everybody's, make a PBKDF2 that
 # somebody is spared stand out from the noise. (With a sanitizer each of them takes much longer.)
 t_failures_tell_nothing() {
-    local kind mechanism i tries rounds=100000
+    local kind mechanism i tries=() rounds=100000
     [ -z "${SANITIZED:-}" ] || rounds=20000
     accounts; echo "verifier:example.org:$(verifier s3cret "$rounds")" >> "$T/accounts"
     tls_provider --max-per-address 200
-    for i in {1..9}; do for kind in example.org verifier nobody; do time_of_challenge "$kind"; done; done
-    near_each_other "$(median example.org)" "$(median verifier)" "$(median nobody)"
+    until
+        for i in {1..9}; do for kind in example.org verifier nobody; do time_of_challenge "$kind"; done; done
+        near_each_other "$(median example.org)" "$(median verifier)" "$(median nobody)"
+    do # a machine that is busy with something else spoils some of the times
+        tries+=(once)
+        [ ${#tries[@]} -lt 5 ] || fail "medians in microseconds: $MEDIANS"
+        rm "$T"/times.*
+    done
     CLEAR=$PORT LATEST=$((1000000 + $(median example.org)))
     tunnel
     for mechanism in CRAM-MD5 PLAIN SCRAM-SHA-256; do
@@ -4955,7 +4962,7 @@ verifier() {
 refusal() {
     local i before took
     [ "$1" = PLAIN ] || PORT=$CLEAR
-    for i in {1..9}; do
+    for i in {1..25}; do
         dial; expect '^220'; ask 'EHLO x' '^250'
         "wrong_$1" "$2"
         before=${EPOCHREALTIME/./}
@@ -4988,7 +4995,7 @@ time_of_challenge() {
     hang_up
 }
 median() { sort -n "$T/times.$1" | sed -n "$(($(wc -l < "$T/times.$1") / 2 + 1))p"; }
-near_each_other() { for a; do for b; do [ $((a * 2)) -gt "$b" ] || fail "medians in microseconds: $*"; done; done; }
+near_each_other() { local a b; MEDIANS=$*; for a; do for b; do [ $((a * 2)) -gt "$b" ] || return 1; done; done; }
 
 # ---- The provider's certificates ----
 
