@@ -652,7 +652,7 @@ int print_account(const char *name, const char *domains, bool scram);
 
 /* False: text is neither an address nor a prefix. */
 bool network_parse(struct network *n, const char *text);
-/* address: 16 octets in network order, as in struct network. */
+/* address: 16 octets in network order, as in struct network. A prefix shorter than 96 is of IPv6 alone. */
 bool network_has(const struct network *n, const unsigned char address[16]);
 /* Serves until a signal says stop; an exit code. What is wrong at the start ends the program (sysexits). */
 int provider_run(struct provider *p);
