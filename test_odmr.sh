@@ -5401,7 +5401,7 @@ hands_on() {
     put 1.a s@example.edu Eva@example.org bob@example.org < "$T/one"
     put 2.a '' eva+tag@example.org < "$T/two"
     put_letter three 3.a s@example.edu x@example.com
-    echo tanstaaf > "$T/secret"
+    (umask 077; echo tanstaaf > "$T/secret")
     command=$(recipe "/etc/cron.d/odmr, $1" | cut -d ' ' -f 7- |
         sed "s|/usr/local/bin/odmr|$ODMR|; s|/etc/odmr/secret|$T/secret|; s|:2525|:$MX|; s|odmr.example.net|127.0.0.1:$PORT|")
     run 0 env MAIL_CONFIG="$T/postfix/etc" sh -c "$command"
@@ -7818,6 +7818,7 @@ run_one() {
         cd "$T" && "$1"
     ) > "$T/.output" 2>&1 < /dev/null
     code=$?
+    [ $code = 0 ] || chattr -R -a "$T" 2> /dev/null # or the directory could not be removed
     case $code in
     0) content "$T/covered"; echo "ok      $1${CONTENT:+: ${CONTENT%$'\n'}}" ;;
     77) echo "skipped $1: $(cat "$T/skipped")" ;;
