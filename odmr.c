@@ -6424,14 +6424,10 @@ static bool show_name(int queue, const char *name, bool list, const struct accou
 {
     struct stat st;
     const char *remark = "";
-    bool done;
-    if (!domain_valid(name, strlen(name))) {
-        show_oddity(name, "not a domain: no ATRN can name it");
-        return true;
-    }
-    if (fstatat(queue, name, &st, AT_SYMLINK_NOFOLLOW) == 0 && !S_ISDIR(st.st_mode)) {
-        show_oddity(name, "not a directory: no mail can be in it");
-        return false;
+    bool done, valid = domain_valid(name, strlen(name));
+    if (!valid || (fstatat(queue, name, &st, AT_SYMLINK_NOFOLLOW) == 0 && !S_ISDIR(st.st_mode))) {
+        show_oddity(name, valid ? "not a directory: no mail can be in it" : "not a domain: no ATRN can name it");
+        return !valid;
     }
     if (accounts && !has_account(accounts, name))
         remark = "  no account has it";
@@ -6971,13 +6967,6 @@ static void drop_privileges(const char *user)
 }
 
 /* --user: what this user will need, now and at SIGHUP. Says what is missing and what helps, and ends the program. */
-static void check_file_access(const char *option, const char *path, const char *user)
-{
-    if (path && access(path, R_OK) < 0 && errno == EACCES)
-        die(EX_CONFIG, "%s %s: --user %s may not read it; do: chown %s %s, and let that user into its directory",
-            option, path, user, user, path);
-}
-
 static bool check_domain_access(void *context, int queue, const char *domain)
 {
     static const char *const part[] = {"", "/new", "/cur", "/tmp"};
@@ -6994,10 +6983,12 @@ static bool check_domain_access(void *context, int queue, const char *domain)
 
 static void check_access(struct provider *p)
 {
-    check_file_access("--accounts", p->accounts_path, p->user);
-    check_file_access("--cert", p->cert, p->user);
-    check_file_access("--key", p->key, p->user);
-    check_file_access("--client-ca", p->client_ca, p->user);
+    const char *const files[][2] = {{"--accounts", p->accounts_path}, {"--cert", p->cert}, {"--key", p->key},
+                                    {"--client-ca", p->client_ca}};
+    for (size_t i = 0; i < sizeof files / sizeof *files; i++)
+        if (files[i][1] && access(files[i][1], R_OK) < 0 && errno == EACCES)
+            die(EX_CONFIG, "%s %s: --user %s may not read it; do: chown %s %s, and let that user into its directory",
+                files[i][0], files[i][1], p->user, p->user, files[i][1]);
     if (!for_each_domain(p->queue, check_domain_access, p))
         die(EX_CONFIG, "%s: --user %s may not read it (%s); do: chown -R %s %s", p->queue_path, p->user,
             strerror(errno), p->user, p->queue_path);
