@@ -7860,7 +7860,7 @@ share_of() { grep -B 1 "^$1() {" "$self" | sed -n 's/^# share: //p'; }
 LIMIT=600
 suite() {
     local TEST_NAME
-    local -A BEGAN=() NAME_OF=() COUNT=([0]=0 [77]=0 [1]=0)
+    local -A BEGAN=() GONE=() NAME_OF=() COUNT=([0]=0 [77]=0 [1]=0)
     local LEFT=() RECORD=
     set -m
     exec {OVER}<> <(:) {NEVER}<> <(:)
@@ -7891,6 +7891,7 @@ one_over() {
     RECORD+=$record # its time may run out in the middle of a line
     for pid in "${!BEGAN[@]}"; do
         if kill -0 "$pid" 2> /dev/null && [ $((SECONDS - BEGAN[$pid])) -lt "$LIMIT" ]; then continue; fi
+        if [ -z "${GONE[$pid]:-}" ]; then GONE[$pid]=$SECONDS; continue; fi # it may have said so this moment
         end_tests "$pid"
         echo "FAILED  ${NAME_OF[$pid]}: ended after $((SECONDS - BEGAN[$pid])) s"
         COUNT[1]=$((COUNT[1] + 1))
