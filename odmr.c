@@ -5743,6 +5743,13 @@ static int client_starttls(struct session *s, const struct customer *c, struct r
 
 /* ---- AUTH, the client's half of each mechanism ---- */
 
+/* RFC 4954, 4: "*" cancels the exchange. */
+static int cancel_auth(struct session *s, struct reply *r, int code)
+{
+    send_line(s, "*");
+    return read_reply(s, r) == DONE ? code : lost(s);
+}
+
 /* A challenge in base64, decoded, into s->response; EX_OK, or the exit code. */
 static int client_challenge(struct session *s, struct reply *r)
 {
@@ -5753,8 +5760,7 @@ static int client_challenge(struct session *s, struct reply *r)
     s->response_len = base64_decode(s->response, sizeof s->response, r->text);
     if (s->response_len < 0 || strlen(s->response) != (size_t)s->response_len) {
         log_event(s, LOG_ERR, "%s: its challenge is not base64; AUTH is given up", s->peer);
-        send_line(s, "*"); /* RFC 4954, 4: cancels the exchange */
-        return read_reply(s, r) == DONE ? EX_PROTOCOL : lost(s);
+        return cancel_auth(s, r, EX_PROTOCOL);
     }
     return EX_OK;
 }
@@ -5782,7 +5788,7 @@ static int client_cram_md5(struct session *s, const struct customer *c, struct r
     if (code != EX_OK)
         return code;
     if (!cram_md5_digest(digest, c->secret, s->response))
-        return cannot_compute(s);
+        return cancel_auth(s, r, cannot_compute(s));
     snprintf(response, sizeof response, "%s %s", c->user, digest);
     base64_encode(encoded, response, strlen(response));
     send_line(s, "%s", encoded);
@@ -5912,18 +5918,17 @@ static int client_scram(struct session *s, const struct customer *c, struct repl
         return code;
     if (!client_scram_challenge(&x, s->response, &v)) {
         log_event(s, LOG_ERR, "%s: its SCRAM challenge is not acceptable: %s; AUTH is given up", s->peer, s->response);
-        send_line(s, "*");
-        return read_reply(s, r) == DONE ? EX_NOPERM : lost(s);
+        return cancel_auth(s, r, EX_NOPERM);
     }
     if (!client_scram_final(c, &x, &v, message, sizeof message))
-        return cannot_compute(s);
+        return cancel_auth(s, r, cannot_compute(s));
     base64_encode(encoded, message, strlen(message));
     send_line(s, "%s", encoded);
     code = client_challenge(s, r);
     if (code != EX_OK && r->code != 235)
         return code;
     if (!server_final(&x, &v, final))
-        return cannot_compute(s);
+        return r->code == 334 ? cancel_auth(s, r, cannot_compute(s)) : cannot_compute(s);
     if (r->code == 235 || strcspn(s->response, ",") != strlen(final) || /* extensions may stand behind a comma */
         CRYPTO_memcmp(s->response, final, strlen(final)) != 0) {
         log_event(s, LOG_ERR,

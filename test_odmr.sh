@@ -7429,7 +7429,8 @@ fail_once() {
     [ "$5" = KILL ] || told_clearly "$side"
     [[ $5 == KILL || " $codes " == *" $CODE "* ]] || { cat "$LOG" "$T/err" >&2; fail "$WHAT: exit $CODE"; }
     content "$T/err"
-    [[ ! $CONTENT =~ ']'' P: '(453|5..)' ' ]] || { cat "$LOG" "$T/err" >&2; fail "$WHAT: a wrong reply"; }
+    # 501 answers the customer's "*", which cancels an AUTH that it cannot go on with
+    [[ $CONTENT == *'] C: *'$'\n'* || ! $CONTENT =~ ']'' P: '(453|5..)' ' ]] || { cat "$LOG" "$T/err" >&2; fail "$WHAT: a wrong reply"; }
     [[ $CONTENT != *Sanitizer* ]] || { cat "$T/err" >&2; fail "$WHAT"; }
     if [ "$3" = unlinkat ] || [ "$5" = KILL ]; then audit safe; else audit tidy; fi
     # what may not be on the disk is not acknowledged, and waits
