@@ -7714,7 +7714,8 @@ slow_crowd() {
     for what in "${pids[@]}"; do wait "$what" || exit 1; done
 }
 
-# Who takes nothing, or answers nothing, is waited for no longer than --timeout, and costs no memory for his mail.
+# A customer that reads nothing is waited for twice --timeout at most, because at first its kernel takes octets; one that
+# answers nothing, once. Neither costs memory for its mail.
 torture_hostile_deaf() {
     hostile --timeout 3
     mail 6 8192

@@ -27,7 +27,7 @@
 #include <time.h>
 #include <unistd.h>
 
-enum { CROWD_MAX = 20000, DRIP_MS = 100, PIECE = 65536, PATIENCE = 90, UNREAD_MS = 6000, GRACE_US = 10000000 };
+enum { CROWD_MAX = 20000, DRIP_MS = 100, PIECE = 65536, PATIENCE = 90, UNREAD_MS = 9000, GRACE_US = 10000000 };
 #define GIGABYTE (1LL << 30)
 
 static uint16_t port;
