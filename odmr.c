@@ -4565,15 +4565,15 @@ static bool expire_message(struct provider *p, const char *path)
     return go_on;
 }
 
-/* A clock that is years ahead makes everything too old at once. When even the newest message is, nothing is
- * returned. */
+/* A clock that is years ahead when the provider starts makes everything too old at once. So when even the newest
+ * message is, the first look returns nothing: the next one, an hour later, does. */
 static void expire_domain(struct provider *p, struct backlog *b, const char *domain)
 {
     int64_t oldest = time(NULL) - (int64_t)p->max_age * 86400;
     size_t i = 0;
-    if (b->count > 1 && b->list[b->count - 1].second <= oldest) {
-        log_event(NULL, LOG_ERR, "all messages of %s are older than %d days: is the clock right? None is returned now",
-                  domain, p->max_age);
+    if (p->first_look && b->count > 0 && b->list[b->count - 1].second <= oldest) {
+        log_event(NULL, LOG_ERR, "all mail of %s is older than %d days; none is returned in the next hour: is the clock "
+                                 "right?", domain, p->max_age);
         return;
     }
     while (i < b->count && b->list[i].second <= oldest && !atomic_load(&p->stopping) &&
@@ -4598,9 +4598,11 @@ static void *caretaker(void *argument)
 {
     struct provider *p = argument;
     struct pollfd wake = {.fd = p->wake_fd, .events = POLLIN};
-    do
+    p->first_look = true;
+    do {
         for_each_domain(p->queue, care_for_domain, p);
-    while (poll(&wake, 1, CARE_INTERVAL * 1000) == 0);
+        p->first_look = false;
+    } while (poll(&wake, 1, CARE_INTERVAL * 1000) == 0);
     return NULL;
 }
 

@@ -301,6 +301,7 @@ struct provider {
     size_t listen_count;
     const char *queue_path, *accounts_path, *name, *user, *sendmail;
     int max_age; /* days; 0: mail is never too old */
+    bool first_look; /* the caretaker's: it has just started */
     enum trace trace;
     int interval, timeout, login_timeout; /* seconds */
     struct network allow[NETWORKS_MAX];
