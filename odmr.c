@@ -4549,6 +4549,7 @@ static bool expire_message(struct provider *p, const char *path)
 {
     char why[REFUSAL_SIZE];
     struct message m;
+    int64_t began = now_ms();
     bool go_on = true;
     snprintf(why, sizeof why, "4.4.7 The recipient's server has not collected the message for %d days", p->max_age);
     if (message_claim(&m, p->queue, path) == DONE) {
@@ -4557,9 +4558,7 @@ static bool expire_message(struct provider *p, const char *path)
                 m.list[i].fate = REJECTED;
                 log_fate(NULL, LOG_NOTICE, "expired", &m, &m.list[i], why);
             }
-        go_on = message_settle(p, NULL, &m);
-        for (size_t i = 0; i < m.recipients; i++)
-            go_on = go_on && m.list[i].fate != REJECTED; /* no notice was taken */
+        go_on = message_settle(p, NULL, &m) && now_ms() - began < NOTICE_TIMEOUT * 1000; /* or sendmail hangs */
     }
     message_close(&m);
     return go_on;
@@ -4572,8 +4571,8 @@ static void expire_domain(struct provider *p, struct backlog *b, const char *dom
     int64_t oldest = time(NULL) - (int64_t)p->max_age * 86400;
     size_t i = 0;
     if (p->first_look && b->count > 0 && b->list[b->count - 1].second <= oldest) {
-        log_event(NULL, LOG_ERR, "all mail of %s is older than %d days; none is returned in the next hour: is the clock "
-                                 "right?", domain, p->max_age);
+        log_event(NULL, LOG_ERR, "all mail of %s is older than %d days; none is returned in the next hour: is the clock"
+                                 " right?", domain, p->max_age);
         return;
     }
     while (i < b->count && b->list[i].second <= oldest && !atomic_load(&p->stopping) &&
