@@ -160,7 +160,7 @@ build/failing: odmr.c odmr.h .ci/fail.c $(CHECKED)
 	  $(FAILING:%=-Wl,--wrap=%) -o $@ odmr.c .ci/fail.c $(LIBS)
 
 # In a minute and a half, or in TIME seconds; TESTS: these parts only; SEED: of the random moments.
-torture: odmr build/proxy build/crowd build/fail.so build/failing
+torture: odmr build/proxy build/tls build/crowd build/fail.so build/failing
 	./test_odmr.sh --torture $(TIME) $(TESTS)
 
 build/vectors: .ci/vectors.c odmr.c odmr.h $(CHECKED)

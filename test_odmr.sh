@@ -7649,6 +7649,29 @@ torture_queue() {
     echo "$i rounds of ${faults[*]}, SEED=$SEED; $twice second copies" > "$T/covered"
 }
 
+# Key updates and session tickets at random places of what the provider sends: the customer takes every message once, and
+# waits for nothing that is not there.
+# share: 5
+torture_tls_records() {
+    local i=0 start
+    RANDOM=${SEED:=$RANDOM}
+    authority
+    provider --trace
+    mail_of_every_fate 200
+    noise --random "$SEED" --cert "$T/server.pem" "$PORT"
+    while [ "$i" -lt 10 ] || ! out_of_time; do
+        i=$((i + 1)) WHAT="round $i, SEED=$SEED" start=$SECONDS
+        fresh_mail
+        fetch --tls --ca "$T/ca.crt" "$NOISE"
+        equal "$CODE" 0 "exit in $WHAT"
+        [ $((SECONDS - start)) -lt 5 ] || fail "$WHAT: it waited for what was not there"
+        all_over
+        audit exact
+        audit 'done'
+    done
+    echo "$i rounds, SEED=$SEED" > "$T/covered"
+}
+
 # ---- Hostile peers ----
 #
 # Slow ones, deaf ones, floods and a crowd, as .ci/crowd.c plays them. Meanwhile another customer, at ::1, polls: a

@@ -3,6 +3,7 @@
  *   --cert FILE   the connecting side speaks TLS; FILE has the certificate and its key. Without this option, the side
  *                 of HOST:PORT speaks TLS;
  *   --flood       after the handshake, nothing is passed on: the TLS side gets key updates without end.
+ *   --random SEED what is passed on is divided at random places, and a part of the pieces is followed by such records.
  *
  * Behind all that is passed on to the TLS side there follow, in the same segment, a key update and (with --cert) a
  * session ticket. It listens on a free port of 127.0.0.1, prints the port, and serves until it is killed, each
@@ -25,7 +26,7 @@
 enum { PIECE = 16384 };
 
 static const char *cert;
-static bool flood;
+static bool flood, at_random;
 
 static void die(const char *what)
 {
@@ -84,8 +85,11 @@ static bool shake_hands(SSL *tls, int fd)
     return send_records(tls, fd);
 }
 
+/* A key update, a ticket, or both; where the places are random, often neither. */
 static bool send_noise(SSL *tls, int fd)
 {
+    if (at_random && rand() % 3)
+        return send_records(tls, fd);
     SSL_key_update(tls, SSL_KEY_UPDATE_NOT_REQUESTED);
     SSL_do_handshake(tls);
     if (cert)
@@ -108,7 +112,12 @@ static void pass_on(SSL *tls, int tls_fd, int plain_fd)
         }
         if (p[1].revents) {
             n = recv(plain_fd, data, sizeof data, 0);
-            both = n > 0 && SSL_write(tls, data, (int)n) == n && send_noise(tls, tls_fd);
+            both = n > 0;
+            for (ssize_t at = 0, piece; both && at < n; at += piece) {
+                piece = at_random ? 1 + rand() % (rand() % 4 ? 40 : 4000) : n;
+                piece = piece < n - at ? piece : n - at;
+                both = SSL_write(tls, data + at, (int)piece) == piece && send_noise(tls, tls_fd);
+            }
         }
     }
     SSL_shutdown(tls);
@@ -142,7 +151,8 @@ static void serve(int connected, const char *to)
 int main(int argc, char **argv)
 {
     static const struct option known[] = {
-        {"cert", required_argument, NULL, 'c'}, {"flood", no_argument, NULL, 'f'}, {NULL, 0, NULL, 0}};
+        {"cert", required_argument, NULL, 'c'}, {"flood", no_argument, NULL, 'f'},
+        {"random", required_argument, NULL, 'r'}, {NULL, 0, NULL, 0}};
     struct sockaddr_in address;
     socklen_t len = sizeof address;
     int option, fd;
@@ -150,9 +160,12 @@ int main(int argc, char **argv)
         if (option == 'c')
             cert = optarg;
         flood |= option == 'f';
+        at_random |= option == 'r';
+        if (option == 'r')
+            srand((unsigned)atoi(optarg));
     }
     if (optind + 1 != argc || !strrchr(argv[optind], ':'))
-        die("tls: [--cert FILE] [--flood] HOST:PORT");
+        die("tls: [--cert FILE] [--flood] [--random SEED] HOST:PORT");
     signal(SIGCHLD, SIG_IGN);
     fd = loopback("0", false);
     getsockname(fd, (struct sockaddr *)&address, &len);
@@ -163,6 +176,7 @@ int main(int argc, char **argv)
         if (connected < 0)
             continue;
         setsockopt(connected, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
+        rand(); /* each connection has places of its own */
         if (fork() == 0)
             serve(connected, argv[optind]);
         close(connected);
