@@ -3,6 +3,7 @@
 # make check SANITIZE=address|thread          make bench      how fast it is
 # make torture    cuts, kills, failures, hostile peers; TIME=SECONDS for how long
 # make fuzz       TIME=SECONDS or RUNS=N, TARGETS="provider message ..." of .ci/fuzz.c; needs clang
+# make coverage   what the tests execute of odmr.c; needs clang and llvm
 # make uninstall, make clean, make help
 
 CC       = cc
@@ -26,7 +27,7 @@ comma    := ,
 hash     := \#
 
 .DELETE_ON_ERROR:
-.PHONY: all demo check torture fuzz bench install uninstall clean help
+.PHONY: all demo check coverage torture fuzz bench install uninstall clean help
 .PHONY: build/odmr-provider.service build/odmr-customer.service
 
 all: odmr
@@ -136,6 +137,20 @@ build/$(SANITIZE)/odmr: odmr.c odmr.h $(CHECKED)
 	@mkdir -p build/$(SANITIZE)
 	$(COMPILE) -O1 -fno-omit-frame-pointer -fsanitize=$(sanitizers) -fno-sanitize-recover=all -o $@ odmr.c $(LIBS)
 
+# What the tests execute of odmr.c; the counters are mapped into a file, so that those of a process that is killed count,
+# too. Needs clang and llvm.
+build/coverage/odmr: odmr.c odmr.h $(CHECKED)
+	@mkdir -p build/coverage
+	clang -std=gnu11 $(WARNINGS) -O1 -g -fprofile-instr-generate -fcoverage-mapping -mllvm -runtime-counter-relocation \
+	  -o $@ odmr.c $(LIBS)
+
+coverage: build/coverage/odmr build/proxy build/tls build/vectors build/fail.so build/stale.so
+	rm -f build/coverage/*.profraw
+	-LLVM_PROFILE_FILE='$(CURDIR)/build/coverage/%8m%c.profraw' ODMR=build/coverage/odmr ./test_odmr.sh $(TESTS)
+	llvm-profdata merge -o build/coverage/all build/coverage/*.profraw
+	llvm-cov show build/coverage/odmr -instr-profile=build/coverage/all odmr.c | grep -E '^ *[0-9]+\| *0\|' || true
+	llvm-cov report -show-functions=0 build/coverage/odmr -instr-profile=build/coverage/all odmr.c
+
 demo: odmr
 	./odmr demo
 
@@ -201,4 +216,4 @@ bench: odmr build/bench build/proxy
 	.ci/bench '$(SCALE)' '$(PARTS)'
 
 help:
-	@sed -n '1,6s/^# //p' Makefile
+	@sed -n '1,7s/^# //p' Makefile
