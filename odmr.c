@@ -751,8 +751,7 @@ void stream_add(struct stream *s, size_t len)
     s->out_end += len;
 }
 
-/* Takes what has arrived into the buffer, behind what is there; never waits. False: nothing has, or there is no
- * room. */
+/* Appends the octets that have arrived to the buffer; never waits. False: none has arrived, or there is no room. */
 static bool stream_take_in(struct stream *s)
 {
     ssize_t n = -1;
@@ -1901,8 +1900,8 @@ struct accounts *accounts_load(const char *path, char *why, size_t why_size)
  * A queued message is an RFC 5322 message below a block of header fields that the last delivery agent
  * wrote: Return-Path, Delivered-To, X-Original-To, Envelope-To, Delivery-Date, in any order, and nothing
  * else. That block is its envelope. It is read once, when the message is claimed, into an array of
- * recipients. Each entry knows where the @ of its address is in the file, because a recipient who is owed
- * nothing any more is struck out there: the @ becomes "=". An address without @ is not a recipient. */
+ * recipients. Each entry knows where the @ of its address is in the file, because a recipient is struck out
+ * there once he is served or the sender was told: the @ becomes "=". An address without @ is no recipient. */
 
 static const struct {
     const char *name;
@@ -2464,7 +2463,7 @@ ssize_t message_octets(const struct message *m, char *data, size_t size, off_t a
     return (ssize_t)size;
 }
 
-/* What is looked at again before the message is sent to its end, struck out or removed. */
+/* Notes the state that must not have changed when the last octet leaves, or the file is struck out or removed. */
 static void message_note_state(struct message *m, const struct stat *st)
 {
     m->size = st->st_size;
@@ -2634,7 +2633,7 @@ static enum result claim_file(struct message *m)
 
 enum result message_claim(struct message *m, int queue, const char *path)
 {
-    enum result result = message_open(m, queue, path, O_RDWR); /* NFS grants no lock to who only reads */
+    enum result result = message_open(m, queue, path, O_RDWR); /* NFS grants no exclusive lock to a reader */
     if (result == DONE)
         result = claim_file(m);
     if (result != DONE)
@@ -2714,8 +2713,8 @@ static size_t wire_form(struct wire *w, char *out, const char *part, size_t len)
     return (size_t)(out - start);
 }
 
-/* A message in the queue never changes, but for the recipients that we strike out ourselves. If somebody has
- * written into it, what was scanned is not what is there. */
+/* A message in the queue changes only when this program strikes out recipients. If another program has written into
+ * it, the scan no longer describes it. */
 static bool unchanged(const struct message *m, const struct stat *now)
 {
     return now->st_size == m->size && now->st_mtim.tv_sec == m->arrived.tv_sec &&
@@ -2821,8 +2820,8 @@ static enum result still_the_same(const struct message *m, int *dir)
     }
 }
 
-/* qmail marks its recipients so, too. It needs no space, and the file keeps its inode, hence the claim. Octets that are
- * written before a crash are as good as all of them: who is not struck out gets the message again. */
+/* qmail marks its recipients in the same way. It needs no space, and the file keeps its inode and so the claim. After a
+ * crash in the middle, the recipients that are not yet struck out get the message again. */
 static bool write_marks(struct message *m)
 {
     struct timespec times[2] = {{.tv_nsec = UTIME_OMIT}, m->arrived};
@@ -3818,8 +3817,8 @@ static bool write_notice(FILE *out, const char *host, const struct session *s, c
     return done && fflush(out) == 0 && !ferror(out);
 }
 
-/* Runs sendmail, without a shell; true: it has taken the notice. One that hangs is waited for once a session: the
- * refused messages behind it stay, and so does whoever wants to stop the provider not wait for each of them. */
+/* Runs sendmail, without a shell; true: it has taken the notice. If it hangs, it is waited for once in a session: the
+ * other refused messages stay queued, so a shutdown does not wait for each of them. */
 static bool hand_over_notice(const struct provider *p, FILE *notice, const struct message *m, struct session *s)
 {
     char *const argv[] = {(char *)p->sendmail, "-i", "-f", "<>", "--", (char *)m->sender, NULL};
@@ -3967,7 +3966,7 @@ struct sender {
 
 /* ---- What becomes of a message when its replies are in ---- */
 
-/* A line for whoever asks what became of a mail: it is found by its sender, recipient or Message-ID. */
+/* One line for each recipient's fate, so that an administrator finds a mail by sender, recipient or Message-ID. */
 static void log_fate(const struct session *s, int priority, const char *fate, const struct message *m,
                      const struct recipient *to, const char *why)
 {
@@ -3996,7 +3995,7 @@ static void note_verdict(struct sender *x, struct message *m, struct recipient *
     log_fate(x->s, LOG_INFO, result == DONE ? "delivered" : result == LATER ? "deferred" : "refused", m, to, why);
 }
 
-/* The session ends early, with QUIT. What is outstanding is still settled; the rest stays. */
+/* Ends the session early, with QUIT. Outstanding replies are still settled; the other messages stay queued. */
 __attribute__((format(printf, 2, 3))) static void end_early(struct sender *x, const char *fmt, ...)
 {
     char why[LOG_LINE];
@@ -4139,9 +4138,9 @@ static void settle_content(struct sender *x, struct transaction *t, enum expecta
         not_ready(x, r);
 }
 
-/* Some replies show that the order of replies is lost. A server that does not know BDAT reads the octets behind it as
- * commands, and its replies to those would be taken for verdicts on mail; a 2xx in the place of 354 answers something
- * else. Why; NULL: all is well. */
+/* Some replies show that the order of replies is lost. A server that does not know BDAT reads the content as commands,
+ * and its replies to those would be taken for verdicts on mail. A 2xx in the place of 354 answers another command.
+ * Returns the reason; NULL: the order holds. */
 static const char *order_lost(enum expectation what, int code)
 {
     if (what == FOR_BDAT && (code == 500 || code == 502 || code == 504))
@@ -4192,8 +4191,8 @@ static enum result settle(struct sender *x, const struct reply *r)
     return DONE;
 }
 
-/* Settles what has arrived, without waiting: what is accepted leaves the queue soon, so a provider that is killed costs
- * few second copies. A reply that is there before its command has left is not believed. */
+/* Settles the replies that have arrived, without waiting. Accepted mail leaves the queue soon, so a provider that is
+ * killed causes few second copies. A reply that arrives before its command has left is not believed. */
 static enum result settle_arrived(struct sender *x)
 {
     struct reply r;
@@ -4213,8 +4212,8 @@ static enum result settle_down_to(struct sender *x, size_t left)
     return DONE;
 }
 
-/* The session is over. What has arrived before the line broke still counts; what is expected besides will not come, so
- * nobody it was expected for leaves the queue. */
+/* The session is over. Replies that arrived before the connection broke still count. The others will not come, so the
+ * recipients that they were expected for stay in the queue. */
 static void abandon(struct sender *x)
 {
     settle_arrived(x);
@@ -4329,7 +4328,7 @@ static void refuse_beforehand(struct sender *x, struct message *m)
             note_verdict(x, m, &m->list[i], REFUSED, &why);
 }
 
-/* The next recipient who is owed the message, from entry *next on; *next is then the number behind it. */
+/* The next recipient that is owed the message, from entry *next on; *next is then the number after it. */
 static struct recipient *next_owed(const struct message *m, size_t *next)
 {
     while (*next < m->recipients)
@@ -4344,7 +4343,7 @@ static enum result send_transaction(struct sender *x, struct transaction *t, str
 {
     struct message *m = t->message;
     size_t n = 1;
-    t->behind_end = x->count > 0; /* RSET before MAIL is no end */
+    t->behind_end = x->count > 0; /* before RSET, which is no end */
     if (x->unclean && x->count == 0) {
         send_line(x->s, "RSET");
         if (expect(x, FOR_RSET, NULL, NULL) != DONE)

@@ -225,7 +225,7 @@ struct backlog {
  * REPEATED: the address stands in the envelope before; what becomes of that one becomes of this. */
 enum fate { OWED, FOREIGN, REPEATED, ACCEPTED, DELIVERED, DEFERRED, REJECTED, RETURNED, FATES };
 
-/* What a reply said, kept for the notice: one copy for all recipients who got the same. */
+/* The text of a reply, kept for the notice: one copy for all recipients with the same reply. */
 struct reason {
     struct reason *next;
     char text[]; /* "550 5.1.1 no such user", escaped; code 000: the reason is ours, not the customer's */
@@ -576,7 +576,7 @@ const struct reason *message_reason(struct message *m, int code, const char *tex
 /* Lists new and cur of each domain of a,b,c. LATER: something could not be read, and the log says what; the rest is
  * there. Free it in any case. */
 enum result backlog_read(struct backlog *b, const struct session *s, int queue, const char *domains);
-/* Drops what is still to come of the box that this path is in. */
+/* Drops the messages that remain of the box that this path is in. */
 void backlog_skip_box(struct backlog *b, const char *path);
 /* The list and its paths, not the struct. */
 void backlog_free(struct backlog *b);
@@ -605,8 +605,8 @@ void message_close(struct message *m);
 bool message_send(const struct message *m, struct stream *to, bool dots);
 /* A copy for those who were refused, in the folder .Undeliverable of its domain, on disk. */
 bool message_set_aside(const struct message *m);
-/* Strikes out in the file who is owed nothing any more. REFUSED: the name leads to another file now, or somebody has
- * written into this one, so nothing was done. LATER: it cannot be done; errno. */
+/* Strikes out in the file the recipients that are delivered or returned. REFUSED: nothing was done, because the name
+ * leads to another file now, or another program has written into this one. LATER: it failed; errno. */
 enum result message_strike_out(struct message *m);
 /* Takes it out of the queue: it is delivered, or its sender has been told. Results as of message_strike_out(). */
 enum result message_remove(const struct message *m);
