@@ -1082,6 +1082,7 @@ static void fuzz_message(void)
     struct message m;
     read_piece = (o & 3) * (o & 3) * 7;
     put_file(MESSAGE, (const char *)input, input_len);
+    show_queue(QUEUE_FD, NULL, 0, true, NULL); /* queue -l: it lists whatever lies there, and prints nothing raw */
     if (message_claim(&m, QUEUE_FD, MESSAGE) == DONE) {
         const char *content = (const char *)input + m.start;
         size_t len = input_len - (size_t)m.start;
@@ -1253,6 +1254,56 @@ static void fuzz_onlooker(void)
     }
 }
 
+/* ---- enqueue: any message on standard input, for one domain or two; queue -l lists what came of it ---- */
+
+static void check_enqueued(const char *path, const char *recipient, const char *content, size_t len)
+{
+    struct message m;
+    const char *start;
+    must(message_claim(&m, QUEUE_FD, path) == DONE);
+    must(m.recipients == 1 && strcmp(m.list[0].address, recipient) == 0 && strcmp(m.sender, "ned@example.edu") == 0);
+    start = file_named(path)->data + m.start;
+    if ((size_t)(m.size - m.start) != len) /* a Received field keeps the envelope apart from the message */
+        must(starts_with(start, (size_t)(m.size - m.start), "Received: by host (odmr enqueue);\n\t"));
+    must((size_t)(m.size - m.start) >= len);
+    must(memcmp(file_named(path)->data + m.size - (off_t)len, content, len) == 0);
+    message_close(&m);
+}
+
+static void fuzz_enqueue(void)
+{
+    char *recipients[] = {"eva@example.org", "\"q @\"@example.com"};
+    int count = 1 + (int)(option() & 1);
+    char first[COPY_SIZE] = "", *newline; /* what is looked at for mbox's From line */
+    const char *content;
+    size_t len;
+    fails_at = option() & 4 ? option() : 0;
+    if (input_len == 0)
+        return;
+    content = (const char *)input;
+    len = input_len;
+    memcpy(first, content, len < sizeof first - 1 ? len : sizeof first - 1);
+    newline = strchr(first, '\n');
+    if (strncmp(first, "From ", 5) == 0 && newline && first[5 + strspn(first + 5, " \t")] != ':') {
+        len -= (size_t)(newline + 1 - first);
+        content += newline + 1 - first;
+    }
+    input_file = fmemopen((void *)(uintptr_t)input, input_len, "r");
+    if (enqueue(QUEUE_FD, "ned@example.edu", "host", recipients, count) == EX_OK) {
+        fails_at = 0;
+        must(file_count == (size_t)count);
+        for (int i = 0; i < count; i++)
+            check_enqueued(files[i].path, recipients[i], content, len);
+    } else {
+        must(disk_failed);
+        for (size_t i = 0; i < file_count; i++)
+            must(!files[i].there);
+    }
+    fclose(input_file);
+    fails_at = 0;
+    show_queue(QUEUE_FD, NULL, 0, true, NULL);
+}
+
 /* ---- networks: --allow's text, and which addresses are in it ---- */
 
 static bool bit_of(const unsigned char *octets, int i)
@@ -1304,7 +1355,7 @@ static const struct {
     {"provider", fuzz_provider}, {"sender", fuzz_sender},     {"receiver", fuzz_receiver},
     {"customer", fuzz_customer}, {"sasl", fuzz_sasl},         {"message", fuzz_message},
     {"accounts", fuzz_accounts}, {"base64", fuzz_base64},     {"onlooker", fuzz_onlooker},
-    {"networks", fuzz_networks},
+    {"networks", fuzz_networks}, {"enqueue", fuzz_enqueue},
 };
 static void (*target)(void);
 

@@ -629,7 +629,7 @@ static int world_pbkdf2(const char *secret, int len, const unsigned char *salt, 
 
 /* ---- Standard error: what reaches a terminal is one line an event, and nothing but printable ASCII ---- */
 
-static FILE *log_file;
+static FILE *log_file, *input_file;
 
 static ssize_t log_write(void *cookie, const char *data, size_t size)
 {
@@ -643,6 +643,9 @@ static ssize_t log_write(void *cookie, const char *data, size_t size)
 
 #undef stderr
 #define stderr log_file
+#define printf(...) fprintf(log_file, __VA_ARGS__) /* what a command prints is held to the same */
+#undef stdin
+#define stdin input_file
 #define poll(p, n, ms) world_poll(p, n, ms)
 #define recv(fd, data, size, flags) world_recv(fd, data, size, flags)
 #define send(fd, data, size, flags) world_send(fd, data, size)
