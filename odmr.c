@@ -3673,15 +3673,19 @@ static enum result atrn_command(struct session *s)
     return REFUSED;
 }
 
-/* 5.2: ATRN and QUIT are valid (5.2-a). Only ATRN leads on (5-a). */
+/* 5.2: ATRN and QUIT are valid (5.2-a). Only ATRN leads on (5-a). The time to log in does not bound this state, so
+ * commands other than ATRN are counted. */
 static enum result authenticated_state(struct session *s)
 {
     enter_state(s, AUTHENTICATED);
     s->io.deadline = 0;
-    for (;;) {
+    for (int idle = 0;;) {
+        if (idle++ == IDLE_COMMANDS)
+            return hang_up(s, "too many commands without ATRN");
         if (read_command(s) != DONE)
             return LATER;
         if (verb_is(s, "ATRN")) {
+            idle = 0;
             if (atrn_command(s) == DONE)
                 return DONE;
         } else if (verb_is(s, "EHLO")) {

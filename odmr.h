@@ -37,7 +37,7 @@
 #define ENDLESS_LINE (64 << 20)  /* a peer that sends so much without a line end is not one of ours */
 #define BAD_COMMANDS 10          /* then 421 */
 #define BAD_COMMANDS_RECEIVER 100 /* the customer bears more with its provider */
-#define IDLE_COMMANDS 100        /* in a row, that bring no mail forward: then the customer says 421 */
+#define IDLE_COMMANDS 100        /* in a row, that bring no mail forward: then 421, on both sides */
 #define AUTH_FAILURES 3          /* then 421 */
 #define AUTH_FAILURE_MS 1000     /* what a guess costs */
 #define FINAL_REPLY_TIMEOUT 600  /* RFC 5321, 4.5.3.2.6: seconds for the reply to the last octet of a message */

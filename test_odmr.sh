@@ -2288,6 +2288,17 @@ t_challenge_that_is_no_base64() {
 }
 peer_without_base64() { offer_mechanisms CRAM-MD5; expect_line '^AUTH CRAM-MD5$'; say '334 ???'; expect_line '^\*$'; say '501 cancelled'; goodbye; }
 
+# A customer that is logged in cannot hold its session with commands: 100 in a row that are not ATRN end it with 421.
+t_idle_commands_after_the_log_in() {
+    local n
+    provider
+    login
+    for n in {1..99}; do ask NOOP '^250 '; done
+    ask ATRN '^453 '
+    for n in {1..50}; do ask RSET '^250 '; ask 'EHLO x' '^250'; done
+    expect '^421 .*too many commands without ATRN'
+    closed
+}
 # A session in which 100 commands in a row bring no mail forward ends with 421; those that do start the count anew.
 t_idle_commands() {
     serve peer_that_idles
