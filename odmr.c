@@ -805,6 +805,14 @@ bool stream_discard_input(struct stream *s)
     return some;
 }
 
+/* Nothing that lies here or still comes is read. */
+void stream_end_input(struct stream *s)
+{
+    s->in_at = s->in_end = 0;
+    if (!s->ended)
+        s->ended = s->broken;
+}
+
 /* Called with the input buffer empty: flushes what we owe the peer, then waits for what it has to say. */
 static bool stream_fill(struct stream *s)
 {
@@ -1061,11 +1069,14 @@ static enum result read_reply_lines(struct session *s, struct reply *r, bool ehl
     return LATER;
 }
 
+/* When a reply fails to come, what comes later could be the rest of it, and is not read. */
 static enum result read_whole_reply(struct session *s, struct reply *r, bool ehlo)
 {
     int64_t deadline = s->io.deadline;
     enum result got = read_reply_lines(s, r, ehlo);
     s->io.deadline = deadline;
+    if (got != DONE)
+        stream_end_input(&s->io);
     return got;
 }
 
@@ -4161,7 +4172,7 @@ static enum result settle(struct sender *x, const struct reply *r)
     const char *lost = order_lost(e.what, r->code);
     if (lost) {
         stream_break(&x->s->io, lost);
-        x->s->protocol_broken = true;
+        stream_end_input(&x->s->io);
         return LATER;
     }
     x->oldest = (x->oldest + 1) % REPLIES_IN_FLIGHT;
@@ -4200,8 +4211,7 @@ static enum result settle(struct sender *x, const struct reply *r)
 static enum result settle_arrived(struct sender *x)
 {
     struct reply r;
-    while (x->count > 0 && !x->s->protocol_broken && x->fifo[x->oldest].written <= x->s->io.gone &&
-           reply_arrived(x->s))
+    while (x->count > 0 && x->fifo[x->oldest].written <= x->s->io.gone && reply_arrived(x->s))
         if (read_arrived_reply(x->s, &r) != DONE || settle(x, &r) != DONE)
             return LATER;
     return DONE;

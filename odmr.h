@@ -444,6 +444,8 @@ size_t stream_line_at(struct stream *s, size_t offset, const char **line);
 bool stream_has_line(struct stream *s);
 /* Throws away what has come so far; true if there was something. */
 bool stream_discard_input(struct stream *s);
+/* From now on no input comes, whatever the peer has sent or sends. */
+void stream_end_input(struct stream *s);
 /* At least one octet of input, in the stream's own buffer until the next call. False: broken. */
 bool stream_peek(struct stream *s, const char **data, size_t *len);
 /* Takes len octets of what stream_peek() showed. */
