@@ -849,7 +849,7 @@ void stream_skip(struct stream *s, size_t len)
 }
 
 /* The patience is for the whole line: a peer that sends an octet a minute gets no more of it. */
-enum result stream_read_line(struct stream *s, char *line, size_t size, size_t *len)
+bool stream_read_line(struct stream *s, char *line, size_t size, size_t *len)
 {
     size_t total = 0, kept = 0;
     set_patience(s);
@@ -857,7 +857,7 @@ enum result stream_read_line(struct stream *s, char *line, size_t size, size_t *
         const char *from, *newline;
         size_t part, room = size - 1 - kept;
         if (s->in_at == s->in_end && !stream_fill(s))
-            return LATER;
+            return false;
         from = s->in + s->in_at;
         newline = memchr(from, '\n', s->in_end - s->in_at);
         part = newline ? (size_t)(newline + 1 - from) : s->in_end - s->in_at;
@@ -869,16 +869,15 @@ enum result stream_read_line(struct stream *s, char *line, size_t size, size_t *
             break;
         if (total > ENDLESS_LINE) {
             stream_break(s, "the peer sent a line without an end");
-            return LATER;
+            return false;
         }
     }
     s->line_octets = total;
-    if (total > kept)
-        return REFUSED;
+    s->line_cut = total > kept;
     kept -= kept >= 2 && line[kept - 2] == '\r' ? 2 : 1;
     line[kept] = '\0';
     *len = kept;
-    return DONE;
+    return true;
 }
 
 void stream_end(struct stream *s)
@@ -993,7 +992,7 @@ void send_line(struct session *s, const char *fmt, ...)
     stream_write(&s->io, line, (size_t)n + 2);
 }
 
-enum result read_line(struct session *s)
+bool read_line(struct session *s)
 {
     return stream_read_line(&s->io, s->line, sizeof s->line, &s->line_len);
 }
@@ -1035,19 +1034,18 @@ static bool keyword_of_ours(const char *line)
 
 /* The lines of a reply. Its first has our patience; then the rest has what is left of it, and no more than
  * REPLY_TIMEOUT: a reply that comes line by line is not waited for without end. */
-static enum result read_reply_lines(struct session *s, struct reply *r, bool ehlo)
+static bool read_reply_lines(struct session *s, struct reply *r, bool ehlo)
 {
     size_t used = 0;
     r->code = 0;
     r->text[0] = '\0';
     for (int lines = 0; lines < REPLY_LINES; lines++) {
-        enum result got = read_line(s);
         int code;
-        if (got == LATER)
-            return LATER;
-        if (got == DONE)
+        if (!read_line(s))
+            return false;
+        if (!s->io.line_cut)
             trace_line(s, other_side(s->self), "%s", s->line);
-        if (got == REFUSED || s->line_len > REPLY_LINE || !reply_line_valid(s->line, s->line_len))
+        if (s->io.line_cut || s->line_len > REPLY_LINE || !reply_line_valid(s->line, s->line_len))
             break;
         code = atoi((char[]){s->line[0], s->line[1], s->line[2], '\0'});
         if (r->code && code != r->code)
@@ -1060,24 +1058,24 @@ static enum result read_reply_lines(struct session *s, struct reply *r, bool ehl
             break;
         used = used < sizeof r->text ? used : sizeof r->text - 1;
         if (s->line[3] != '-')
-            return DONE;
+            return true;
         if (lines == 0)
             stream_bound(&s->io, REPLY_TIMEOUT);
     }
     s->protocol_broken = true;
     stream_break(&s->io, "the peer sent something that is not an SMTP reply");
-    return LATER;
+    return false;
 }
 
 /* When a reply fails to come, what comes later could be the rest of it, and is not read. */
-static enum result read_whole_reply(struct session *s, struct reply *r, bool ehlo)
+static bool read_whole_reply(struct session *s, struct reply *r, bool ehlo)
 {
     int64_t deadline = s->io.deadline;
-    enum result got = read_reply_lines(s, r, ehlo);
+    bool complete = read_reply_lines(s, r, ehlo);
     s->io.deadline = deadline;
-    if (got != DONE)
+    if (!complete)
         stream_end_input(&s->io);
-    return got;
+    return complete;
 }
 
 /* What a reply answers has left before: one that lies here already, from a peer that did not wait for the command, is
@@ -1088,17 +1086,17 @@ static bool command_has_left(struct session *s, struct reply *r)
     return !s->io.broken && (s->io.out_end == 0 || stream_flush(&s->io));
 }
 
-enum result read_reply(struct session *s, struct reply *r)
+bool read_reply(struct session *s, struct reply *r)
 {
-    return command_has_left(s, r) ? read_whole_reply(s, r, false) : LATER;
+    return command_has_left(s, r) && read_whole_reply(s, r, false);
 }
 
-enum result read_ehlo_reply(struct session *s, struct reply *r)
+bool read_ehlo_reply(struct session *s, struct reply *r)
 {
-    return command_has_left(s, r) ? read_whole_reply(s, r, true) : LATER;
+    return command_has_left(s, r) && read_whole_reply(s, r, true);
 }
 
-enum result read_arrived_reply(struct session *s, struct reply *r)
+bool read_arrived_reply(struct session *s, struct reply *r)
 {
     return read_whole_reply(s, r, false);
 }
@@ -1132,11 +1130,11 @@ void join_lines(const struct reply *r, char *out, size_t size)
     escape(out, size, text);
 }
 
-enum result reply_result(const struct reply *r)
+enum verdict reply_verdict(const struct reply *r)
 {
     if (r->code == 0) /* not a reply: our own refusal, in the same form */
         return REFUSED;
-    return r->code < 300 ? DONE : r->code < 500 ? LATER : REFUSED;
+    return r->code < 300 ? DELIVERED : r->code < 500 ? DEFERRED : REFUSED;
 }
 
 /* Behind the keyword in the first line behind `line` that starts with it; NULL: there is none. */
@@ -1932,17 +1930,18 @@ enum field envelope_field(const char *line, size_t *value)
     return NO_FIELD;
 }
 
-static enum result message_hold(struct message *m, const char *why)
+static enum claim message_hold(struct message *m, const char *why)
 {
     m->held = why;
-    return REFUSED;
+    return HELD;
 }
 
 /* It may be a good message: that this machine has no memory or its disk no answer must never hold it. */
-static enum result message_trouble(struct message *m, const char *why)
+static enum claim message_trouble(struct message *m, const char *why)
 {
     m->trouble = why;
-    return LATER;
+    m->problem = errno;
+    return BUSY;
 }
 
 /* Reads a message's file line by line, from next_read on. */
@@ -2026,7 +2025,7 @@ static void forget_recipients(struct message *m)
 
 /* Delivered-To counts before Envelope-To, and that before X-Original-To: what a lesser field named is forgotten when a
  * better one appears, even if all its recipients are struck out. */
-static enum result add_recipient(struct message *m, enum field field, const char *address, off_t start)
+static enum claim add_recipient(struct message *m, enum field field, const char *address, off_t start)
 {
     const char *domain = mailbox_domain(address);
     if (m->field == NO_FIELD || field < m->field) {
@@ -2034,7 +2033,7 @@ static enum result add_recipient(struct message *m, enum field field, const char
         m->field = field;
     }
     if (field > m->field || !domain)
-        return DONE;
+        return CLAIMED;
     if (m->recipients == ENVELOPE_RECIPIENTS_MAX)
         return message_hold(m, "more than 100,000 recipients in its envelope");
     if ((m->recipients & (m->recipients - 1)) == 0) { /* 0, or a power of two: the list is full */
@@ -2047,16 +2046,16 @@ static enum result add_recipient(struct message *m, enum field field, const char
     if (!m->list[m->recipients].address)
         return message_trouble(m, "out of memory for its recipients");
     m->recipients++;
-    return DONE;
+    return CLAIMED;
 }
 
 /* The addresses in a line of the envelope. */
-static enum result take_addresses(struct message *m, const struct line_reader *r, enum field field, const char *value)
+static enum claim take_addresses(struct message *m, const struct line_reader *r, enum field field, const char *value)
 {
     char address[sizeof r->line];
     const char *start;
-    enum result result = DONE;
-    while (result == DONE && field != DELIVERY_DATE && (start = cut_address(&value, address, sizeof address))) {
+    enum claim result = CLAIMED;
+    while (result == CLAIMED && field != DELIVERY_DATE && (start = cut_address(&value, address, sizeof address))) {
         if (field != RETURN_PATH)
             result = add_recipient(m, field, address, r->start + (start - r->line));
         else if (sender_valid(address))
@@ -2068,18 +2067,18 @@ static enum result take_addresses(struct message *m, const struct line_reader *r
 }
 
 /* The lines of the block. It ends before a second Return-Path, which belongs to an earlier hop. */
-static enum result take_lines(struct message *m)
+static enum claim take_lines(struct message *m)
 {
     struct line_reader r = {.of = m};
     enum field field = NO_FIELD;
-    enum result result = DONE;
+    enum claim result = CLAIMED;
     bool has_sender = false;
-    while (result == DONE && next_line(&r)) {
+    while (result == CLAIMED && next_line(&r)) {
         size_t value = 0;
         if (field == NO_FIELD || (r.line[0] != ' ' && r.line[0] != '\t')) { /* else it continues the field above */
             field = envelope_field(r.line, &value);
             if (field == NO_FIELD || (field == RETURN_PATH && has_sender))
-                return DONE; /* the message starts here */
+                return CLAIMED; /* the message starts here */
             has_sender |= field == RETURN_PATH;
         }
         if (r.cut || r.nul)
@@ -2127,7 +2126,7 @@ static bool find_repeated(struct message *m)
 }
 
 /* Is each of them a mailbox, and which belong to this domain? */
-static enum result sort_out_recipients(struct message *m)
+static enum claim sort_out_recipients(struct message *m)
 {
     size_t domain_len = strcspn(m->path, "/"), ours = 0;
     if (m->recipients == 0)
@@ -2146,13 +2145,13 @@ static enum result sort_out_recipients(struct message *m)
     }
     if (m->recipients > 1 && !find_repeated(m))
         return message_trouble(m, "out of memory for its recipients");
-    return ours > 0 ? DONE : message_hold(m, "its recipients belong to another domain");
+    return ours > 0 ? CLAIMED : message_hold(m, "its recipients belong to another domain");
 }
 
-enum result envelope_read(struct message *m)
+enum claim envelope_read(struct message *m)
 {
-    enum result result = take_lines(m);
-    return result == DONE ? sort_out_recipients(m) : result;
+    enum claim result = take_lines(m);
+    return result == CLAIMED ? sort_out_recipients(m) : result;
 }
 
 const struct reason *message_reason(struct message *m, int code, const char *text)
@@ -2282,36 +2281,36 @@ static bool backlog_add(struct backlog *b, int dir, const char *domain, const ch
 
 /* One of a Maildir's two boxes, new or cur. A directory that is not there holds no mail; one that cannot
  * be read is a reason to try later, never to say that there is none. */
-static enum result list_box(struct backlog *b, int queue, const char *domain, const char *box)
+static bool list_box(struct backlog *b, int queue, const char *domain, const char *box)
 {
     char path[MAILDIR_PATH + sizeof "/cur"];
     struct dirent *entry;
-    enum result result = DONE;
+    bool complete = true;
     DIR *dir;
     int fd, problem;
     snprintf(path, sizeof path, "%s/%s", domain, box);
     fd = openat(queue, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     if (fd < 0)
-        return errno == ENOENT ? DONE : LATER;
+        return errno == ENOENT;
     dir = fdopendir(fd);
     if (!dir) {
         close(fd);
-        return LATER;
+        return false;
     }
-    while (result == DONE) {
+    while (complete) {
         errno = 0;
         entry = readdir(dir);
         if (!entry) {
-            result = errno ? LATER : DONE;
+            complete = errno == 0;
             break;
         }
         if (entry->d_name[0] != '.' && !backlog_add(b, fd, domain, box, entry->d_name))
-            result = LATER;
+            complete = false;
     }
     problem = errno;
     closedir(dir);
     errno = problem;
-    return result;
+    return complete;
 }
 
 /* These say that the file system is gone, and not only a file: no other file need be tried. */
@@ -2320,21 +2319,21 @@ static bool file_system_gone(int problem)
     return problem == ENOTCONN || problem == ESHUTDOWN || problem == EIO;
 }
 
-enum result backlog_read(struct backlog *b, const struct session *s, int queue, const char *domains)
+bool backlog_read(struct backlog *b, const struct session *s, int queue, const char *domains)
 {
     static const char *const boxes[] = {"new", "cur"};
     const char *d;
     size_t len;
-    enum result result = DONE;
+    bool complete = true;
     *b = (struct backlog){.queue = queue};
     while ((d = next_domain(&domains, &len))) {
         char domain[MAILDIR_PATH];
         snprintf(domain, sizeof domain, "%.*s", (int)len, d);
         for (size_t i = 0; i < 2; i++) {
-            if (list_box(b, queue, domain, boxes[i]) == DONE)
+            if (list_box(b, queue, domain, boxes[i]))
                 continue;
             log_event(s, LOG_ERR, "the queue of %s cannot be read: %s", domain, strerror(errno));
-            result = LATER;
+            complete = false;
             if (file_system_gone(errno))
                 domains = NULL;
             break; /* the other box would most likely say the same */
@@ -2342,7 +2341,7 @@ enum result backlog_read(struct backlog *b, const struct session *s, int queue, 
     }
     if (b->count > 1)
         qsort(b->list, b->count, sizeof *b->list, by_arrival);
-    return result;
+    return complete;
 }
 
 /* The box is a path's part before the last slash. */
@@ -2485,7 +2484,7 @@ static void message_note_state(struct message *m, const struct stat *st)
 }
 
 /* ESTALE, on a network file system: another host has removed the file between our look at the directory and now. */
-enum result message_open(struct message *m, int queue, const char *path, int access)
+enum claim message_open(struct message *m, int queue, const char *path, int access)
 {
     struct stat st;
     *m = (struct message){.queue = queue, .path = path, .fd = -1};
@@ -2493,18 +2492,18 @@ enum result message_open(struct message *m, int queue, const char *path, int acc
     if (m->fd < 0 && (errno == ELOOP || errno == EISDIR || errno == ENXIO))
         return message_hold(m, "not a regular file");
     if (m->fd < 0 && (errno == ENOENT || errno == ESTALE))
-        return errno == ENOENT ? REFUSED : LATER;
+        return errno == ENOENT ? NOTHING : BUSY;
     if (m->fd < 0)
         return message_trouble(m, "it cannot be opened");
     if (fstat(m->fd, &st) < 0)
-        return errno == ESTALE ? LATER : message_trouble(m, "its state cannot be read");
+        return errno == ESTALE ? BUSY : message_trouble(m, "its state cannot be read");
     if (!S_ISREG(st.st_mode))
         return message_hold(m, "not a regular file");
     message_note_state(m, &st);
-    return DONE;
+    return CLAIMED;
 }
 
-enum result message_read(struct message *m)
+enum claim message_read(struct message *m)
 {
     for (const char *p = m->path; *p != '/'; p++)
         if (isupper((unsigned char)*p))
@@ -2620,38 +2619,35 @@ static enum name_leads look_up(const struct message *m, int *dir, struct stat *h
 
 /* Claims a file that is open. Another session may have finished with it between our open and our lock, so the name
  * must still lead to it then. */
-static enum result claim_file(struct message *m)
+static enum claim claim_file(struct message *m)
 {
     struct stat st;
     enum name_leads where;
-    int dir, problem;
+    int dir;
     if (flock(m->fd, LOCK_EX | LOCK_NB) < 0) {
         bool taken = errno == EWOULDBLOCK || errno == ESTALE || errno == ENOENT;
-        return taken ? LATER : message_trouble(m, "it cannot be locked");
+        return taken ? BUSY : message_trouble(m, "it cannot be locked");
     }
     where = look_up(m, &dir, &st);
-    problem = errno;
-    if (dir >= 0)
-        close(dir);
-    errno = problem;
     if (where == HERE)
         message_note_state(m, &st); /* the last session may have struck out recipients */
-    return where == HERE        ? DONE
-           : where == ELSEWHERE ? LATER
-           : where == NOWHERE   ? REFUSED
-                                : message_trouble(m, "its name cannot be looked up");
+    else if (where == UNKNOWN)
+        message_trouble(m, "its name cannot be looked up");
+    if (dir >= 0)
+        close(dir);
+    return where == HERE ? CLAIMED : where == NOWHERE ? NOTHING : BUSY;
 }
 
-enum result message_claim(struct message *m, int queue, const char *path)
+enum claim message_claim(struct message *m, int queue, const char *path)
 {
-    enum result result = message_open(m, queue, path, O_RDWR); /* NFS grants no exclusive lock to a reader */
-    if (result == DONE)
+    enum claim result = message_open(m, queue, path, O_RDWR); /* NFS grants no exclusive lock to a reader */
+    if (result == CLAIMED)
         result = claim_file(m);
-    if (result != DONE)
+    if (result != CLAIMED)
         return result;
     message_keep_top(m);
     result = message_read(m);
-    if (result == DONE && !message_scan(m))
+    if (result == CLAIMED && !message_scan(m))
         result = message_trouble(m, "it cannot be read to its end");
     return result;
 }
@@ -2782,7 +2778,7 @@ static bool write_refused(const struct message *m, FILE *out)
     ssize_t n;
     fprintf(out, "Return-Path: <%s>\n", m->sender);
     for (size_t i = 0; i < m->recipients; i++)
-        if (m->list[i].fate == REJECTED)
+        if (m->list[i].fate == REFUSED)
             fprintf(out, "Delivered-To: %s\n", m->list[i].address);
     while ((n = message_octets(m, data, sizeof data, at)) > 0) {
         fwrite(data, 1, (size_t)n, out);
@@ -2811,23 +2807,24 @@ bool message_set_aside(const struct message *m)
 }
 
 /* Is the file in the queue still the one that is claimed, as it was when it was scanned? Results as of
- * message_remove(); DONE with *dir -1: the name is gone. Between this look and what is done next somebody could still
- * replace the file: no system call looks and removes at once. */
-static enum result still_the_same(const struct message *m, int *dir)
+ * message_remove(); UPDATED with *dir -1: the name is gone. Between this look and what is done next another program
+ * could still replace the file, because no system call looks and removes at once. */
+static enum update still_the_same(struct message *m, int *dir)
 {
     struct stat now;
     switch (look_up(m, dir, &now)) {
     case HERE:
-        return unchanged(m, &now) ? DONE : REFUSED;
+        return unchanged(m, &now) ? UPDATED : REPLACED;
     case ELSEWHERE:
-        return REFUSED;
+        return REPLACED;
     case NOWHERE:
         if (*dir >= 0)
             close(*dir);
         *dir = -1;
-        return DONE;
+        return UPDATED;
     default:
-        return LATER;
+        m->problem = errno;
+        return FAILED;
     }
 }
 
@@ -2848,29 +2845,29 @@ static bool write_marks(struct message *m)
     return true;
 }
 
-enum result message_strike_out(struct message *m)
+enum update message_strike_out(struct message *m)
 {
-    int dir, problem;
-    enum result result = still_the_same(m, &dir);
-    if (result == DONE && dir >= 0 && !write_marks(m))
-        result = LATER;
-    problem = errno;
+    int dir;
+    enum update result = still_the_same(m, &dir);
+    if (result == UPDATED && dir >= 0 && !write_marks(m)) {
+        m->problem = errno;
+        result = FAILED;
+    }
     if (dir >= 0)
         close(dir);
-    errno = problem;
     return result;
 }
 
-enum result message_remove(const struct message *m)
+enum update message_remove(struct message *m)
 {
-    int dir, problem;
-    enum result result = still_the_same(m, &dir);
-    if (result == DONE && dir >= 0 && unlinkat(dir, strrchr(m->path, '/') + 1, 0) < 0 && errno != ENOENT)
-        result = LATER;
-    problem = errno;
+    int dir;
+    enum update result = still_the_same(m, &dir);
+    if (result == UPDATED && dir >= 0 && unlinkat(dir, strrchr(m->path, '/') + 1, 0) < 0 && errno != ENOENT) {
+        m->problem = errno;
+        result = FAILED;
+    }
     if (dir >= 0)
         close(dir);
-    errno = problem;
     return result;
 }
 
@@ -2893,10 +2890,10 @@ __attribute__((format(printf, 2, 3))) static void refuse(struct session *s, cons
     s->bad_commands++;
 }
 
-static enum result hang_up(struct session *s, const char *why)
+static void end_with_421(struct session *s, const char *why)
 {
     if (s->io.broken && !s->io.woken && !s->io.timed_out)
-        return LATER;
+        return;
     s->io.broken = NULL; /* our patience is over, not the connection: the last word still goes out */
     s->io.deadline = 0;
     s->io.timeout = LAST_WORD;
@@ -2904,7 +2901,6 @@ static enum result hang_up(struct session *s, const char *why)
     send_line(s, "421 %s closing connection: %s", s->name, why);
     stream_end(&s->io);
     stream_break(&s->io, why);
-    return LATER;
 }
 
 /* PLAIN and its response on one line, even if it is none that will be obeyed. */
@@ -2937,11 +2933,12 @@ static bool command_too_long(const struct session *s)
 }
 
 /* Nothing came, and nothing will be waited for: the session is over, and the peer is told why, if it is there. */
-static enum result stop_waiting(struct session *s)
+static void stop_waiting(struct session *s)
 {
     if (s->io.timed_out)
-        return hang_up(s, s->state == INITIAL ? "not authenticated in time" : "silent for too long");
-    return s->io.woken ? hang_up(s, "this server is shutting down") : LATER;
+        end_with_421(s, s->state == INITIAL ? "not authenticated in time" : "silent for too long");
+    else if (s->io.woken)
+        end_with_421(s, "this server is shutting down");
 }
 
 /* ATRN is answered as it always is, whatever stands behind it (5.2.1-b, 5.2.1-l): what is no text is no domain. */
@@ -2957,30 +2954,32 @@ static bool command_readable(struct session *s)
 }
 
 /* Reads the next command and splits it: the verb in s->line, s->argument (NULL when there is none). Lines that
- * are no commands are answered here. Anything but DONE: the session is over, and the peer has been told. */
-static enum result read_command(struct session *s)
+ * are no commands are answered here. False: the session is over, and the peer has been told. */
+static bool read_command(struct session *s)
 {
-    for (;;) {
-        enum result got;
-        if (s->bad_commands >= BAD_COMMANDS)
-            return hang_up(s, "too many bad commands");
-        if (atomic_load(&s->provider->stopping)) /* whoever waits is woken; this is for who never pauses */
-            return hang_up(s, "this server is shutting down");
-        got = read_line(s);
-        if (got == LATER)
-            return stop_waiting(s);
-        if (got == REFUSED || command_too_long(s)) {
+    while (s->bad_commands < BAD_COMMANDS) {
+        if (atomic_load(&s->provider->stopping)) { /* a client that pipelines without pause is never woken */
+            end_with_421(s, "this server is shutting down");
+            return false;
+        }
+        if (!read_line(s)) {
+            stop_waiting(s);
+            return false;
+        }
+        if (s->io.line_cut || command_too_long(s)) {
             trace_line(s, CUSTOMER, "(a line that is too long)");
             refuse(s, "500 Line too long");
         } else {
             trace_command(s);
             if (command_readable(s)) {
                 split_command(s);
-                return DONE;
+                return true;
             }
             refuse(s, "500 A command consists of printable US-ASCII");
         }
     }
+    end_with_421(s, "too many bad commands");
+    return false;
 }
 
 static bool verb_is(const struct session *s, const char *verb)
@@ -3021,7 +3020,7 @@ static bool quit_command(struct session *s)
 /* An exchange that came to nothing, because the secret is wrong (name: whose) or the customer gave it up. Either is
  * answered a second after the last response, however long that took to judge: the work of a challenge cannot be asked
  * for without end. The third ends the session. fail2ban reads this line, so the address stands before the name. */
-static enum result exchange_failed(struct session *s, const char *name, const char *reply)
+static enum next exchange_failed(struct session *s, const char *name, const char *reply)
 {
     struct pollfd wake = {.fd = s->io.wake_fd, .events = POLLIN};
     int64_t left = s->responded + AUTH_FAILURE_MS - now_ms();
@@ -3032,13 +3031,14 @@ static enum result exchange_failed(struct session *s, const char *name, const ch
               name ? whose : reply + 4);
     poll(&wake, 1, left > 0 ? (int)left : 0);
     send_line(s, "%s", reply);
-    if (++s->auth_failures >= AUTH_FAILURES)
-        return hang_up(s, "too many failed authentications");
-    return REFUSED;
+    if (++s->auth_failures < AUTH_FAILURES)
+        return STAY;
+    end_with_421(s, "too many failed authentications");
+    return END;
 }
 
 /* A wrong secret and an unknown name are told the same. */
-static enum result auth_failed(struct session *s, const char *name)
+static enum next auth_failed(struct session *s, const char *name)
 {
     return exchange_failed(s, name, "535 Authentication failed");
 }
@@ -3050,39 +3050,39 @@ static bool decode_response(struct session *s, const char *text)
     return s->response_len >= 0;
 }
 
-/* One turn of a SASL exchange: our challenge out, the response in s->response. REFUSED: the customer
+/* One turn of a SASL exchange: our challenge out, the response in s->response (GO_ON). STAY: the customer
  * cancelled, or sent no base64, and has its 501. */
-static enum result challenge(struct session *s, const char *text)
+static enum next sasl_turn(struct session *s, const char *text)
 {
     char encoded[BASE64_SIZE(CHALLENGE_MAX) + 1];
-    enum result got;
     base64_encode(encoded, text, strlen(text));
     send_line(s, "334 %s", encoded);
-    got = read_line(s);
-    if (got == LATER)
-        return stop_waiting(s);
+    if (!read_line(s)) {
+        stop_waiting(s);
+        return END;
+    }
     s->responded = now_ms();
-    if (got == REFUSED || s->io.line_octets > AUTH_LINE)
+    if (s->io.line_cut || s->io.line_octets > AUTH_LINE)
         return exchange_failed(s, NULL, "500 Line too long");
     trace_line(s, CUSTOMER, "%s", s->hide_response ? "(response not shown)" : s->line);
     if (strcmp(s->line, "*") == 0)
         return exchange_failed(s, NULL, "501 Authentication cancelled");
     if (s->line_len != strlen(s->line) || !decode_response(s, s->line))
         return exchange_failed(s, NULL, "501 That is not base64");
-    return DONE;
+    return GO_ON;
 }
 
 /* The client's first message, where the client speaks first: the initial response, "=" standing for an
  * empty one (RFC 4954, 4), or, without one, the answer to an empty challenge. */
-static enum result first_response(struct session *s, const char *initial)
+static enum next first_response(struct session *s, const char *initial)
 {
     if (!initial)
-        return challenge(s, "");
+        return sasl_turn(s, "");
     s->responded = now_ms();
     if (decode_response(s, strcmp(initial, "=") == 0 ? "" : initial))
-        return DONE;
+        return GO_ON;
     refuse(s, "501 That is not base64");
-    return REFUSED;
+    return STAY;
 }
 
 /* The session's accounts become those of now, for SIGHUP may have read others since, and so does its account, if it has
@@ -3108,7 +3108,7 @@ static bool accounts_renew(struct session *s)
     return good;
 }
 
-static enum result auth_succeeded(struct session *s, const struct account *account, const char *mechanism)
+static enum next auth_succeeded(struct session *s, const struct account *account, const char *mechanism)
 {
     s->account = account;
     if (!accounts_renew(s)) { /* SIGHUP came after the challenge */
@@ -3120,14 +3120,14 @@ static enum result auth_succeeded(struct session *s, const struct account *accou
     log_event(s, LOG_INFO, "authenticated as %s (%s, %s%s%s)", account->name, mechanism,
               s->io.tls ? SSL_get_version(s->io.tls) : "in the clear", s->io.tls ? " " : "",
               s->io.tls ? SSL_get_cipher_name(s->io.tls) : "");
-    return DONE; /* from here on, not before, the session counts as authenticated (5.1.2-b) */
+    return GO_ON; /* from here on, not before, the session counts as authenticated (5.1.2-b) */
 }
 
-static enum result auth_unavailable(struct session *s)
+static enum next auth_unavailable(struct session *s)
 {
     log_event(s, LOG_ERR, "authentication is not possible just now: OpenSSL cannot compute");
     send_line(s, "454 Temporary authentication failure");
-    return REFUSED;
+    return STAY;
 }
 
 /* ---- The mechanisms, each from its first line to its last ----
@@ -3137,21 +3137,21 @@ static enum result auth_unavailable(struct session *s)
 
 /* RFC 2195 (5.1.2-c). The response is the name, a blank and the digest. Who has only a verifier has no
  * secret to compute a digest from, and fails. */
-static enum result auth_cram_md5(struct session *s, const char *initial)
+static enum next auth_cram_md5(struct session *s, const char *initial)
 {
     char text[CHALLENGE_MAX], digest[33], *theirs;
     const struct account *account;
     struct verifier verifier;
-    enum result got;
+    enum next got;
     bool known;
     if (initial) {
         refuse(s, "501 In CRAM-MD5 the server speaks first");
-        return REFUSED;
+        return STAY;
     }
     if (!cram_md5_challenge(text, sizeof text, s->name))
         return auth_unavailable(s);
-    got = challenge(s, text);
-    if (got != DONE)
+    got = sasl_turn(s, text);
+    if (got != GO_ON)
         return got;
     theirs = strrchr(s->response, ' ');
     if (!theirs || strlen(s->response) != (size_t)s->response_len || strlen(theirs + 1) != 32)
@@ -3188,17 +3188,17 @@ static bool keys_for(struct session *s, const char *name, struct verifier *v)
 }
 
 /* RFC 4616: authorization identity, NUL, name, NUL, secret. Only inside TLS. */
-static enum result auth_plain(struct session *s, const char *initial)
+static enum next auth_plain(struct session *s, const char *initial)
 {
     const char *identity = s->response, *name, *secret, *end;
     const struct account *account;
     struct verifier v;
     struct scram_keys keys;
-    enum result got;
+    enum next got;
     s->hide_response = true;
     got = first_response(s, initial);
     s->hide_response = false;
-    if (got != DONE)
+    if (got != GO_ON)
         return got;
     end = s->response + s->response_len;
     name = identity + strlen(identity) + 1;
@@ -3215,13 +3215,13 @@ static enum result auth_plain(struct session *s, const char *initial)
 }
 
 /* RFC 4422, appendix A: who one is, TLS has shown; the account is the one that the certificate names. */
-static enum result auth_external(struct session *s, const char *initial)
+static enum next auth_external(struct session *s, const char *initial)
 {
     const struct account *account = NULL;
     X509 *certificate;
     char *name = NULL;
-    enum result got = first_response(s, initial);
-    if (got != DONE)
+    enum next got = first_response(s, initial);
+    if (got != GO_ON)
         return got;
     certificate = SSL_get1_peer_certificate(s->io.tls);
     for (int i = 0; !account && certificate && (name = certificate_name(certificate, i)); i++) {
@@ -3301,15 +3301,16 @@ static bool scram_client_first(struct session *s, struct scram_exchange *x)
 }
 
 /* "c=" header and channel "," "r=" nonce "," "p=" proof: the first two must be what they were, and the
- * proof must be made of the right secret. LATER: OpenSSL failed, which says nothing about the secret. */
-static enum result scram_check_proof(struct session *s, struct scram_exchange *x, const struct verifier *v)
+ * proof must be made of the right secret. False: OpenSSL failed, which says nothing about the secret. */
+static bool scram_check_proof(struct session *s, struct scram_exchange *x, const struct verifier *v, bool *right)
 {
     char bound[sizeof x->header + EVP_MAX_MD_SIZE], wanted[BASE64_SIZE(sizeof bound) + 1];
     char value[BASE64_SIZE(sizeof bound) + 1], *proof = strstr(s->response, ",p="), decoded[64];
     unsigned char client[32], stored[32];
     size_t n = strlen(x->header);
+    *right = false;
     if (!proof || strlen(s->response) != (size_t)s->response_len)
-        return REFUSED;
+        return true;
     *proof = '\0';
     memcpy(bound, x->header, n);
     memcpy(bound + n, x->binding, x->binding_len);
@@ -3319,11 +3320,12 @@ static enum result scram_check_proof(struct session *s, struct scram_exchange *x
         (size_t)snprintf(x->auth_message, sizeof x->auth_message, "%s,%s,%s", x->bare, x->server_first,
                          s->response) >= sizeof x->auth_message ||
         base64_decode(decoded, sizeof decoded, proof + 3) != 32)
-        return REFUSED;
+        return true;
     if (!scram_mask(&v->keys, x->auth_message, (unsigned char *)decoded, client) ||
         EVP_Digest(client, sizeof client, stored, NULL, EVP_sha256(), NULL) != 1)
-        return LATER;
-    return CRYPTO_memcmp(stored, v->keys.stored, sizeof stored) == 0 ? DONE : REFUSED;
+        return false;
+    *right = CRYPTO_memcmp(stored, v->keys.stored, sizeof stored) == 0;
+    return true;
 }
 
 /* Our half of the nonce, the salt and the count: the challenge. */
@@ -3342,30 +3344,32 @@ static bool scram_server_first(struct scram_exchange *x, const struct verifier *
 
 /* RFC 5802, RFC 7677: client-first, server-first, client-final, server-final. SMTP has no success reply with
  * data, so server-final is a challenge too, answered by an empty response (RFC 4954, 4). */
-static enum result auth_scram(struct session *s, const char *initial, bool plus)
+static enum next auth_scram(struct session *s, const char *initial, bool plus)
 {
     struct scram_exchange x = {.plus = plus};
     struct verifier v;
     unsigned char signature[32];
     char final[64] = "v=";
-    enum result got = first_response(s, initial);
-    if (got != DONE)
+    bool right;
+    enum next got = first_response(s, initial);
+    if (got != GO_ON)
         return got;
     if (!scram_client_first(s, &x))
         return auth_failed(s, x.name);
     if (!keys_for(s, x.name, &v) || !scram_server_first(&x, &v))
         return auth_unavailable(s);
-    got = challenge(s, x.server_first);
-    if (got != DONE)
+    got = sasl_turn(s, x.server_first);
+    if (got != GO_ON)
         return got;
-    got = scram_check_proof(s, &x, &v);
-    if (got == REFUSED || !account_find(s->accounts, x.name))
+    if (!scram_check_proof(s, &x, &v, &right))
+        return auth_unavailable(s);
+    if (!right || !account_find(s->accounts, x.name))
         return auth_failed(s, x.name);
-    if (got == LATER || !hmac_sha256(v.keys.server, sizeof v.keys.server, x.auth_message, signature))
+    if (!hmac_sha256(v.keys.server, sizeof v.keys.server, x.auth_message, signature))
         return auth_unavailable(s);
     base64_encode(final + 2, signature, sizeof signature);
-    got = challenge(s, final);
-    if (got != DONE)
+    got = sasl_turn(s, final);
+    if (got != GO_ON)
         return got;
     return s->response_len > 0 ? auth_failed(s, x.name)
                                : auth_succeeded(s, account_find(s->accounts, x.name),
@@ -3426,33 +3430,33 @@ static void forget_responses(struct session *s)
     OPENSSL_cleanse(s->io.in, s->io.in_at);
 }
 
-/* AUTH is RFC 4954's (5.1.2-a). DONE: authenticated. REFUSED: not, try again. LATER: the session is over. */
-static enum result auth_command(struct session *s)
+/* AUTH is RFC 4954's (5.1.2-a). GO_ON: authenticated. STAY: not, try again. END: the session is over. */
+static enum next auth_command(struct session *s)
 {
     char *initial = s->argument ? strchr(s->argument, ' ') : NULL;
     enum mechanism m;
     if (!s->greeted) {
         refuse(s, "503 EHLO first");
-        return REFUSED;
+        return STAY;
     }
     if (!s->argument) {
         refuse(s, "501 AUTH takes the name of a mechanism");
-        return REFUSED;
+        return STAY;
     }
     if (initial)
         *initial++ = '\0';
     m = mechanism_named(s->argument);
     if (s->provider->require_tls && !s->io.tls) {
         refuse(s, "538 Encryption required: STARTTLS first");
-        return REFUSED;
+        return STAY;
     }
     if (m == PLAIN && !s->io.tls && s->tls_context) {
         refuse(s, "538 Encryption required for this mechanism");
-        return REFUSED;
+        return STAY;
     }
     if (!mechanism_offered(s, m)) {
         refuse(s, "504 Mechanism not offered");
-        return REFUSED;
+        return STAY;
     }
     accounts_renew(s);
     switch (m) {
@@ -3492,27 +3496,27 @@ static bool starttls_command(struct session *s)
 }
 
 /* 5.1: connected, not authenticated. EHLO, AUTH and QUIT are valid (5.1-a); only AUTH leads on (5-a). */
-static enum result initial_state(struct session *s)
+static enum next initial_state(struct session *s)
 {
     enter_state(s, INITIAL);
     send_line(s, "220 %s on-demand mail relay server ready", s->name);
     for (;;) {
-        if (read_command(s) != DONE)
-            return LATER;
+        if (!read_command(s))
+            return END;
         if (verb_is(s, "EHLO")) {
             ehlo_command(s);
         } else if (verb_is(s, "AUTH")) {
-            enum result got = auth_command(s);
+            enum next got = auth_command(s);
             forget_responses(s);
-            if (got != REFUSED)
+            if (got != STAY)
                 return got;
         } else if (verb_is(s, "STARTTLS")) {
             if (!starttls_command(s))
-                return LATER;
+                return END;
         } else if (verb_is(s, "ATRN")) {
             refuse(s, "530 Authentication required"); /* (5.2.1-b), whatever else is wrong with it */
         } else if (quit_command(s)) {
-            return REFUSED;
+            return END;
         } else if (!verb_is(s, "QUIT")) {
             common_command(s);
         }
@@ -3552,13 +3556,13 @@ static const char *reason_to_stop(int problem, int before)
     return problem == ENOMEM ? "out of memory" : NULL;
 }
 
-/* Claims the oldest message that can be sent. DONE: there it is, in *claimed. REFUSED: no mail. LATER: mail
+/* Claims the oldest message that can be sent. CLAIMED: there it is, in *claimed. NOTHING: no mail. BUSY: mail
  * waits, but others are at work on all of it, or it cannot be read; the log says of one of them which. b->stopped: the
  * walk has ended before a message that may well be claimed later: the file system is gone, or we are short of
  * descriptors or memory. */
-static enum result claim_next(struct session *s, struct backlog *b, struct message **claimed)
+static enum claim claim_next(struct session *s, struct backlog *b, struct message **claimed)
 {
-    enum result result = REFUSED;
+    enum claim result = NOTHING;
     struct message *m = malloc(sizeof *m);
     const char *busy = NULL;
     int problem = b->stopped ? EIO : 0; /* of the message before; the log has it then */
@@ -3568,26 +3572,26 @@ static enum result claim_next(struct session *s, struct backlog *b, struct messa
         s->postponed = "there is no memory to send it";
         log_event(s, LOG_ERR, "out of memory; the mail that waits stays queued");
         b->stopped = "out of memory";
-        return LATER;
+        return BUSY;
     }
     while (b->next < b->count && !b->stopped) {
-        enum result got = message_claim(m, b->queue, b->list[b->next].path);
+        enum claim got = message_claim(m, b->queue, b->list[b->next].path);
         int before = problem;
-        problem = m->trouble ? errno : 0;
-        if (got == DONE) {
+        problem = m->trouble ? m->problem : 0;
+        if (got == CLAIMED) {
             b->next++;
             *claimed = m;
-            return DONE;
+            return CLAIMED;
         }
-        if (got == LATER) {
+        if (got == BUSY) {
             s->postponed = m->trouble ? m->trouble : "other sessions have claimed it";
-            result = LATER;
+            result = BUSY;
         }
         if (m->held)
             log_event(s, LOG_WARNING, "held %s: %s", m->path, m->held);
         else if (m->trouble && !(file_system_gone(problem) && file_system_gone(before)))
             log_event(s, LOG_WARNING, "cannot send %s now: %s (%s)", m->path, m->trouble, strerror(problem));
-        else if (got == LATER)
+        else if (got == BUSY)
             busy = m->path;
         b->stopped = reason_to_stop(problem, before);
         b->next += !b->stopped;
@@ -3643,37 +3647,38 @@ static void start_interval(struct session *s)
     pthread_mutex_unlock(&p->lock);
 }
 
-/* 5.2.1: DONE when the roles are to be reversed; then s->backlog and s->first hold what is to be sent. This
+/* 5.2.1: GO_ON when the roles are to be reversed; then s->backlog and s->first hold what is to be sent. This
  * is the only place that looks into the queue: no timer and no new mail ever starts a delivery (4-d). The
  * codes are those of section 7 (7-a). */
-static enum result atrn_command(struct session *s)
+static enum next atrn_command(struct session *s)
 {
-    enum result read, got;
+    enum claim got;
+    bool complete;
     if (s->argument && !domain_list_valid(s->argument)) { /* (5.2.1-l) */
         refuse(s, "501 ATRN takes domains, with commas and without blanks between them");
-        return REFUSED;
+        return STAY;
     }
     if (!accounts_renew(s)) {
         log_event(s, LOG_WARNING, "ATRN refused (530): %s is no longer an account, or has another secret",
                   s->account->name);
         refuse(s, "530 Authentication required, for the account has changed");
-        return REFUSED;
+        return STAY;
     }
     if (!atrn_domains(s) || asked_too_soon(s)) {
         send_line(s, "450 ATRN request refused"); /* (5.2.1-f) */
-        return REFUSED;
+        return STAY;
     }
     s->postponed = "it cannot be listed";
-    read = backlog_read(&s->backlog, s, s->provider->queue, s->asked);
+    complete = backlog_read(&s->backlog, s, s->provider->queue, s->asked);
     got = claim_next(s, &s->backlog, &s->first);
-    if (got == REFUSED && read != DONE)
-        got = LATER; /* a domain that cannot be read may have mail */
-    if (got == DONE) { /* (5.2.1-j) */
+    if (got == NOTHING && !complete)
+        got = BUSY; /* a domain that cannot be read may have mail */
+    if (got == CLAIMED) { /* (5.2.1-j) */
         send_line(s, "250 OK now reversing the connection");
-        return DONE;
+        return GO_ON;
     }
     backlog_free(&s->backlog);
-    if (got == LATER) {
+    if (got == BUSY) {
         log_event(s, LOG_WARNING, "ATRN %s: 451, mail waits, but %s", s->asked, s->postponed);
         send_line(s, "451 Unable to process ATRN request now"); /* (5.2.1-k) */
     } else {
@@ -3681,24 +3686,26 @@ static enum result atrn_command(struct session *s)
         start_interval(s);
         send_line(s, "453 You have no mail"); /* (5.2.1-g) */
     }
-    return REFUSED;
+    return STAY;
 }
 
 /* 5.2: ATRN and QUIT are valid (5.2-a). Only ATRN leads on (5-a). The time to log in does not bound this state, so
  * commands other than ATRN are counted. */
-static enum result authenticated_state(struct session *s)
+static enum next authenticated_state(struct session *s)
 {
     enter_state(s, AUTHENTICATED);
     s->io.deadline = 0;
     for (int idle = 0;;) {
-        if (idle++ == IDLE_COMMANDS)
-            return hang_up(s, "too many commands without ATRN");
-        if (read_command(s) != DONE)
-            return LATER;
+        if (idle++ == IDLE_COMMANDS) {
+            end_with_421(s, "too many commands without ATRN");
+            return END;
+        }
+        if (!read_command(s))
+            return END;
         if (verb_is(s, "ATRN")) {
             idle = 0;
-            if (atrn_command(s) == DONE)
-                return DONE;
+            if (atrn_command(s) == GO_ON)
+                return GO_ON;
         } else if (verb_is(s, "EHLO")) {
             ehlo_command(s);
         } else if (verb_is(s, "AUTH")) {
@@ -3706,7 +3713,7 @@ static enum result authenticated_state(struct session *s)
         } else if (verb_is(s, "STARTTLS") && s->tls_context) {
             refuse(s, "503 Too late for TLS, or on already");
         } else if (quit_command(s)) {
-            return REFUSED;
+            return END;
         } else if (!verb_is(s, "QUIT")) {
             common_command(s);
         }
@@ -3765,7 +3772,7 @@ static void for_each_refused(FILE *out, const struct session *s, const struct me
                              void (*write_one)(FILE *, const struct session *, const char *, const char *))
 {
     for (size_t i = 0; i < m->recipients; i++)
-        if (m->list[i].fate == REJECTED)
+        if (m->list[i].fate == REFUSED)
             write_one(out, s, m->list[i].address, m->list[i].reason->text);
 }
 
@@ -3889,33 +3896,34 @@ static bool return_refused(const struct provider *p, struct session *s, const st
  * never lost. False: its file could not be removed, or not be written to, so no more is to be taken from its box. */
 static bool message_settle(const struct provider *p, struct session *s, struct message *m)
 {
-    size_t count[FATES] = {0};
-    enum result got;
+    size_t count[VERDICTS] = {0};
+    enum update got;
     bool sound = true;
     for (size_t i = 0; i < m->recipients; i++)
         count[m->list[i].fate]++;
-    if (count[REJECTED] > 0 && return_refused(p, s, m)) {
+    if (count[REFUSED] > 0 && return_refused(p, s, m)) {
         for (size_t i = 0; i < m->recipients; i++)
-            if (m->list[i].fate == REJECTED)
+            if (m->list[i].fate == REFUSED)
                 m->list[i].fate = RETURNED;
-        count[RETURNED] += count[REJECTED];
+        count[RETURNED] += count[REFUSED];
     }
     if (count[DELIVERED] + count[RETURNED] == 0)
         return true;
     if (count[DELIVERED] + count[RETURNED] + count[REPEATED] < m->recipients) {
         got = message_strike_out(m);
-    } else if ((got = message_remove(m)) == LATER) {
+    } else if ((got = message_remove(m)) == FAILED) {
         log_event(s, LOG_ERR, "cannot remove %s (%s): all its recipients are struck out, and no more is taken from its "
-                              "directory in this session", m->path, strerror(errno));
+                              "directory in this session", m->path, strerror(m->problem));
         got = message_strike_out(m);
         sound = false;
     }
-    if (got == REFUSED)
+    if (got == REPLACED)
         log_event(s, LOG_WARNING, "%s was replaced or written into while it was sent: it stays, and is sent again",
                   m->path);
-    else if (got == LATER)
-        log_event(s, LOG_ERR, "cannot strike out recipients of %s (%s): they get it again", m->path, strerror(errno));
-    return sound && got != LATER;
+    else if (got == FAILED)
+        log_event(s, LOG_ERR, "cannot strike out recipients of %s (%s): they get it again", m->path,
+                  strerror(m->problem));
+    return sound && got != FAILED;
 }
 
 /* ==== The provider, 5.3: the client ===================================================================
@@ -3948,7 +3956,7 @@ struct transaction {
     bool again;           /* and was refused for that: the same is sent again */
     bool mail_refused;    /* MAIL failed, so nothing after it counts */
     bool go_ahead;        /* DATA was answered with 354 */
-    enum result verdict;  /* on the mail, of the reply to MAIL that failed */
+    enum verdict verdict; /* on the mail, of the reply to MAIL that failed */
     struct reply reply;
 };
 
@@ -3989,25 +3997,26 @@ static void log_fate(const struct session *s, int priority, const char *fate, co
               *m->id ? m->id : "none", m->path, why);
 }
 
-/* The result is the verdict of this reply on the mail. Code 0: the reason is ours, not the customer's. */
-static void note_verdict(struct sender *x, struct message *m, struct recipient *to, enum result result,
+/* The verdict of this reply on the mail. Code 0: the reason is ours, not the customer's. */
+static void note_verdict(struct sender *x, struct message *m, struct recipient *to, enum verdict verdict,
                          const struct reply *r)
 {
     char text[REFUSAL_SIZE - 4], why[REFUSAL_SIZE];
     join_lines(r, text, sizeof text);
-    if (result == REFUSED && r->code && x->messages_refused >= REFUSED_MESSAGES_MAX && x->s->messages == 0)
-        result = LATER; /* a server that refuses everything returns no more of the queue */
-    if (result == REFUSED && !(to->reason = message_reason(m, r->code, text)))
-        result = LATER; /* without the reason there could be no notice */
-    to->fate = result == DONE ? DELIVERED : result == LATER ? DEFERRED : REJECTED;
-    x->delivered += result == DONE;
-    x->deferred += result == LATER;
-    x->refused += result == REFUSED;
+    if (verdict == REFUSED && r->code && x->messages_refused >= REFUSED_MESSAGES_MAX && x->s->messages == 0)
+        verdict = DEFERRED; /* a server that refuses everything returns no more of the queue */
+    if (verdict == REFUSED && !(to->reason = message_reason(m, r->code, text)))
+        verdict = DEFERRED; /* without the reason there could be no notice */
+    to->fate = verdict;
+    x->delivered += verdict == DELIVERED;
+    x->deferred += verdict == DEFERRED;
+    x->refused += verdict == REFUSED;
     if (r->code)
         snprintf(why, sizeof why, "%d %s", r->code, text);
     else
         memcpy(why, text, sizeof text);
-    log_fate(x->s, LOG_INFO, result == DONE ? "delivered" : result == LATER ? "deferred" : "refused", m, to, why);
+    log_fate(x->s, LOG_INFO,
+             verdict == DELIVERED ? "delivered" : verdict == DEFERRED ? "deferred" : "refused", m, to, why);
 }
 
 /* Ends the session early, with QUIT. Outstanding replies are still settled; the other messages stay queued. */
@@ -4028,7 +4037,7 @@ static void count_message(struct sender *x, const struct message *m)
     bool taken = false, refused = false;
     for (size_t i = 0; i < m->recipients; i++) {
         taken |= m->list[i].fate == DELIVERED;
-        refused |= m->list[i].fate == REJECTED && strncmp(m->list[i].reason->text, "000", 3) != 0;
+        refused |= m->list[i].fate == REFUSED && strncmp(m->list[i].reason->text, "000", 3) != 0;
     }
     x->s->messages += taken;
     x->octets += taken ? m->wire_size : 0;
@@ -4094,9 +4103,9 @@ static bool about_session(enum expectation what, int code)
     return false;
 }
 
-static enum result verdict_of(enum expectation what, const struct reply *r)
+static enum verdict verdict_of(enum expectation what, const struct reply *r)
 {
-    return about_session(what, r->code) ? LATER : reply_result(r);
+    return about_session(what, r->code) ? DEFERRED : reply_verdict(r);
 }
 
 static void not_ready(struct sender *x, const struct reply *r)
@@ -4111,7 +4120,7 @@ static void not_ready(struct sender *x, const struct reply *r)
 static void settle_mail(struct sender *x, struct transaction *t, const struct reply *r)
 {
     t->verdict = verdict_of(FOR_MAIL, r);
-    t->mail_refused = t->verdict != DONE;
+    t->mail_refused = t->verdict != DELIVERED;
     t->reply = *r;
     x->unclean = !t->mail_refused;
     if (r->code == 503 && t->behind_end) {
@@ -4131,7 +4140,7 @@ static void settle_recipient(struct sender *x, struct transaction *t, struct rec
         return;
     if (t->mail_refused) {
         note_verdict(x, t->message, to, t->verdict, &t->reply);
-    } else if (reply_result(r) == DONE) {
+    } else if (reply_verdict(r) == DELIVERED) {
         to->fate = ACCEPTED;
         t->accepted++;
     } else {
@@ -4144,11 +4153,11 @@ static void settle_recipient(struct sender *x, struct transaction *t, struct rec
  * arrives, the customer has the message and we send it again: twice, but never not at all. */
 static void settle_content(struct sender *x, struct transaction *t, enum expectation what, const struct reply *r)
 {
-    enum result verdict = verdict_of(what, r);
+    enum verdict verdict = verdict_of(what, r);
     for (size_t i = t->first; i < t->last; i++)
         if (t->message->list[i].fate == ACCEPTED)
             note_verdict(x, t->message, &t->message->list[i], verdict, r);
-    x->unclean = verdict != DONE;
+    x->unclean = verdict != DELIVERED;
     if (t->accepted > 0 && about_session(what, r->code))
         not_ready(x, r);
 }
@@ -4165,15 +4174,15 @@ static const char *order_lost(enum expectation what, int code)
     return code == 421 ? "the customer closes the service (421)" : NULL;
 }
 
-/* Settles the oldest command with its reply. LATER: the connection is of no more use. */
-static enum result settle(struct sender *x, const struct reply *r)
+/* Settles the oldest command with its reply. False: the connection is of no more use. */
+static bool settle(struct sender *x, const struct reply *r)
 {
     struct expected e = x->fifo[x->oldest];
     const char *lost = order_lost(e.what, r->code);
     if (lost) {
         stream_break(&x->s->io, lost);
         stream_end_input(&x->s->io);
-        return LATER;
+        return false;
     }
     x->oldest = (x->oldest + 1) % REPLIES_IN_FLIGHT;
     x->count--;
@@ -4203,27 +4212,27 @@ static enum result settle(struct sender *x, const struct reply *r)
         e.of->outstanding--;
         transaction_release(x, e.of);
     }
-    return DONE;
+    return true;
 }
 
 /* Settles the replies that have arrived, without waiting. Accepted mail leaves the queue soon, so a provider that is
  * killed causes few second copies. A reply that arrives before its command has left is not believed. */
-static enum result settle_arrived(struct sender *x)
+static bool settle_arrived(struct sender *x)
 {
     struct reply r;
     while (x->count > 0 && x->fifo[x->oldest].written <= x->s->io.gone && reply_arrived(x->s))
-        if (read_arrived_reply(x->s, &r) != DONE || settle(x, &r) != DONE)
-            return LATER;
-    return DONE;
+        if (!read_arrived_reply(x->s, &r) || !settle(x, &r))
+            return false;
+    return true;
 }
 
-static enum result settle_down_to(struct sender *x, size_t left)
+static bool settle_down_to(struct sender *x, size_t left)
 {
     struct reply r;
     while (x->count > left)
-        if (read_reply(x->s, &r) != DONE || settle(x, &r) != DONE)
-            return LATER;
-    return DONE;
+        if (!read_reply(x->s, &r) || !settle(x, &r))
+            return false;
+    return true;
 }
 
 /* The session is over. Replies that arrived before the connection broke still count. The others will not come, so the
@@ -4261,7 +4270,7 @@ static size_t may_stay_outstanding(const struct sender *x, enum expectation what
 }
 
 /* Notes that the command just written will be answered, and waits if the rule says so. */
-static enum result expect(struct sender *x, enum expectation what, struct transaction *t, struct recipient *to)
+static bool expect(struct sender *x, enum expectation what, struct transaction *t, struct recipient *to)
 {
     struct stream *io = &x->s->io;
     x->fifo[(x->oldest + x->count++) % REPLIES_IN_FLIGHT] = (struct expected){what, t, to, io->gone + io->out_end};
@@ -4272,36 +4281,34 @@ static enum result expect(struct sender *x, enum expectation what, struct transa
 
 /* ---- Commands ---- */
 
-static enum result send_content(struct sender *x, struct transaction *t, bool dots)
+static bool send_content(struct sender *x, struct transaction *t, bool dots)
 {
     if (!message_send(t->message, &x->s->io, dots)) {
         stream_break(&x->s->io, "a message in the queue cannot be read, or somebody wrote into it");
-        return LATER;
+        return false;
     }
     trace_line(x->s, PROVIDER, "... %llu octets of message ...", (unsigned long long)t->message->wire_size);
-    return DONE;
+    return true;
 }
 
-static enum result send_data(struct sender *x, struct transaction *t)
+static bool send_data(struct sender *x, struct transaction *t)
 {
     send_line(x->s, "DATA");
-    if (expect(x, FOR_DATA, t, NULL) != DONE)
-        return LATER;
+    if (!expect(x, FOR_DATA, t, NULL))
+        return false;
     if (!t->go_ahead)
-        return DONE;
+        return true;
     /* RFC 2920, 3.1: a 354 although every RCPT failed must be honoured, with no content. */
-    if (t->accepted > 0 && send_content(x, t, true) != DONE)
-        return LATER;
+    if (t->accepted > 0 && !send_content(x, t, true))
+        return false;
     send_line(x->s, ".");
     return expect(x, FOR_CONTENT, t, NULL);
 }
 
-static enum result send_bdat(struct sender *x, struct transaction *t)
+static bool send_bdat(struct sender *x, struct transaction *t)
 {
     send_line(x->s, "BDAT %llu LAST", (unsigned long long)t->message->wire_size);
-    if (send_content(x, t, false) != DONE)
-        return LATER;
-    return expect(x, FOR_BDAT, t, NULL);
+    return send_content(x, t, false) && expect(x, FOR_BDAT, t, NULL);
 }
 
 /* With what the customer wants to know beforehand (RFC 1870, RFC 6152, RFC 6531), when it is so. */
@@ -4353,54 +4360,54 @@ static struct recipient *next_owed(const struct message *m, size_t *next)
 
 /* MAIL, RCPT ..., and the content: one transaction, for the next recipients, no more than the customer takes at
  * once. */
-static enum result send_transaction(struct sender *x, struct transaction *t, struct recipient *to)
+static bool send_transaction(struct sender *x, struct transaction *t, struct recipient *to)
 {
     struct message *m = t->message;
     size_t n = 1;
     t->behind_end = x->count > 0; /* before RSET, which is no end */
     if (x->unclean && x->count == 0) {
         send_line(x->s, "RSET");
-        if (expect(x, FOR_RSET, NULL, NULL) != DONE)
-            return LATER;
+        if (!expect(x, FOR_RSET, NULL, NULL))
+            return false;
     }
     send_mail_command(x, m);
     x->transactions++;
-    if (expect(x, FOR_MAIL, t, NULL) != DONE)
-        return LATER;
+    if (!expect(x, FOR_MAIL, t, NULL))
+        return false;
     do {
         if (!t->mail_refused) {
             send_line(x->s, "RCPT TO:<%s>", to->address);
-            if (expect(x, FOR_RCPT, t, to) != DONE)
-                return LATER;
+            if (!expect(x, FOR_RCPT, t, to))
+                return false;
         } else if (!t->again) {
             note_verdict(x, m, to, t->verdict, &t->reply);
         }
     } while (n++ < x->rcpt_max && (to = next_owed(m, &t->last)));
     if (x->count == 0 && (t->mail_refused || t->accepted == 0))
-        return DONE; /* all is answered and nobody wants it: no content */
+        return true; /* all is answered and nobody wants it: no content */
     return x->chunking ? send_bdat(x, t) : send_data(x, t);
 }
 
 /* The whole message, in as many transactions as its recipients need. */
-static enum result send_message(struct sender *x, struct message *m)
+static bool send_message(struct sender *x, struct message *m)
 {
     struct recipient *to;
     size_t next = 0;
-    enum result result = DONE;
+    bool connected = true;
     m->holders = 1;
     m->again = false;
     m->next = NULL;
     refuse_beforehand(x, m);
-    while (result == DONE && !x->over && (to = next_owed(m, &next))) {
+    while (connected && !x->over && (to = next_owed(m, &next))) {
         struct transaction *t = calloc(1, sizeof *t);
         if (!t) {
             stream_break(&x->s->io, "out of memory");
-            result = LATER;
+            connected = false;
             break;
         }
         *t = (struct transaction){.message = m, .first = next - 1, .last = next, .open = true};
         m->holders++;
-        result = send_transaction(x, t, to);
+        connected = send_transaction(x, t, to);
         next = t->last;
         t->open = false;
         transaction_release(x, t);
@@ -4409,7 +4416,7 @@ static enum result send_message(struct sender *x, struct message *m)
     }
     message_forget_top(m);
     message_release(x, m);
-    return result;
+    return connected;
 }
 
 /* ---- The session in this state ---- */
@@ -4442,23 +4449,23 @@ static void read_capabilities(struct sender *x, const struct reply *r)
 }
 
 /* 5.3-b: the customer greets; 5.3-c: then EHLO, or HELO where EHLO is not known. */
-static enum result greet_customer(struct sender *x)
+static bool greet_customer(struct sender *x)
 {
     struct session *s = x->s;
     struct reply r;
-    if (read_reply(s, &r) != DONE || r.code != 220)
-        return LATER;
+    if (!read_reply(s, &r) || r.code != 220)
+        return false;
     send_line(s, "EHLO %s", s->name);
-    if (read_ehlo_reply(s, &r) != DONE)
-        return LATER;
-    if (reply_result(&r) == DONE) {
+    if (!read_ehlo_reply(s, &r))
+        return false;
+    if (r.code < 300) {
         read_capabilities(x, &r);
-        return DONE;
+        return true;
     }
-    if (reply_result(&r) == LATER)
-        return LATER;
+    if (r.code < 500)
+        return false;
     send_line(s, "HELO %s", s->name);
-    return read_reply(s, &r) == DONE && reply_result(&r) == DONE ? DONE : LATER;
+    return read_reply(s, &r) && r.code < 300;
 }
 
 /* The message to be sent next: the one that was claimed for ATRN, then the others, then those that must be sent
@@ -4473,7 +4480,7 @@ static struct message *next_message(struct sender *x)
     s->first = NULL;
     if (!m && !x->again)
         claim_next(s, &s->backlog, &m);
-    if (m || settle_down_to(x, 0) != DONE)
+    if (m || !settle_down_to(x, 0))
         return m;
     if (x->again) {
         m = x->again;
@@ -4492,27 +4499,21 @@ static void reversed_state(struct session *s)
 {
     struct sender x = {.s = s, .rcpt_max = RECIPIENTS_A_TRANSACTION};
     struct message *m;
-    enum result result;
-    bool settled;
+    bool good, settled;
     enter_state(s, REVERSED);
     s->io.wake_fd = -1; /* a shutdown lets the message under way finish */
     s->io.waits = 0;
-    result = greet_customer(&x);
-    while (result == DONE && !x.over && !atomic_load(&s->provider->stopping) && (m = next_message(&x))) {
-        result = send_message(&x, m);
-        if (result == DONE)
-            result = settle_arrived(&x);
-    }
+    good = greet_customer(&x);
+    while (good && !x.over && !atomic_load(&s->provider->stopping) && (m = next_message(&x)))
+        good = send_message(&x, m) && settle_arrived(&x);
     /* When the customer hears QUIT, the queue shows what it took. */
-    settled = settle_down_to(&x, 0) == DONE && !s->io.broken;
+    settled = settle_down_to(&x, 0) && !s->io.broken;
     if (s->messages > 0)
         start_interval(s);
     if (settled) {
         send_line(s, "QUIT");
-        result = expect(&x, FOR_QUIT, NULL, NULL);
+        good = expect(&x, FOR_QUIT, NULL, NULL);
     }
-    if (s->io.broken)
-        result = LATER;
     abandon(&x);
     if (s->first) {
         message_close(s->first);
@@ -4524,7 +4525,7 @@ static void reversed_state(struct session *s)
               "%s: %zu message%s, %llu octets, recipients: %zu delivered, %zu deferred, %zu refused; %lu wait%s",
               s->account->name, s->messages, plural(s->messages), (unsigned long long)x.octets, x.delivered, x.deferred,
               x.refused, s->io.waits, plural(s->io.waits));
-    if (result != DONE)
+    if (!good || s->io.broken)
         log_event(s, LOG_WARNING, "the reversed session ended early: %s; what is not delivered stays queued",
                   s->io.broken ? s->io.broken : "the customer does not take mail");
 }
@@ -4544,8 +4545,8 @@ void provider_session(struct session *s)
     log_event(s, LOG_INFO, "%s connected", s->peer);
     s->io.wake_fd = s->provider->wake_fd;
     s->io.deadline = now_ms() + (int64_t)s->provider->login_timeout * 1000;
-    if ((!s->tls_at_once || tls_at_once(s)) && initial_state(s) == DONE &&
-        authenticated_state(s) == DONE)
+    if ((!s->tls_at_once || tls_at_once(s)) && initial_state(s) == GO_ON &&
+        authenticated_state(s) == GO_ON)
         reversed_state(s);
     log_event(s, LOG_INFO, "%s disconnected%s%s", s->peer, s->io.broken ? ": " : "", s->io.broken ? s->io.broken : "");
     s->io.woken |= atomic_load(&s->provider->stopping);
@@ -4565,10 +4566,10 @@ static bool expire_message(struct provider *p, const char *path)
     int64_t began = now_ms();
     bool go_on = true;
     snprintf(why, sizeof why, "4.4.7 The recipient's server has not collected the message for %d days", p->max_age);
-    if (message_claim(&m, p->queue, path) == DONE) {
+    if (message_claim(&m, p->queue, path) == CLAIMED) {
         for (size_t i = 0; i < m.recipients; i++)
             if (m.list[i].fate == OWED && (m.list[i].reason = message_reason(&m, 0, why))) {
-                m.list[i].fate = REJECTED;
+                m.list[i].fate = REFUSED;
                 log_fate(NULL, LOG_NOTICE, "expired", &m, &m.list[i], why);
             }
         go_on = message_settle(p, NULL, &m) && now_ms() - began < NOTICE_TIMEOUT * 1000; /* or sendmail hangs */
@@ -5373,7 +5374,6 @@ static void receive_mail(struct receiver *rx)
 {
     struct session *s = rx->s;
     struct content chunks = {.to = NULL};
-    enum result got;
     enter_state(s, REVERSED);
     answer(rx, "220 %s ready to receive email", s->name);
     while (!s->protocol_broken) {
@@ -5381,17 +5381,17 @@ static void receive_mail(struct receiver *rx)
         if (customer_stops && between) {
             settle_answers(rx);
             rx->done = true;
-            hang_up(s, "this server is shutting down");
+            end_with_421(s, "this server is shutting down");
             break;
         }
         s->io.wake_fd = between ? stop_pipe[0] : -1;
         before_reading(rx, stream_has_line);
-        got = read_line(s);
-        if (got == LATER && s->io.woken)
-            continue;
-        if (got == LATER)
+        if (!read_line(s)) {
+            if (s->io.woken)
+                continue;
             break;
-        if (got == REFUSED || s->line_len != strlen(s->line)) {
+        }
+        if (s->io.line_cut || s->line_len != strlen(s->line)) {
             trace_line(s, PROVIDER, "(a line that is too long, or has a NUL octet)");
             bad_command(rx, "500 5.5.2 Not a command");
             continue;
@@ -5570,7 +5570,7 @@ static enum side join_streams(struct onlooker *o, struct stream *receiver)
         bool moved = false;
         if (customer_stops && (o->hidden || (!o->in_mail && o->count == 0))) {
             o->quit = true;
-            hang_up(o->s, "this server is shutting down");
+            end_with_421(o->s, "this server is shutting down");
             break;
         }
         for (int i = 0; i < 2; i++) {
@@ -5708,7 +5708,7 @@ static int unwelcome(const struct session *s, const char *command, const struct 
 static int client_ehlo(struct session *s, struct reply *r)
 {
     send_line(s, "EHLO %s", s->name);
-    if (read_ehlo_reply(s, r) != DONE)
+    if (!read_ehlo_reply(s, r))
         return lost(s);
     return r->code == 250 ? EX_OK : unwelcome(s, "EHLO", r, EX_UNAVAILABLE);
 }
@@ -5745,7 +5745,7 @@ static int client_starttls(struct session *s, const struct customer *c, struct r
         return EX_UNAVAILABLE;
     }
     send_line(s, "STARTTLS");
-    if (read_reply(s, r) != DONE)
+    if (!read_reply(s, r))
         return lost(s);
     if (r->code != 220)
         return unwelcome(s, "STARTTLS", r, EX_UNAVAILABLE);
@@ -5761,13 +5761,13 @@ static int client_starttls(struct session *s, const struct customer *c, struct r
 static int cancel_auth(struct session *s, struct reply *r, int code)
 {
     send_line(s, "*");
-    return read_reply(s, r) == DONE ? code : lost(s);
+    return read_reply(s, r) ? code : lost(s);
 }
 
 /* A challenge in base64, decoded, into s->response; EX_OK, or the exit code. */
 static int client_challenge(struct session *s, struct reply *r)
 {
-    if (read_reply(s, r) != DONE)
+    if (!read_reply(s, r))
         return lost(s);
     if (r->code != 334)
         return unwelcome(s, "AUTH", r, EX_NOPERM);
@@ -5782,7 +5782,7 @@ static int client_challenge(struct session *s, struct reply *r)
 /* The last reply: 235 or failure. */
 static int client_verdict(struct session *s, struct reply *r)
 {
-    if (read_reply(s, r) != DONE)
+    if (!read_reply(s, r))
         return lost(s);
     return r->code == 235 ? EX_OK : unwelcome(s, "AUTH", r, EX_NOPERM);
 }
@@ -6011,7 +6011,7 @@ static int client_atrn(struct session *s, const struct customer *c, struct reply
     if (s->io.timeout < ATRN_TIMEOUT) /* (5.2.1-c) */
         s->io.timeout = ATRN_TIMEOUT;
     send_line(s, "ATRN%s%s", *c->domains ? " " : "", c->domains);
-    if (read_reply(s, r) != DONE)
+    if (!read_reply(s, r))
         return lost(s);
     s->io.timeout = patience;
     switch (r->code) {
@@ -6099,7 +6099,7 @@ static int client_dialogue(struct session *s, const struct customer *c)
     enter_state(s, INITIAL);
     if (c->tls && (code = client_tls(s, c)) != EX_OK)
         return code;
-    if (read_reply(s, &r) != DONE)
+    if (!read_reply(s, &r))
         return lost(s);
     if (r.code != 220)
         return unwelcome(s, "connecting", &r, EX_UNAVAILABLE);
@@ -6185,7 +6185,7 @@ static int reach_server(const struct customer *c, struct mail_server *m, const c
         return code == EX_NOHOST || code == EX_USAGE ? code : EX_TEMPFAIL;
     }
     m->session = must_alloc(session_new(fd, PROVIDER, c->timeout, c->name, TRACE_OFF));
-    if (read_reply(m->session, &m->greeting) == DONE && m->greeting.code == 220)
+    if (read_reply(m->session, &m->greeting) && m->greeting.code == 220)
         return EX_OK;
     log_event(NULL, LOG_ERR, "%s does not take mail (%s); %s", where,
               m->session->io.broken ? m->session->io.broken : m->greeting.text, consequence);
@@ -6396,7 +6396,7 @@ static bool summarize_domain(int queue, const char *domain, bool list, const cha
     struct backlog b;
     char when[32] = "-";
     struct tm tm;
-    if (backlog_read(&b, NULL, queue, domain) != DONE) {
+    if (!backlog_read(&b, NULL, queue, domain)) {
         show_oddity(domain, "cannot be read");
         backlog_free(&b);
         return false;
@@ -6407,16 +6407,16 @@ static bool summarize_domain(int queue, const char *domain, bool list, const cha
     for (int pass = 0; pass < (list ? 2 : 1); pass++) {
         for (size_t i = 0; i < b.count; i++) {
             struct message m;
-            enum result got = message_open(&m, queue, b.list[i].path, O_RDONLY);
-            if (got == DONE)
+            enum claim got = message_open(&m, queue, b.list[i].path, O_RDONLY);
+            if (got == CLAIMED)
                 got = message_read(&m);
-            if (got == LATER)
+            if (got == BUSY)
                 m.held = m.fd < 0 ? "this user cannot open it" : m.trouble;
             if (pass == 0) {
-                sum.messages += got == DONE;
+                sum.messages += got == CLAIMED;
                 sum.held += m.held != NULL; /* what is neither has just gone */
-                sum.octets += got == DONE ? (uint64_t)m.size : 0;
-            } else if (got == DONE || m.held) {
+                sum.octets += got == CLAIMED ? (uint64_t)m.size : 0;
+            } else if (got == CLAIMED || m.held) {
                 list_message(&m, b.list[i].second);
             }
             message_close(&m);

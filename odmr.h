@@ -115,11 +115,22 @@
 
 /* ---- Types ---- */
 
-/* What became of something: a command, a message, a recipient, a file. The same type everywhere. */
-enum result {
-    DONE,    /* it worked */
-    LATER,   /* it did not, but may another time; of a peer: the connection is of no more use */
-    REFUSED, /* it will not */
+/* Where a session goes after a command. */
+enum next { STAY, GO_ON, END }; /* in this state; to the next state; to its end */
+
+/* What a look at a message of the queue, or at all mail of a request, has found. */
+enum claim {
+    CLAIMED, /* a message, and it is ours; one that is opened for reading only: it can be read */
+    BUSY,    /* another session has it, or it cannot be read just now */
+    HELD,    /* a message that is not sent, and message.held says why */
+    NOTHING, /* none, or no longer */
+};
+
+/* What became of a change to a message's file. */
+enum update {
+    UPDATED,
+    REPLACED, /* nothing was done: the name leads to another file now, or another program has written into this one */
+    FAILED,   /* message.problem says why */
 };
 
 enum side { PROVIDER, CUSTOMER };
@@ -168,6 +179,7 @@ struct stream {
     bool spoke;          /* something was sent since the last wait for input */
     unsigned long waits; /* how often we had spoken and then had to wait: round trips of the line */
     size_t line_octets;  /* of the line read last, with its end */
+    bool line_cut;       /* it was too long for the buffer: only its beginning is there */
     size_t in_at, in_end, out_end;
     char in[STREAM_IN];
     char out[STREAM_OUT];
@@ -223,7 +235,7 @@ struct backlog {
 
 /* What became of a recipient. DELIVERED and RETURNED (refused, and the sender told) are struck out in the file.
  * REPEATED: the address stands in the envelope before; what becomes of that one becomes of this. */
-enum fate { OWED, FOREIGN, REPEATED, ACCEPTED, DELIVERED, DEFERRED, REJECTED, RETURNED, FATES };
+enum verdict { OWED, FOREIGN, REPEATED, ACCEPTED, DELIVERED, DEFERRED, REFUSED, RETURNED, VERDICTS };
 
 /* The text of a reply, kept for the notice: one copy for all recipients with the same reply. */
 struct reason {
@@ -235,8 +247,8 @@ struct recipient {
     char *address;
     off_t at;                       /* where its @ is in the file */
     const struct recipient *first;  /* of REPEATED: the one it repeats */
-    const struct reason *reason;    /* of REJECTED */
-    enum fate fate;
+    const struct reason *reason;    /* of REFUSED */
+    enum verdict fate;
 };
 
 /* A message of the queue. While fd is open it is claimed, if message_claim() made it. */
@@ -258,6 +270,7 @@ struct message {
     char id[MESSAGE_ID_MAX]; /* its Message-ID for the log, brackets and all; "": none was found */
     const char *held;  /* why it is not sent; NULL: it is */
     const char *trouble; /* why it cannot be sent now, if that is not another session's claim */
+    int problem;       /* the errno behind trouble, or behind FAILED */
     uint64_t wire_size; /* octets of content with CRLF line ends */
     bool lf_only;      /* no CR, anywhere */
     bool eight_bit;    /* octets over 127, anywhere */
@@ -450,9 +463,9 @@ void stream_end_input(struct stream *s);
 bool stream_peek(struct stream *s, const char **data, size_t *len);
 /* Takes len octets of what stream_peek() showed. */
 void stream_skip(struct stream *s, size_t len);
-/* A line without its CRLF or LF, ended by NUL. REFUSED: longer than size - 1 with its end, and read to its end. LATER:
- * broken, be it time, shutdown or loss. */
-enum result stream_read_line(struct stream *s, char *line, size_t size, size_t *len);
+/* A line without its CRLF or LF, ended by NUL; if it does not fit, it is read to its end, and line_cut is set. False:
+ * broken, because of the time, a shutdown or a loss. */
+bool stream_read_line(struct stream *s, char *line, size_t size, size_t *len);
 /* Flushes, and tells the peer that this is the end of what we send, and no cut; it may still send. */
 void stream_end(struct stream *s);
 /* Flushes, closes, and lets the peer read our last words. */
@@ -465,22 +478,22 @@ enum side other_side(enum side side);
 /* A line and CRLF, traced. Failure shows in s->io.broken. */
 void send_line(struct session *s, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
 /* A line into s->line, not traced, for it may hold a secret; results as of stream_read_line(). */
-enum result read_line(struct session *s);
+bool read_line(struct session *s);
 /* s->line into verb and s->argument. */
 void split_command(struct session *s);
-/* A whole reply, validated and traced. LATER: the connection is broken, or that was no reply. */
-enum result read_reply(struct session *s, struct reply *r);
+/* A whole reply, validated and traced. False: the connection is lost or the reply is malformed. */
+bool read_reply(struct session *s, struct reply *r);
 /* The same for EHLO: its keywords are taken as their lines come, and a response that is too long is no reply. */
-enum result read_ehlo_reply(struct session *s, struct reply *r);
+bool read_ehlo_reply(struct session *s, struct reply *r);
 /* The same as read_reply(), without flushing first, and after a failed write, too: for a reply of which
  * stream_has_line() has shown a line, to a command that has left (stream.gone). */
-enum result read_arrived_reply(struct session *s, struct reply *r);
+bool read_arrived_reply(struct session *s, struct reply *r);
 /* Whether a whole reply has arrived. Never waits. */
 bool reply_arrived(struct session *s);
 /* The text of a reply on one line, its lines parted by " / ", escaped. */
 void join_lines(const struct reply *r, char *out, size_t size);
 /* 2xx, 4xx, 5xx; 3xx counts as 4xx: who asks for more has not said yes. */
-enum result reply_result(const struct reply *r);
+enum verdict reply_verdict(const struct reply *r);
 /* The parameters behind a keyword of an EHLO response; NULL: it is not there. */
 const char *reply_keyword(const struct reply *r, const char *keyword);
 /* Is this one of the parameters of that keyword, on whichever of its lines? */
@@ -567,17 +580,17 @@ struct accounts *accounts_load(const char *path, char *why, size_t why_size);
 
 /* Which field of an envelope a line starts, and where its value begins. */
 enum field envelope_field(const char *line, size_t *value);
-/* Reads the block into m: sender, recipients, where the message starts. REFUSED: held, m->held says why. LATER: it
- * could not be read now; m->trouble, and errno. */
-enum result envelope_read(struct message *m);
+/* Reads the block into m: sender, recipients, where the message starts. BUSY: it cannot be read now,
+ * and m->trouble says why. */
+enum claim envelope_read(struct message *m);
 /* The reason, kept by the message; text is escaped. NULL: out of memory. */
 const struct reason *message_reason(struct message *m, int code, const char *text);
 
 /* The Maildir queue */
 
-/* Lists new and cur of each domain of a,b,c. LATER: something could not be read, and the log says what; the rest is
+/* Lists new and cur of each domain of a,b,c. False: something could not be read, and the log says what; the rest is
  * there. Free it in any case. */
-enum result backlog_read(struct backlog *b, const struct session *s, int queue, const char *domains);
+bool backlog_read(struct backlog *b, const struct session *s, int queue, const char *domains);
 /* Drops the messages that remain of the box that this path is in. */
 void backlog_skip_box(struct backlog *b, const char *path);
 /* The list and its paths, not the struct. */
@@ -591,27 +604,26 @@ bool for_each_domain(int queue, bool (*visit)(void *context, int queue, const ch
 bool clean_domain(void *context, int queue, const char *domain);
 /* Octets of its file, from memory if it still has them; as pread(2). */
 ssize_t message_octets(const struct message *m, char *data, size_t size, off_t at);
-/* Opens a message without claiming it; access is O_RDWR or O_RDONLY. REFUSED: held (m->held says why) or gone. LATER:
- * m->trouble, and errno; neither: another session was faster. Close it in any case. */
-enum result message_open(struct message *m, int queue, const char *path, int access);
+/* Opens a message without claiming it; access is O_RDWR or O_RDONLY. BUSY: m->trouble says why;
+ * without it, another session was faster. Close it in any case. */
+enum claim message_open(struct message *m, int queue, const char *path, int access);
 /* Reads the envelope of a message that is open. Results as of envelope_read(). */
-enum result message_read(struct message *m);
+enum claim message_read(struct message *m);
 /* Fills in wire_size, lf_only, eight_bit, utf8_header and id. False: it could not be read, or it grows or shrinks;
  * errno. */
 bool message_scan(struct message *m);
-/* Opens, claims, reads and scans. LATER: another session has it, or it cannot be read now. */
-enum result message_claim(struct message *m, int queue, const char *path);
+/* Opens, claims, reads and scans. Close it in any case. */
+enum claim message_claim(struct message *m, int queue, const char *path);
 /* Ends the claim and frees what the message holds, not the struct. */
 void message_close(struct message *m);
 /* Writes the content to the stream; false: it could not be read, or is not what was scanned. */
 bool message_send(const struct message *m, struct stream *to, bool dots);
 /* A copy for those who were refused, in the folder .Undeliverable of its domain, on disk. */
 bool message_set_aside(const struct message *m);
-/* Strikes out in the file the recipients that are delivered or returned. REFUSED: nothing was done, because the name
- * leads to another file now, or another program has written into this one. LATER: it failed; errno. */
-enum result message_strike_out(struct message *m);
-/* Takes it out of the queue: it is delivered, or its sender has been told. Results as of message_strike_out(). */
-enum result message_remove(const struct message *m);
+/* Strikes out in the file the recipients that are delivered or returned. */
+enum update message_strike_out(struct message *m);
+/* Takes it out of the queue: it is delivered, or its sender has been told. */
+enum update message_remove(struct message *m);
 
 /* The provider */
 

@@ -593,17 +593,16 @@ static void fuzz_provider(void)
 static void fuzz_sender(void)
 {
     struct session *s = new_session(PROVIDER);
-    enum result got;
+    enum claim got = BUSY;
     common_options(s);
     provider_options();
     fill_queue(option());
     peer_says(input, input_len);
     s->account = account_find(the_provider.accounts, "example.org");
     s->state = AUTHENTICATED;
-    got = backlog_read(&s->backlog, s, QUEUE_FD, "example.org,example.com");
-    if (got == DONE)
+    if (backlog_read(&s->backlog, s, QUEUE_FD, "example.org,example.com"))
         got = claim_next(s, &s->backlog, &s->first);
-    if (got == DONE)
+    if (got == CLAIMED)
         reversed_state(s);
     else
         backlog_free(&s->backlog);
@@ -937,14 +936,14 @@ static void fuzz_customer(void)
 
 static void sasl_server(struct session *s)
 {
-    enum result got = REFUSED;
+    enum next got = STAY;
     bool welcomed;
     s->greeted = true;
-    while (got == REFUSED && read_command(s) == DONE && verb_is(s, "AUTH"))
+    while (got == STAY && read_command(s) && verb_is(s, "AUTH"))
         got = auth_command(s);
     stream_flush(&s->io);
     welcomed = memmem(said, said_len, "235 now authenticated as ", 25) != NULL;
-    must(welcomed == (got == DONE));
+    must(welcomed == (got == GO_ON));
     check_replies((struct text){said, said_len});
     check_login(s, welcomed);
 }
@@ -1061,8 +1060,8 @@ static void check_striking_out(struct message *m, const char *content, size_t le
         if (m->list[i].fate == OWED && deliver >> i % 6 & 1)
             m->list[i].fate = DELIVERED;
     left = list_owed(m, recipients[0], sizeof recipients[0]);
-    must(message_strike_out(m) == DONE);
-    if (message_claim(&again, QUEUE_FD, MESSAGE) == DONE) {
+    must(message_strike_out(m) == UPDATED);
+    if (message_claim(&again, QUEUE_FD, MESSAGE) == CLAIMED) {
         must(list_owed(&again, recipients[1], sizeof recipients[1]) == left && left > 0);
         must(strcmp(recipients[0], recipients[1]) == 0 && strcmp(m->sender, again.sender) == 0);
         must(again.wire_size == m->wire_size && again.eight_bit == m->eight_bit);
@@ -1083,7 +1082,7 @@ static void fuzz_message(void)
     read_piece = (o & 3) * (o & 3) * 7;
     put_file(MESSAGE, (const char *)input, input_len);
     show_queue(QUEUE_FD, NULL, 0, true, NULL); /* queue -l: it lists whatever lies there, and prints nothing raw */
-    if (message_claim(&m, QUEUE_FD, MESSAGE) == DONE) {
+    if (message_claim(&m, QUEUE_FD, MESSAGE) == CLAIMED) {
         const char *content = (const char *)input + m.start;
         size_t len = input_len - (size_t)m.start;
         check_start(&m, (const char *)input, input_len);
@@ -1260,7 +1259,7 @@ static void check_enqueued(const char *path, const char *recipient, const char *
 {
     struct message m;
     const char *start;
-    must(message_claim(&m, QUEUE_FD, path) == DONE);
+    must(message_claim(&m, QUEUE_FD, path) == CLAIMED);
     must(m.recipients == 1 && strcmp(m.list[0].address, recipient) == 0 && strcmp(m.sender, "ned@example.edu") == 0);
     start = file_named(path)->data + m.start;
     if ((size_t)(m.size - m.start) != len) /* a Received field keeps the envelope apart from the message */
