@@ -2839,7 +2839,8 @@ static bool write_marks(struct message *m)
         if ((as->fate == DELIVERED || as->fate == RETURNED) && pwrite(m->fd, "=", 1, r->at) != 1)
             return false;
     }
-    if (futimens(m->fd, times) < 0 || fsync(m->fd) < 0 || fstat(m->fd, &st) < 0)
+    futimens(m->fd, times); /* only its owner may: in another user's file the marks count all the same */
+    if (fsync(m->fd) < 0 || fstat(m->fd, &st) < 0)
         return false;
     message_note_state(m, &st);
     return true;

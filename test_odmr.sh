@@ -3542,6 +3542,21 @@ t_recipients_are_struck_out_on_a_full_disk() {
     equal "$N_GOT $(ls "$root$T/queue/example.org/new")" '1 '
 }
 
+# In a file that belongs to another user, whose times only that user may set, recipients are struck out all the same.
+t_recipients_are_struck_out_in_a_file_of_another_user() {
+    needs_capabilities 'second user' CHOWN SETUID
+    put_letter one 1.a a@example.edu eva@example.org bob@example.org
+    chmod 755 "$T"
+    chown -R "nobody:$(id -g nobody)" "$T/queue"
+    chown root "$T/queue/example.org/new/1.a"
+    chmod 660 "$T/queue/example.org/new/1.a"
+    provider --user nobody
+    ANSWERS=(['RCPT TO:<bob@example.org>']='450 4.2.0 later'); turn
+    until_true settled
+    hasnt "$LOG" 'cannot strike out'
+    equal "$(owed 1.a)" bob@example.org
+}
+
 # A message that cannot be removed is not sent again: its recipients are struck out, it is held, and what else waits in
 # that directory is left alone.
 t_message_that_cannot_be_removed() {
