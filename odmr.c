@@ -4723,10 +4723,10 @@ bool deliveries_store(struct delivery *d, size_t count)
  *
  * A small SMTP server that believes nobody. What it has answered 250 for is on disk. */
 
-struct receiver {
+struct smtp_server {
     struct session *s;
     const char *domains; /* those we asked for; "" for all that the account has */
-    const char *stranger; /* the demo's: a mailbox that is not here; NULL: whoever it is, we take the mail */
+    const char *unknown_mailbox; /* the demo's: a mailbox that is not here; NULL: whoever it is, we take the mail */
     int queue;
     bool greeted, esmtp, in_mail, unopened;
     char sender[MAILBOX_MAX + 2];
@@ -4759,99 +4759,100 @@ static void discard_deliveries(struct delivery *d, size_t count)
         delivery_discard(&d[i]);
 }
 
-static bool cannot_write(const struct receiver *rx)
+static bool cannot_write(const struct smtp_server *server)
 {
-    log_event(rx->s, LOG_ERR, "cannot write the message (%s); it stays with the provider", strerror(errno));
+    log_event(server->s, LOG_ERR, "cannot write the message (%s); it stays with the provider", strerror(errno));
     return false;
 }
 
-static void note_domain(struct receiver *rx, const char *domain)
+static void note_domain(struct smtp_server *server, const char *domain)
 {
-    size_t used = strlen(rx->stored);
-    if (used + strlen(domain) + 2 < sizeof rx->stored && !domain_in_list(rx->stored, domain, strlen(domain)))
-        snprintf(rx->stored + used, sizeof rx->stored - used, "%s%s", used ? "," : "", domain);
+    size_t used = strlen(server->stored);
+    if (used + strlen(domain) + 2 < sizeof server->stored && !domain_in_list(server->stored, domain, strlen(domain)))
+        snprintf(server->stored + used, sizeof server->stored - used, "%s%s", used ? "," : "", domain);
 }
 
 /* The promise, or, when the files of this message are not all safe, its opposite. */
-static void answer_stored(struct receiver *rx, struct delivery *d, size_t files, int problem)
+static void answer_stored(struct smtp_server *server, struct delivery *d, size_t files, int problem)
 {
     bool safe = true;
     for (size_t i = 0; i < files; i++)
         safe = safe && d[i].safe;
     if (safe) {
         for (size_t i = 0; i < files; i++)
-            note_domain(rx, d[i].domain);
-        rx->messages++;
-        send_line(rx->s, "250 2.0.0 OK, message stored");
+            note_domain(server, d[i].domain);
+        server->messages++;
+        send_line(server->s, "250 2.0.0 OK, message stored");
         return;
     }
     discard_deliveries(d, files);
-    rx->unwritten++;
+    server->unwritten++;
     errno = problem;
-    cannot_write(rx);
-    send_line(rx->s, "452 4.3.1 Cannot write the message now");
+    cannot_write(server);
+    send_line(server->s, "452 4.3.1 Cannot write the message now");
 }
 
-static void settle_answers(struct receiver *rx)
+static void settle_answers(struct smtp_server *server)
 {
-    struct delivery *d = rx->deliveries;
-    int problem = deliveries_store(d, rx->waiting) ? 0 : errno;
-    for (size_t i = 0; i < rx->answer_count; i++) {
-        struct answer *a = &rx->answers[i];
+    struct delivery *d = server->deliveries;
+    int problem = deliveries_store(d, server->waiting) ? 0 : errno;
+    for (size_t i = 0; i < server->answer_count; i++) {
+        struct answer *a = &server->answers[i];
         if (a->files == 0)
-            send_line(rx->s, "%s", a->text);
+            send_line(server->s, "%s", a->text);
         else
-            answer_stored(rx, d, a->files, problem);
+            answer_stored(server, d, a->files, problem);
         d += a->files;
     }
-    memmove(rx->deliveries, d, rx->files * sizeof *d); /* the message under way, if there is one */
-    rx->answer_count = rx->waiting = 0;
+    memmove(server->deliveries, d, server->files * sizeof *d); /* the message under way, if there is one */
+    server->answer_count = server->waiting = 0;
 }
 
 /* To be called before anything is read: the provider may be waiting for an answer that waits for us, also when it has
  * sent half a command. At the end of the connection nobody waits. */
-static void before_reading(struct receiver *rx, bool (*arrived)(struct stream *))
+static void before_reading(struct smtp_server *server, bool (*arrived)(struct stream *))
 {
-    if (rx->answer_count > 0 && !arrived(&rx->s->io) && !rx->s->io.ended)
-        settle_answers(rx);
+    if (server->answer_count > 0 && !arrived(&server->s->io) && !server->s->io.ended)
+        settle_answers(server);
 }
 
 /* A reply, in its turn. */
-__attribute__((format(printf, 2, 3))) static void answer(struct receiver *rx, const char *fmt, ...)
+__attribute__((format(printf, 2, 3))) static void answer(struct smtp_server *server, const char *fmt, ...)
 {
     char text[COMMAND_LINE];
     va_list args;
     va_start(args, fmt);
     vsnprintf(text, sizeof text, fmt, args);
     va_end(args);
-    if (rx->answer_count > 0 && (rx->answer_count == ANSWERS_MAX || strlen(text) >= sizeof rx->answers->text))
-        settle_answers(rx);
-    if (rx->answer_count == 0) {
-        send_line(rx->s, "%s", text);
+    if (server->answer_count > 0 &&
+        (server->answer_count == ANSWERS_MAX || strlen(text) >= sizeof server->answers->text))
+        settle_answers(server);
+    if (server->answer_count == 0) {
+        send_line(server->s, "%s", text);
     } else {
-        struct answer *a = &rx->answers[rx->answer_count++];
+        struct answer *a = &server->answers[server->answer_count++];
         memcpy(a->text, text, strlen(text) + 1);
         a->files = 0;
     }
 }
 
 /* 250 for the message under way, once it is safe. */
-static void answer_when_stored(struct receiver *rx)
+static void answer_when_stored(struct smtp_server *server)
 {
-    if (rx->answer_count == ANSWERS_MAX)
-        settle_answers(rx);
-    rx->answers[rx->answer_count++].files = rx->files;
-    rx->waiting += rx->files;
-    rx->files = 0;
-    if (rx->waiting > DELIVERIES_MAX - DOMAINS_A_MESSAGE)
-        settle_answers(rx);
+    if (server->answer_count == ANSWERS_MAX)
+        settle_answers(server);
+    server->answers[server->answer_count++].files = server->files;
+    server->waiting += server->files;
+    server->files = 0;
+    if (server->waiting > DELIVERIES_MAX - DOMAINS_A_MESSAGE)
+        settle_answers(server);
 }
 
 /* The content on its way to disk: line ends become LF, DATA's dots are undone, and whatever is not a
  * line end as SMTP knows it is noticed. Only CRLF ends a line: a bare CR or LF is how one peer's end of
  * message is smuggled into the middle of another's (RFC 5321, 2.3.8 and 4.1.1.4). */
 struct content {
-    struct receiver *to;
+    struct smtp_server *to;
     enum { AT_LINE_START, AFTER_DOT, AFTER_DOT_CR, IN_TEXT, AFTER_TEXT_CR } state;
     bool dots;  /* DATA: a lone dot ends it. BDAT: dots mean nothing */
     bool ended; /* the lone dot came */
@@ -4948,12 +4949,12 @@ static size_t content_take(struct content *c, const char *data, size_t len)
     return i;
 }
 
-static void forget_transaction(struct receiver *rx)
+static void forget_transaction(struct smtp_server *server)
 {
-    for (size_t i = 0; i < rx->count; i++)
-        free(rx->recipients[i]);
-    rx->count = 0;
-    rx->in_mail = false;
+    for (size_t i = 0; i < server->count; i++)
+        free(server->recipients[i]);
+    server->count = 0;
+    server->in_mail = false;
 }
 
 /* What the provider called itself, unless that could mean something else in the field: a comment, say. */
@@ -4968,55 +4969,56 @@ static const char *name_for_received(const char *name)
 
 /* Fields on top: whose mail it was and for whom (RFC 5321, 4.4), then who received it, how (a keyword of RFC 3848 or
  * RFC 6531) and when. */
-static void write_trace_fields(const struct receiver *rx, struct delivery *d)
+static void write_trace_fields(const struct smtp_server *server, struct delivery *d)
 {
-    const struct session *s = rx->s;
-    fprintf(d->file, "Return-Path: <%s>\n", rx->sender);
-    for (size_t i = 0; i < rx->count; i++)
-        if (strcasecmp(mailbox_domain(rx->recipients[i]), d->domain) == 0)
-            fprintf(d->file, "Delivered-To: %s\n", rx->recipients[i]);
+    const struct session *s = server->s;
+    fprintf(d->file, "Return-Path: <%s>\n", server->sender);
+    for (size_t i = 0; i < server->count; i++)
+        if (strcasecmp(mailbox_domain(server->recipients[i]), d->domain) == 0)
+            fprintf(d->file, "Delivered-To: %s\n", server->recipients[i]);
     fprintf(d->file, "Received: from %s (%s)\n\tby %s with %s%s (odmr, RFC 2645);\n", name_for_received(s->peer_name),
-            s->peer, s->name, rx->utf8 ? "UTF8SMTP" : rx->esmtp ? "ESMTP" : "SMTP", rx->esmtp && s->io.tls ? "S" : "");
+            s->peer, s->name, server->utf8 ? "UTF8SMTP" : server->esmtp ? "ESMTP" : "SMTP",
+            server->esmtp && s->io.tls ? "S" : "");
     write_date(d->file, "\t", time(NULL));
 }
 
 /* When there are too many open files, those that wait for the disk are settled first. */
-static bool open_delivery(struct receiver *rx, const char *domain)
+static bool open_delivery(struct smtp_server *server, const char *domain)
 {
-    while (!delivery_open(&rx->deliveries[rx->waiting + rx->files], rx->queue, domain)) {
-        if ((errno != EMFILE && errno != ENFILE) || rx->waiting == 0)
+    while (!delivery_open(&server->deliveries[server->waiting + server->files], server->queue, domain)) {
+        if ((errno != EMFILE && errno != ENFILE) || server->waiting == 0)
             return false;
-        settle_answers(rx);
+        settle_answers(server);
     }
     return true;
 }
 
 /* One file for each domain that has a recipient. */
-static bool open_deliveries(struct receiver *rx)
+static bool open_deliveries(struct smtp_server *server)
 {
-    struct delivery *d = rx->deliveries + rx->waiting;
-    rx->files = 0;
-    for (size_t i = 0; i < rx->count; i++) {
-        const char *domain = mailbox_domain(rx->recipients[i]);
+    struct delivery *d = server->deliveries + server->waiting;
+    server->files = 0;
+    for (size_t i = 0; i < server->count; i++) {
+        const char *domain = mailbox_domain(server->recipients[i]);
         size_t f = 0;
-        while (f < rx->files && strcasecmp(d[f].domain, domain) != 0)
+        while (f < server->files && strcasecmp(d[f].domain, domain) != 0)
             f++;
-        if (f < rx->files)
+        if (f < server->files)
             continue;
-        if (!open_delivery(rx, domain))
-            return cannot_write(rx);
-        d = rx->deliveries + rx->waiting;
+        if (!open_delivery(server, domain))
+            return cannot_write(server);
+        d = server->deliveries + server->waiting;
         d[f].same_message = f > 0;
-        rx->files++;
-        write_trace_fields(rx, &d[f]);
+        server->files++;
+        write_trace_fields(server, &d[f]);
     }
     return true;
 }
 
-static void forget_content(struct receiver *rx)
+static void forget_content(struct smtp_server *server)
 {
-    discard_deliveries(rx->deliveries + rx->waiting, rx->files);
-    rx->files = 0;
+    discard_deliveries(server->deliveries + server->waiting, server->files);
+    server->files = 0;
 }
 
 /* On a terminal, a line that tells how far the session is. */
@@ -5040,106 +5042,106 @@ static void show_summary(const struct session *s, const char *what, size_t messa
 }
 
 /* Is the message under way in its files, as far as we know? If the disk is full, room is made for others. */
-static bool content_written(struct receiver *rx)
+static bool content_written(struct smtp_server *server)
 {
-    for (size_t i = 0; i < rx->files; i++)
-        if (!delivery_written(&rx->deliveries[rx->waiting + i]))
-            return cannot_write(rx);
+    for (size_t i = 0; i < server->files; i++)
+        if (!delivery_written(&server->deliveries[server->waiting + i]))
+            return cannot_write(server);
     return true;
 }
 
 /* The end of the content: the only place that takes responsibility for a message. */
-static void answer_content(struct receiver *rx, struct content *c, bool opened)
+static void answer_content(struct smtp_server *server, struct content *c, bool opened)
 {
     if (!c->dots && c->state != AT_LINE_START) { /* BDAT need not end with a line end; a file does */
         c->bare |= c->state == AFTER_TEXT_CR;
         content_line_end(c);
     }
     if (c->bare) {
-        answer(rx, "550 5.6.0 A CR or LF by itself is no line end; message refused");
+        answer(server, "550 5.6.0 A CR or LF by itself is no line end; message refused");
     } else if (c->trace_fields > TRACE_FIELDS_MAX) {
-        answer(rx, "554 5.4.6 Too many hops");
-    } else if (opened && content_written(rx)) {
-        answer_when_stored(rx);
+        answer(server, "554 5.4.6 Too many hops");
+    } else if (opened && content_written(server)) {
+        answer_when_stored(server);
     } else {
-        answer(rx, "452 4.3.1 Cannot write the message now");
-        rx->unwritten++;
+        answer(server, "452 4.3.1 Cannot write the message now");
+        server->unwritten++;
     }
-    forget_content(rx);
-    forget_transaction(rx);
+    forget_content(server);
+    forget_transaction(server);
 }
 
-static bool data_command(struct receiver *rx)
+static bool data_command(struct smtp_server *server)
 {
-    struct session *s = rx->s;
-    struct content c = {.to = rx, .dots = true};
+    struct session *s = server->s;
+    struct content c = {.to = server, .dots = true};
     const char *data;
-    uint64_t before = rx->octets;
+    uint64_t before = server->octets;
     size_t len;
     bool opened;
-    if (rx->count == 0) {
-        answer(rx, "503 5.5.1 RCPT first");
+    if (server->count == 0) {
+        answer(server, "503 5.5.1 RCPT first");
         return true;
     }
-    opened = open_deliveries(rx);
-    answer(rx, "354 The message, then a dot on a line by itself");
+    opened = open_deliveries(server);
+    answer(server, "354 The message, then a dot on a line by itself");
     while (!c.ended) {
-        before_reading(rx, stream_ready);
+        before_reading(server, stream_ready);
         if (!stream_peek(&s->io, &data, &len)) {
-            forget_content(rx);
+            forget_content(server);
             return false;
         }
         len = content_take(&c, data, len);
         stream_skip(&s->io, len);
-        rx->octets += len;
-        show_progress(s, rx->messages, rx->octets);
+        server->octets += len;
+        show_progress(s, server->messages, server->octets);
     }
-    trace_line(s, PROVIDER, "... %llu octets of message ...", (unsigned long long)(rx->octets - before - 3));
+    trace_line(s, PROVIDER, "... %llu octets of message ...", (unsigned long long)(server->octets - before - 3));
     trace_line(s, PROVIDER, ".");
-    answer_content(rx, &c, opened);
+    answer_content(server, &c, opened);
     return true;
 }
 
 /* RFC 3030: the octets follow whatever we think of them, so they are read before anything is answered. */
-static bool bdat_command(struct receiver *rx, struct content *c)
+static bool bdat_command(struct smtp_server *server, struct content *c)
 {
-    struct session *s = rx->s;
+    struct session *s = server->s;
     char *end = NULL;
     uint64_t left = s->argument && isdigit((unsigned char)*s->argument) ? strtoull(s->argument, &end, 10) : 0;
-    bool last = end && strcasecmp(end, " LAST") == 0, fresh = c->to == NULL, wanted = rx->count > 0;
+    bool last = end && strcasecmp(end, " LAST") == 0, fresh = c->to == NULL, wanted = server->count > 0;
     if (!end || (!last && *end != '\0') || left > INT64_MAX) {
-        answer(rx, "501 5.5.4 BDAT takes a number of octets, and LAST");
+        answer(server, "501 5.5.4 BDAT takes a number of octets, and LAST");
         s->protocol_broken = true; /* what follows would be taken for commands */
         return true;
     }
     if (fresh) {
-        *c = (struct content){.to = rx};
-        rx->files = 0;
-        rx->unopened = wanted && !open_deliveries(rx);
+        *c = (struct content){.to = server};
+        server->files = 0;
+        server->unopened = wanted && !open_deliveries(server);
     }
     trace_line(s, PROVIDER, "... %llu octets of message ...", (unsigned long long)left);
     while (left > 0) {
         const char *data;
         size_t len;
-        before_reading(rx, stream_ready);
+        before_reading(server, stream_ready);
         if (!stream_peek(&s->io, &data, &len)) {
-            forget_content(rx);
+            forget_content(server);
             return false;
         }
         len = len < left ? len : (size_t)left;
         if (wanted)
             content_take(c, data, len);
         stream_skip(&s->io, len);
-        rx->octets += len;
-        show_progress(s, rx->messages, rx->octets);
+        server->octets += len;
+        show_progress(s, server->messages, server->octets);
         left -= len;
     }
     if (!wanted)
-        answer(rx, "503 5.5.1 RCPT first");
+        answer(server, "503 5.5.1 RCPT first");
     else if (!last)
-        answer(rx, "250 2.0.0 OK, go on");
+        answer(server, "250 2.0.0 OK, go on");
     else
-        answer_content(rx, c, !rx->unopened);
+        answer_content(server, c, !server->unopened);
     if (last || !wanted)
         c->to = NULL;
     return true;
@@ -5190,36 +5192,36 @@ static bool mail_parameters_known(const char *parameters)
     return true;
 }
 
-static void mail_command(struct receiver *rx)
+static void mail_command(struct smtp_server *server)
 {
     char mailbox[MAILBOX_MAX + 2];
-    const char *parameters = parse_path(rx->s->argument, "FROM:", mailbox, sizeof mailbox);
-    if (!rx->greeted)
-        answer(rx, "503 5.5.1 EHLO or HELO first");
-    else if (rx->in_mail)
-        answer(rx, "503 5.5.1 One message at a time");
+    const char *parameters = parse_path(server->s->argument, "FROM:", mailbox, sizeof mailbox);
+    if (!server->greeted)
+        answer(server, "503 5.5.1 EHLO or HELO first");
+    else if (server->in_mail)
+        answer(server, "503 5.5.1 One message at a time");
     else if (!parameters || !sender_valid(mailbox))
-        answer(rx, "501 5.1.7 Not a reverse-path");
+        answer(server, "501 5.1.7 Not a reverse-path");
     else if (!mail_parameters_known(parameters))
-        answer(rx, "555 5.5.4 Parameter not known");
+        answer(server, "555 5.5.4 Parameter not known");
     else {
-        memcpy(rx->sender, mailbox, strlen(mailbox) + 1);
-        rx->in_mail = true;
-        rx->utf8 = list_has(parameters, "SMTPUTF8");
-        answer(rx, "250 2.1.0 OK");
+        memcpy(server->sender, mailbox, strlen(mailbox) + 1);
+        server->in_mail = true;
+        server->utf8 = list_has(parameters, "SMTPUTF8");
+        answer(server, "250 2.1.0 OK");
     }
 }
 
 /* A file is written for each domain, and there are only so many at once. */
-static bool too_many_domains(const struct receiver *rx, const char *domain)
+static bool too_many_domains(const struct smtp_server *server, const char *domain)
 {
     size_t domains = 0;
-    for (size_t i = 0; i < rx->count; i++) {
-        const char *other = mailbox_domain(rx->recipients[i]);
+    for (size_t i = 0; i < server->count; i++) {
+        const char *other = mailbox_domain(server->recipients[i]);
         size_t earlier = 0;
         if (strcasecmp(other, domain) == 0)
             return false;
-        while (earlier < i && strcasecmp(mailbox_domain(rx->recipients[earlier]), other) != 0)
+        while (earlier < i && strcasecmp(mailbox_domain(server->recipients[earlier]), other) != 0)
             earlier++;
         domains += earlier == i;
     }
@@ -5228,129 +5230,129 @@ static bool too_many_domains(const struct receiver *rx, const char *domain)
 
 /* RFC 5321, 4.5.1: postmaster needs no domain. The first one asked for is meant, or, after a bare ATRN, the first that
  * mail was stored for. */
-static void complete_postmaster(struct receiver *rx, char *mailbox, size_t size)
+static void complete_postmaster(struct smtp_server *server, char *mailbox, size_t size)
 {
-    const char *list = rx->domains, *domain;
+    const char *list = server->domains, *domain;
     size_t len;
     if (!*list) {
-        settle_answers(rx);
-        list = rx->stored;
+        settle_answers(server);
+        list = server->stored;
     }
     if (*list && (domain = next_domain(&list, &len)))
         snprintf(mailbox, size, "postmaster@%.*s", (int)len, domain);
 }
 
-static void rcpt_command(struct receiver *rx)
+static void rcpt_command(struct smtp_server *server)
 {
     char mailbox[MAILBOX_MAX + 2];
-    const char *parameters = parse_path(rx->s->argument, "TO:", mailbox, sizeof mailbox), *domain;
+    const char *parameters = parse_path(server->s->argument, "TO:", mailbox, sizeof mailbox), *domain;
     if (parameters && strcasecmp(mailbox, "postmaster") == 0)
-        complete_postmaster(rx, mailbox, sizeof mailbox);
+        complete_postmaster(server, mailbox, sizeof mailbox);
     domain = parameters ? mailbox_domain(mailbox) : NULL;
-    if (!rx->in_mail)
-        answer(rx, "503 5.5.1 MAIL first");
+    if (!server->in_mail)
+        answer(server, "503 5.5.1 MAIL first");
     else if (parameters && strcasecmp(mailbox, "postmaster") == 0)
-        answer(rx, "450 4.7.1 Not known yet which domain's postmaster is meant");
+        answer(server, "450 4.7.1 Not known yet which domain's postmaster is meant");
     else if (!parameters || !recipient_valid(mailbox) || !domain_valid(domain, strlen(domain)))
-        answer(rx, "501 5.1.3 Not a mailbox");
+        answer(server, "501 5.1.3 Not a mailbox");
     else if (*parameters != '\0')
-        answer(rx, "555 5.5.4 Parameter not known");
-    else if (rx->domains[0] != '\0' && !domain_in_list(rx->domains, domain, strlen(domain))) {
-        log_event(rx->s, LOG_WARNING, "the provider sent mail for %s, whose domain was not asked for; deferred",
+        answer(server, "555 5.5.4 Parameter not known");
+    else if (server->domains[0] != '\0' && !domain_in_list(server->domains, domain, strlen(domain))) {
+        log_event(server->s, LOG_WARNING, "the provider sent mail for %s, whose domain was not asked for; deferred",
                   mailbox);
-        answer(rx, "450 4.7.1 Not a domain that was asked for"); /* its mistake must not bounce somebody's mail */
-    } else if (rx->stranger && strcasecmp(mailbox, rx->stranger) == 0)
-        answer(rx, "550 5.1.1 Nobody of that name here");
-    else if (rx->count == RECIPIENTS_MAX || too_many_domains(rx, domain))
-        answer(rx, "452 4.5.3 Too many recipients");
-    else if (!(rx->recipients[rx->count] = strdup(mailbox))) {
-        log_event(rx->s, LOG_ERR, "out of memory for a recipient; the message stays with the provider");
-        answer(rx, "452 4.3.1 No memory for it now");
+        answer(server, "450 4.7.1 Not a domain that was asked for"); /* its mistake must not bounce somebody's mail */
+    } else if (server->unknown_mailbox && strcasecmp(mailbox, server->unknown_mailbox) == 0)
+        answer(server, "550 5.1.1 Nobody of that name here");
+    else if (server->count == RECIPIENTS_MAX || too_many_domains(server, domain))
+        answer(server, "452 4.5.3 Too many recipients");
+    else if (!(server->recipients[server->count] = strdup(mailbox))) {
+        log_event(server->s, LOG_ERR, "out of memory for a recipient; the message stays with the provider");
+        answer(server, "452 4.3.1 No memory for it now");
     } else {
-        rx->count++;
-        answer(rx, "250 2.1.5 OK, recipient accepted");
+        server->count++;
+        answer(server, "250 2.1.5 OK, recipient accepted");
     }
 }
 
-static void hello_command(struct receiver *rx)
+static void hello_command(struct smtp_server *server)
 {
-    struct session *s = rx->s;
+    struct session *s = server->s;
     static const char *const offer[] = {"PIPELINING", "SIZE", "8BITMIME", "SMTPUTF8", "CHUNKING"};
     if (!s->argument || !printable(s->argument, strlen(s->argument)) || strchr(s->argument, ' ')) {
-        answer(rx, "501 5.5.4 That is not the name of a host");
+        answer(server, "501 5.5.4 That is not the name of a host");
         return;
     }
-    forget_transaction(rx);
+    forget_transaction(server);
     snprintf(s->peer_name, sizeof s->peer_name, "%s", s->argument);
-    rx->greeted = true;
-    rx->esmtp = verb_is(s, "EHLO");
-    if (!rx->esmtp) {
-        answer(rx, "250 %s", s->name);
+    server->greeted = true;
+    server->esmtp = verb_is(s, "EHLO");
+    if (!server->esmtp) {
+        answer(server, "250 %s", s->name);
         return;
     }
-    answer(rx, "250-%s", s->name);
+    answer(server, "250-%s", s->name);
     for (size_t i = 0; i < sizeof offer / sizeof *offer; i++)
-        answer(rx, "250-%s", offer[i]);
-    answer(rx, "250-LIMITS RCPTMAX=%d", RECIPIENTS_MAX); /* RFC 9422 */
-    answer(rx, "250 ENHANCEDSTATUSCODES");
+        answer(server, "250-%s", offer[i]);
+    answer(server, "250-LIMITS RCPTMAX=%d", RECIPIENTS_MAX); /* RFC 9422 */
+    answer(server, "250 ENHANCEDSTATUSCODES");
 }
 
 /* A provider that says nothing else is not borne with for ever. */
-static void bad_command(struct receiver *rx, const char *reply)
+static void bad_command(struct smtp_server *server, const char *reply)
 {
-    struct session *s = rx->s;
+    struct session *s = server->s;
     s->protocol_broken = ++s->bad_commands == BAD_COMMANDS_RECEIVER;
-    answer(rx, "%s", s->protocol_broken ? "421 4.5.2 Too many of them, closing connection" : reply);
+    answer(server, "%s", s->protocol_broken ? "421 4.5.2 Too many of them, closing connection" : reply);
 }
 
 /* Counts commands that bring no mail forward. True, and the 421 is said: too many in a row. */
-static bool too_idle(struct receiver *rx)
+static bool too_idle(struct smtp_server *server)
 {
-    if (rx->octets != rx->counted || (rx->in_mail && verb_is(rx->s, "RCPT")))
-        rx->idle = 0;
-    rx->counted = rx->octets;
-    if (verb_is(rx->s, "QUIT") || ++rx->idle < IDLE_COMMANDS)
+    if (server->octets != server->counted || (server->in_mail && verb_is(server->s, "RCPT")))
+        server->idle = 0;
+    server->counted = server->octets;
+    if (verb_is(server->s, "QUIT") || ++server->idle < IDLE_COMMANDS)
         return false;
-    rx->s->protocol_broken = true;
-    answer(rx, "421 4.5.2 Too many commands without mail, closing connection");
+    server->s->protocol_broken = true;
+    answer(server, "421 4.5.2 Too many commands without mail, closing connection");
     return true;
 }
 
 /* One command of the provider, answered. False: the session is over. */
-static bool receive_command(struct receiver *rx, struct content *chunks)
+static bool receive_command(struct smtp_server *server, struct content *chunks)
 {
-    struct session *s = rx->s;
-    if (too_idle(rx))
+    struct session *s = server->s;
+    if (too_idle(server))
         return false;
     if (verb_is(s, "BDAT"))
-        return bdat_command(rx, chunks);
+        return bdat_command(server, chunks);
     if (chunks->to && !verb_is(s, "RSET") && !verb_is(s, "QUIT")) {
-        answer(rx, "503 5.5.1 BDAT with LAST first");
+        answer(server, "503 5.5.1 BDAT with LAST first");
         return true;
     }
     if (verb_is(s, "MAIL")) {
-        mail_command(rx);
+        mail_command(server);
     } else if (verb_is(s, "RCPT")) {
-        rcpt_command(rx);
+        rcpt_command(server);
     } else if (verb_is(s, "DATA")) {
-        return data_command(rx);
+        return data_command(server);
     } else if (verb_is(s, "EHLO") || verb_is(s, "HELO")) {
-        hello_command(rx);
+        hello_command(server);
     } else if (verb_is(s, "RSET")) {
-        forget_content(rx);
+        forget_content(server);
         chunks->to = NULL;
-        forget_transaction(rx);
-        answer(rx, "250 2.0.0 OK");
+        forget_transaction(server);
+        answer(server, "250 2.0.0 OK");
     } else if (verb_is(s, "NOOP")) {
-        answer(rx, "250 2.0.0 OK");
+        answer(server, "250 2.0.0 OK");
     } else if (verb_is(s, "VRFY")) {
-        answer(rx, "252 2.5.0 Send it and see");
+        answer(server, "252 2.5.0 Send it and see");
     } else if (verb_is(s, "QUIT")) {
-        answer(rx, "221 2.0.0 %s closing connection", s->name);
-        s->io.said_quit = rx->done = true;
+        answer(server, "221 2.0.0 %s closing connection", s->name);
+        s->io.said_quit = server->done = true;
         return false;
     } else {
-        bad_command(rx, "502 5.5.1 Command not implemented");
+        bad_command(server, "502 5.5.1 Command not implemented");
     }
     return true;
 }
@@ -5371,22 +5373,22 @@ static void stop_customer(int number)
 }
 
 /* 5.3 on the customer's side, now the server (5.3-a): a greeting line (5.3-b), then commands until QUIT. */
-static void receive_mail(struct receiver *rx)
+static void receive_mail(struct smtp_server *server)
 {
-    struct session *s = rx->s;
+    struct session *s = server->s;
     struct content chunks = {.to = NULL};
     enter_state(s, REVERSED);
-    answer(rx, "220 %s ready to receive email", s->name);
+    answer(server, "220 %s ready to receive email", s->name);
     while (!s->protocol_broken) {
-        bool between = !rx->in_mail && !chunks.to; /* two messages */
+        bool between = !server->in_mail && !chunks.to; /* two messages */
         if (customer_stops && between) {
-            settle_answers(rx);
-            rx->done = true;
+            settle_answers(server);
+            server->done = true;
             end_with_421(s, "this server is shutting down");
             break;
         }
         s->io.wake_fd = between ? stop_pipe[0] : -1;
-        before_reading(rx, stream_has_line);
+        before_reading(server, stream_has_line);
         if (!read_line(s)) {
             if (s->io.woken)
                 continue;
@@ -5394,20 +5396,20 @@ static void receive_mail(struct receiver *rx)
         }
         if (s->io.line_cut || s->line_len != strlen(s->line)) {
             trace_line(s, PROVIDER, "(a line that is too long, or has a NUL octet)");
-            bad_command(rx, "500 5.5.2 Not a command");
+            bad_command(server, "500 5.5.2 Not a command");
             continue;
         }
         trace_line(s, PROVIDER, "%s", s->line);
         split_command(s);
-        if (!receive_command(rx, &chunks))
+        if (!receive_command(server, &chunks))
             break;
     }
     if (!s->io.broken)
-        settle_answers(rx);
-    rx->files += rx->waiting; /* what was not settled was not promised */
-    rx->waiting = 0;
-    forget_content(rx);
-    forget_transaction(rx);
+        settle_answers(server);
+    server->files += server->waiting; /* what was not settled was not promised */
+    server->waiting = 0;
+    forget_content(server);
+    forget_transaction(server);
     stream_flush(&s->io);
     if (s->protocol_broken)
         stream_break(&s->io, "that is not SMTP as a server could follow it");
@@ -5692,13 +5694,13 @@ static int start_receiver(const char *command, pid_t *pid)
 }
 
 /* The lost connection, in the words of the exit code. */
-static int lost(const struct session *s)
+static int exit_code_lost(const struct session *s)
 {
     log_event(s, LOG_ERR, "%s: %s", s->peer, s->io.broken ? s->io.broken : "the connection was lost");
     return s->protocol_broken ? EX_PROTOCOL : EX_TEMPFAIL;
 }
 
-static int unwelcome(const struct session *s, const char *command, const struct reply *r, int permanent)
+static int exit_code_refused(const struct session *s, const char *command, const struct reply *r, int permanent)
 {
     char text[REPLY_TEXT];
     join_lines(r, text, sizeof text);
@@ -5710,8 +5712,8 @@ static int client_ehlo(struct session *s, struct reply *r)
 {
     send_line(s, "EHLO %s", s->name);
     if (!read_ehlo_reply(s, r))
-        return lost(s);
-    return r->code == 250 ? EX_OK : unwelcome(s, "EHLO", r, EX_UNAVAILABLE);
+        return exit_code_lost(s);
+    return r->code == 250 ? EX_OK : exit_code_refused(s, "EHLO", r, EX_UNAVAILABLE);
 }
 
 /* The handshake; the certificate must be valid, and for the host that was asked for. */
@@ -5747,9 +5749,9 @@ static int client_starttls(struct session *s, const struct customer *c, struct r
     }
     send_line(s, "STARTTLS");
     if (!read_reply(s, r))
-        return lost(s);
+        return exit_code_lost(s);
     if (r->code != 220)
-        return unwelcome(s, "STARTTLS", r, EX_UNAVAILABLE);
+        return exit_code_refused(s, "STARTTLS", r, EX_UNAVAILABLE);
     if (stream_discard_input(&s->io))
         log_event(s, LOG_WARNING, "%s sent something behind its reply to STARTTLS; it is thrown away", s->peer);
     code = client_tls(s, c);
@@ -5762,16 +5764,16 @@ static int client_starttls(struct session *s, const struct customer *c, struct r
 static int cancel_auth(struct session *s, struct reply *r, int code)
 {
     send_line(s, "*");
-    return read_reply(s, r) ? code : lost(s);
+    return read_reply(s, r) ? code : exit_code_lost(s);
 }
 
 /* A challenge in base64, decoded, into s->response; EX_OK, or the exit code. */
 static int client_challenge(struct session *s, struct reply *r)
 {
     if (!read_reply(s, r))
-        return lost(s);
+        return exit_code_lost(s);
     if (r->code != 334)
-        return unwelcome(s, "AUTH", r, EX_NOPERM);
+        return exit_code_refused(s, "AUTH", r, EX_NOPERM);
     s->response_len = base64_decode(s->response, sizeof s->response, r->text);
     if (s->response_len < 0 || strlen(s->response) != (size_t)s->response_len) {
         log_event(s, LOG_ERR, "%s: its challenge is not base64; AUTH is given up", s->peer);
@@ -5784,8 +5786,8 @@ static int client_challenge(struct session *s, struct reply *r)
 static int client_verdict(struct session *s, struct reply *r)
 {
     if (!read_reply(s, r))
-        return lost(s);
-    return r->code == 235 ? EX_OK : unwelcome(s, "AUTH", r, EX_NOPERM);
+        return exit_code_lost(s);
+    return r->code == 235 ? EX_OK : exit_code_refused(s, "AUTH", r, EX_NOPERM);
 }
 
 static int cannot_compute(const struct session *s)
@@ -6013,7 +6015,7 @@ static int client_atrn(struct session *s, const struct customer *c, struct reply
         s->io.timeout = ATRN_TIMEOUT;
     send_line(s, "ATRN%s%s", *c->domains ? " " : "", c->domains);
     if (!read_reply(s, r))
-        return lost(s);
+        return exit_code_lost(s);
     s->io.timeout = patience;
     switch (r->code) {
     case 250:
@@ -6024,9 +6026,9 @@ static int client_atrn(struct session *s, const struct customer *c, struct reply
             log_event(s, LOG_INFO, "%s: %d %s", s->peer, r->code, text);
         return EXIT_NO_MAIL;
     case 530:
-        return unwelcome(s, "ATRN", r, EX_NOPERM);
+        return exit_code_refused(s, "ATRN", r, EX_NOPERM);
     default:
-        return unwelcome(s, "ATRN", r, EX_UNAVAILABLE);
+        return exit_code_refused(s, "ATRN", r, EX_UNAVAILABLE);
     }
 }
 
@@ -6035,7 +6037,7 @@ static int client_atrn(struct session *s, const struct customer *c, struct reply
 static int session_outcome(struct session *s, bool ended, size_t messages, size_t unwritten)
 {
     if (!ended)
-        return lost(s);
+        return exit_code_lost(s);
     if (unwritten > 0)
         return EX_CANTCREAT;
     return messages > 0 ? EX_OK : EXIT_NO_MAIL;
@@ -6043,22 +6045,22 @@ static int session_outcome(struct session *s, bool ended, size_t messages, size_
 
 static int take_mail_ourselves(struct session *s, const struct customer *c)
 {
-    struct receiver *rx = must_alloc(calloc(1, sizeof *rx));
+    struct smtp_server *server = must_alloc(calloc(1, sizeof *server));
     char what[STORED_SIZE + 16] = "received";
     int code;
-    rx->s = s;
-    rx->domains = c->domains;
-    rx->stranger = c->stranger;
-    rx->queue = c->queue;
-    rx->recipients = must_alloc(calloc(RECIPIENTS_MAX, sizeof *rx->recipients));
-    for_each_domain(rx->queue, clean_domain, NULL);
-    receive_mail(rx);
-    code = session_outcome(s, rx->done, rx->messages, rx->unwritten);
-    if (!*c->domains && *rx->stored)
-        snprintf(what, sizeof what, "received for %s", rx->stored);
-    show_summary(s, what, rx->messages, rx->octets);
-    free(rx->recipients);
-    free(rx);
+    server->s = s;
+    server->domains = c->domains;
+    server->unknown_mailbox = c->unknown_mailbox;
+    server->queue = c->queue;
+    server->recipients = must_alloc(calloc(RECIPIENTS_MAX, sizeof *server->recipients));
+    for_each_domain(server->queue, clean_domain, NULL);
+    receive_mail(server);
+    code = session_outcome(s, server->done, server->messages, server->unwritten);
+    if (!*c->domains && *server->stored)
+        snprintf(what, sizeof what, "received for %s", server->stored);
+    show_summary(s, what, server->messages, server->octets);
+    free(server->recipients);
+    free(server);
     return code;
 }
 
@@ -6101,9 +6103,9 @@ static int client_dialogue(struct session *s, const struct customer *c)
     if (c->tls && (code = client_tls(s, c)) != EX_OK)
         return code;
     if (!read_reply(s, &r))
-        return lost(s);
+        return exit_code_lost(s);
     if (r.code != 220)
-        return unwelcome(s, "connecting", &r, EX_UNAVAILABLE);
+        return exit_code_refused(s, "connecting", &r, EX_UNAVAILABLE);
     code = client_ehlo(s, &r);
     if (code == EX_OK)
         code = client_starttls(s, c, &r);
@@ -6158,55 +6160,55 @@ struct session *session_new(int fd, enum side self, int timeout, const char *nam
 }
 
 /* The receiver of --smtp or --exec. */
-struct mail_server {
+struct receiver {
     struct session *session; /* NULL: none */
     struct reply greeting;
     pid_t child; /* 0: none */
 };
 
-static void leave_server(const struct customer *c, struct mail_server *m)
+static void leave_receiver(const struct customer *c, struct receiver *receiver)
 {
-    bool greeted = m->session && m->greeting.code == 220;
-    if (m->session)
-        stream_close(&m->session->io);
-    free(m->session);
-    if (m->child > 0)
-        finish_program(m->child, greeted && !customer_stops ? c->timeout : 0);
-    *m = (struct mail_server){.session = NULL};
+    bool greeted = receiver->session && receiver->greeting.code == 220;
+    if (receiver->session)
+        stream_close(&receiver->session->io);
+    free(receiver->session);
+    if (receiver->child > 0)
+        finish_program(receiver->child, greeted && !customer_stops ? c->timeout : 0);
+    *receiver = (struct receiver){.session = NULL};
 }
 
 /* Reached, and its greeting read; if not, the log says so, and what follows from it. */
-static int reach_server(const struct customer *c, struct mail_server *m, const char *consequence)
+static int reach_receiver(const struct customer *c, struct receiver *receiver, const char *consequence)
 {
     const char *where = c->smtp ? c->smtp : c->exec;
     int code = EX_TEMPFAIL;
-    int fd = c->smtp ? connect_to(c->smtp, "25", c->timeout, &code) : start_receiver(c->exec, &m->child);
+    int fd = c->smtp ? connect_to(c->smtp, "25", c->timeout, &code) : start_receiver(c->exec, &receiver->child);
     if (fd < 0) {
         log_event(NULL, LOG_ERR, "%s cannot be reached; %s", where, consequence);
         return code == EX_NOHOST || code == EX_USAGE ? code : EX_TEMPFAIL;
     }
-    m->session = must_alloc(session_new(fd, PROVIDER, c->timeout, c->name, TRACE_OFF));
-    if (read_reply(m->session, &m->greeting) && m->greeting.code == 220)
+    receiver->session = must_alloc(session_new(fd, PROVIDER, c->timeout, c->name, TRACE_OFF));
+    if (read_reply(receiver->session, &receiver->greeting) && receiver->greeting.code == 220)
         return EX_OK;
     log_event(NULL, LOG_ERR, "%s does not take mail (%s); %s", where,
-              m->session->io.broken ? m->session->io.broken : m->greeting.text, consequence);
+              receiver->session->io.broken ? receiver->session->io.broken : receiver->greeting.text, consequence);
     return EX_TEMPFAIL;
 }
 
 /* A receiver that has gone since its greeting, or said 421, is reached again before anything is passed on. */
-static int hand_session_on(struct session *s, const struct customer *c, struct mail_server *m)
+static int hand_session_on(struct session *s, const struct customer *c, struct receiver *receiver)
 {
-    if (stream_ready(&m->session->io)) {
-        leave_server(c, m);
-        if (reach_server(c, m, "the mail stays with the provider") != EX_OK) {
+    if (stream_ready(&receiver->session->io)) {
+        leave_receiver(c, receiver);
+        if (reach_receiver(c, receiver, "the mail stays with the provider") != EX_OK) {
             send_line(s, "421 4.3.2 %s: the receiver has gone, closing connection", s->name);
             return EX_TEMPFAIL;
         }
     }
-    return let_receiver_take_mail(s, m->session, &m->greeting);
+    return let_receiver_take_mail(s, receiver->session, &receiver->greeting);
 }
 
-static int session_with_provider(const struct customer *c, struct mail_server *m)
+static int session_with_provider(const struct customer *c, struct receiver *receiver)
 {
     struct session *s;
     int code, fd = connect_to(c->provider, ODMR_PORT, c->timeout, &code);
@@ -6219,7 +6221,7 @@ static int session_with_provider(const struct customer *c, struct mail_server *m
     s->io.wake_fd = stop_pipe[0];
     code = client_dialogue(s, c);
     if (code == EX_OK)
-        code = m->session ? hand_session_on(s, c, m) : take_mail_ourselves(s, c);
+        code = receiver->session ? hand_session_on(s, c, receiver) : take_mail_ourselves(s, c);
     stream_close(&s->io);
     free(s);
     return code;
@@ -6227,13 +6229,13 @@ static int session_with_provider(const struct customer *c, struct mail_server *m
 
 int customer_session(const struct customer *c)
 {
-    struct mail_server m = {.session = NULL};
+    struct receiver receiver = {.session = NULL};
     int code = EX_OK;
     if (c->smtp || c->exec)
-        code = reach_server(c, &m, "no ATRN is sent");
+        code = reach_receiver(c, &receiver, "no ATRN is sent");
     if (code == EX_OK)
-        code = session_with_provider(c, &m);
-    leave_server(c, &m);
+        code = session_with_provider(c, &receiver);
+    leave_receiver(c, &receiver);
     return code;
 }
 
@@ -7139,8 +7141,8 @@ static const struct {
     {"alice@example.edu", "eva@example.org", NULL,
      "From: Alice <alice@example.edu>\nTo: Eva <eva@example.org>\nSubject: Line starts\n\n"
      "A line that starts with a dot\n.needs another one on its way, where DATA is used (RFC 5321, 4.5.2).\n"},
-    {"bob@example.edu", "office@example.com", DEMO_STRANGER,
-     "From: Bob <bob@example.edu>\nTo: office@example.com, " DEMO_STRANGER "\nSubject: Another domain\n\n"
+    {"bob@example.edu", "office@example.com", DEMO_UNKNOWN_MAILBOX,
+     "From: Bob <bob@example.edu>\nTo: office@example.com, " DEMO_UNKNOWN_MAILBOX "\nSubject: Another domain\n\n"
      "Of the same customer; and one recipient is not there.\n"},
     {"", "eva@example.org", NULL,
      "From: Mail System <postmaster@example.edu>\nTo: eva@example.org\nSubject: From the null sender\n\n"
@@ -7318,7 +7320,7 @@ int demo(bool stepwise, bool tls, enum mechanism mechanism)
                          .sendmail = sendmail};
     struct customer c = {.user = "example.org", .secret = "a secret", .name = "example.org", .timeout = timeout,
                          .domains = "example.org,example.com", .trace = TRACE_LADDER, .mechanism = mechanism,
-                         .stepwise = stepwise, .quiet = true, .stranger = DEMO_STRANGER};
+                         .stepwise = stepwise, .quiet = true, .unknown_mailbox = DEMO_UNKNOWN_MAILBOX};
     int code;
     if (!mkdtemp(demo_dir))
         die(EX_CANTCREAT, "demo: cannot make a scratch directory in /tmp: %s", strerror(errno));

@@ -91,7 +91,7 @@
 #define THREAD_STACK (1 << 20)  /* octets; only what is touched is used */
 #define TIMEOUT_MAX 86400
 #define DEMO_TIMEOUT 30
-#define DEMO_STRANGER "nobody@example.com"
+#define DEMO_UNKNOWN_MAILBOX "nobody@example.com"
 #define NAME_SIZE 128            /* of a file in a Maildir, when the name is ours */
 #define DELIVERY_PATH 448        /* domain/new/name */
 #define EXIT_NO_MAIL 1           /* customer: the provider said 453 */
@@ -348,7 +348,7 @@ struct customer {
     const char *ca, *cert, *key; /* PEM files */
     bool tls, require_tls, insecure, quiet;
     bool stepwise;        /* the demo's: wait for Return */
-    const char *stranger; /* the demo's: a mailbox that is not here */
+    const char *unknown_mailbox; /* the demo's: RCPT for it is refused; NULL: none */
     enum mechanism mechanism; /* this one only; NO_MECHANISM: the strongest */
     SSL_CTX *tls_context;
     int queue;

@@ -6826,11 +6826,11 @@ MUTANT_CUSTOMERS=(
     'p += strspn(p, " ");' ''
     'reply_offers(r, "AUTH", mechanism_name[m])' 'reply_keyword(r, "AUTH") && strncasecmp(reply_keyword(r, "AUTH"), mechanism_name[m], strlen(mechanism_name[m])) == 0'
     -- 5-a,5-b
-    'return r->code == 235 ? EX_OK : unwelcome(s, "AUTH", r, EX_NOPERM);' 'return EX_OK;'
-    'hello_command(rx);' 'hello_command(rx); return false;'
-    -- 4-b,5.3-a,5.3-b 'm->session ? hand_session_on(s, c, m) : take_mail_ourselves(s, c)' 'EX_OK'
-    -- 5.3-b 'answer(rx, "220 %s ready to receive email", s->name);' ''
-    -- 5.3-a,5.3-b 'answer(rx, "220 %s ready to receive email", s->name);' 'answer(rx, "EHLO %s", s->name);'
+    'return r->code == 235 ? EX_OK : exit_code_refused(s, "AUTH", r, EX_NOPERM);' 'return EX_OK;'
+    'hello_command(server);' 'hello_command(server); return false;'
+    -- 4-b,5.3-a,5.3-b 'receiver->session ? hand_session_on(s, c, receiver) : take_mail_ourselves(s, c)' 'EX_OK'
+    -- 5.3-b 'answer(server, "220 %s ready to receive email", s->name);' ''
+    -- 5.3-a,5.3-b 'answer(server, "220 %s ready to receive email", s->name);' 'answer(server, "EHLO %s", s->name);'
     -- 5.1.2-a 'base64_encode(encoded, response, strlen(response));' 'snprintf(encoded, sizeof encoded, "%s", response);'
     -- 5.1.2-c 'cram_md5_digest(digest, c->secret, s->response)' 'cram_md5_digest(digest, c->user, s->response)'
 )
