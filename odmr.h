@@ -531,33 +531,10 @@ SSL_CTX *tls_server_context(const char *cert, const char *key, const char *clien
 SSL_CTX *tls_client_context(const char *ca, bool insecure, const char *cert, const char *key, char *why, size_t size);
 /* Did the peer show a certificate, and did its chain verify? */
 bool certificate_verified(SSL *tls);
+/* The index-th name that a certificate gives its owner, to be freed by OPENSSL_free(); NULL: no more of them. */
+char *certificate_name(X509 *certificate, int index);
 /* The channel's octets for this type of binding; returns how many, 0: not to be had. */
 size_t channel_binding(SSL *tls, bool server, const char *type, unsigned char out[EVP_MAX_MD_SIZE]);
-
-/* SASL */
-
-/* NO_MECHANISM: none of that name. */
-enum mechanism mechanism_named(const char *name);
-
-/* Returns the length; out has BASE64_SIZE(len) + 1 octets. */
-size_t base64_encode(char *out, const void *data, size_t len);
-/* Returns the length, -1 unless text is strict base64 that fits; ended by NUL. */
-ssize_t base64_decode(char *out, size_t size, const char *text);
-/* RFC 2195. False: the library failed. */
-bool cram_md5_digest(char digest[33], const char *secret, const char *challenge);
-/* RFC 2195: never the same twice. False: no random octets, or out is too small. */
-bool cram_md5_challenge(char *out, size_t size, const char *host);
-
-/* RFC 5802 and 7677; each false only if the library fails. */
-bool hmac_sha256(const unsigned char *key, size_t key_len, const char *text, unsigned char out[32]);
-bool scram_keys(struct scram_keys *k, const char *secret, const unsigned char *salt, size_t salt_len, int iterations);
-/* Proof to ClientKey, ClientKey to proof. */
-bool scram_mask(const struct scram_keys *k, const char *auth_message, const unsigned char in[32],
-                unsigned char out[32]);
-/* The value of name= in a message of comma-separated attributes; false: absent or too long. */
-bool scram_attribute(const char *message, char name, char *out, size_t size);
-/* iterations,salt,StoredKey,ServerKey; false: it is not, or the count is out of bounds. */
-bool verifier_parse(const char *text, struct verifier *v);
 
 /* Accounts */
 
@@ -627,6 +604,14 @@ enum update message_remove(struct message *m);
 
 /* The provider */
 
+/* A reply that refuses a command, which counts as a bad one. */
+void refuse(struct session *s, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/* Ends the session: 421, and why. Nothing is said if the peer is gone. */
+void end_with_421(struct session *s, const char *why);
+/* Ends the session after read_line() has failed: time-out and shutdown are told to the peer. */
+void stop_waiting(struct session *s);
+/* Takes the accounts of now. False: the session's own account is gone or has changed. */
+bool accounts_renew(struct session *s);
 /* The whole dialogue with one customer, to the end of the connection. */
 void provider_session(struct session *s);
 
@@ -646,10 +631,34 @@ bool deliveries_store(struct delivery *d, size_t count);
 /* "HOST", "HOST:PORT", "[ADDRESS]:PORT" taken apart. False: none of them, or too long. default_port may be NULL. */
 bool split_host_port(const char *text, const char *default_port, char *host, size_t host_size, char *port,
                      size_t port_size);
+/* Why a session failed, to the log, and its exit code: the connection was lost; this was the reply to a command. */
+int exit_code_lost(const struct session *s);
+int exit_code_refused(const struct session *s, const char *command, const struct reply *r, int permanent);
 /* A session over a connected socket, its numbers and names set; free() it. NULL: out of memory. */
 struct session *session_new(int fd, enum side self, int timeout, const char *name, enum trace trace);
 /* One session from connect to close; an exit code. */
 int customer_session(const struct customer *c);
+
+/* SASL */
+
+const char *mechanism_name(enum mechanism m);
+/* NO_MECHANISM: there is none of that name. */
+enum mechanism mechanism_named(const char *name);
+/* The provider's half of AUTH, to its last reply; initial: the initial response, or NULL. GO_ON: authenticated. STAY:
+ * not, and the customer has the reply that says so. */
+enum next sasl_serve(struct session *s, enum mechanism m, const char *initial);
+/* The customer's half; r: the response to EHLO, then the replies of this exchange. EX_OK, or the exit code. */
+int sasl_prove(struct session *s, const struct customer *c, enum mechanism m, struct reply *r);
+
+/* Returns the length; out has BASE64_SIZE(len) + 1 octets. */
+size_t base64_encode(char *out, const void *data, size_t len);
+/* Returns the length, -1 unless text is strict base64 that fits; ended by NUL. */
+ssize_t base64_decode(char *out, size_t size, const char *text);
+/* RFC 5802 and 7677; each false only if OpenSSL fails. */
+bool hmac_sha256(const unsigned char *key, size_t key_len, const char *text, unsigned char out[32]);
+bool scram_keys(struct scram_keys *k, const char *secret, const unsigned char *salt, size_t salt_len, int iterations);
+/* iterations,salt,StoredKey,ServerKey; false: it is not, or the count is out of bounds. */
+bool verifier_parse(const char *text, struct verifier *v);
 
 /* The tools */
 
