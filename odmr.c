@@ -2652,7 +2652,7 @@ bool message_set_aside(const struct message *m)
     if (!delivery_open(&d, m->queue, folder))
         return false;
     if (!write_refused(m, d.file) || !deliveries_store(&d, 1)) {
-        delivery_discard(&d);
+        deliveries_discard(&d, 1);
         return false;
     }
     snprintf(path, sizeof path, "%s/maildirfolder", folder); /* Maildir++: what makes it a folder */
@@ -4133,50 +4133,89 @@ static void *caretaker(void *argument)
  * the message. A delivery is one file in tmp; it becomes mail when it is on disk and renamed into new,
  * and the directory that says so is on disk too (RFC 5321, 6.1: what was accepted must not be lost). */
 
+/* For `return`: false, and the reason beside it. */
+static bool delivery_failed(struct delivery *d, int problem)
+{
+    d->safe = false;
+    d->problem = problem;
+    return false;
+}
+
 bool delivery_open(struct delivery *d, int queue, const char *domain)
 {
     char path[DELIVERY_PATH];
     int fd;
+
     *d = (struct delivery){.queue = queue};
     snprintf(d->domain, sizeof d->domain, "%s", domain);
     if (!strchr(domain, '/'))
         lower_case(d->domain);
     unique_name(d->name, sizeof d->name);
     if (!maildir_make(queue, d->domain))
-        return false;
+        return delivery_failed(d, errno);
+
     snprintf(path, sizeof path, "%s/tmp/%s", d->domain, d->name);
     fd = openat(queue, path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
-    d->file = fd < 0 ? NULL : fdopen(fd, "w");
-    if (!d->file && fd >= 0) {
+    if (fd < 0)
+        return delivery_failed(d, errno);
+    d->file = fdopen(fd, "w");
+    if (!d->file) {
+        delivery_failed(d, errno);
         close(fd);
         unlinkat(queue, path, 0);
     }
     return d->file != NULL;
 }
 
-void delivery_discard(struct delivery *d)
+size_t deliveries_open(struct delivery *d, int queue, const char *sender, char *const *recipients, size_t count)
+{
+    size_t files = 0;
+    for (size_t i = 0; i < count; i++) {
+        const char *domain = mailbox_domain(recipients[i]);
+        size_t f = 0;
+        while (f < files && strcasecmp(d[f].domain, domain) != 0)
+            f++;
+
+        if (f == files) {
+            if (!delivery_open(&d[f], queue, domain)) {
+                delivery_failed(d, d[f].problem);
+                deliveries_discard(d, files);
+                return 0;
+            }
+            d[f].same_message = f > 0;
+            fprintf(d[f].file, "Return-Path: <%s>\n", sender);
+            files++;
+        }
+        fprintf(d[f].file, "Delivered-To: %s\n", recipients[i]);
+    }
+    return files;
+}
+
+void deliveries_discard(struct delivery *d, size_t count)
 {
     char path[DELIVERY_PATH];
-    if (d->file)
-        fclose(d->file);
-    d->file = NULL;
-    snprintf(path, sizeof path, "%s/%s/%s", d->domain, d->published ? "new" : "tmp", d->name);
-    unlinkat(d->queue, path, 0);
+    for (; count > 0; count--, d++) {
+        if (d->file)
+            fclose(d->file);
+        d->file = NULL;
+        snprintf(path, sizeof path, "%s/%s/%s", d->domain, d->published ? "new" : "tmp", d->name);
+        unlinkat(d->queue, path, 0);
+    }
 }
 
-/* All of it has left our buffer: the disk was not full so far. */
-static bool delivery_written(struct delivery *d)
+bool delivery_written(struct delivery *d)
 {
-    return fflush(d->file) == 0 && !ferror(d->file);
+    return (fflush(d->file) == 0 && !ferror(d->file)) || delivery_failed(d, errno);
 }
 
-/* The content on disk, the file closed. */
+/* Puts the content on disk and closes the file. */
 static bool delivery_sync(struct delivery *d)
 {
-    bool done = delivery_written(d) && fsync(fileno(d->file)) == 0;
-    done = fclose(d->file) == 0 && done;
+    d->safe = delivery_written(d) && (fsync(fileno(d->file)) == 0 || delivery_failed(d, errno));
+    if (fclose(d->file) != 0 && d->safe)
+        delivery_failed(d, errno);
     d->file = NULL;
-    return done;
+    return d->safe;
 }
 
 static bool delivery_publish(struct delivery *d)
@@ -4185,45 +4224,51 @@ static bool delivery_publish(struct delivery *d)
     snprintf(from, sizeof from, "%s/tmp/%s", d->domain, d->name);
     snprintf(to, sizeof to, "%s/new/%s", d->domain, d->name);
     d->published = renameat(d->queue, from, d->queue, to) == 0;
-    return d->published;
+    return d->published || delivery_failed(d, errno);
 }
 
-/* The directory of the last of these on disk; once is enough for all that are in it. */
-static bool box_synced(const struct delivery *d, size_t last)
+/* Puts the directory of the last of these on disk. Once is enough for all files in it. */
+static bool box_sync(struct delivery *d, size_t last)
 {
     char box[DELIVERY_PATH];
     for (size_t i = 0; i < last; i++)
         if (d[i].safe && strcmp(d[i].domain, d[last].domain) == 0)
             return true;
     snprintf(box, sizeof box, "%s/new", d[last].domain);
-    return sync_directory(d[last].queue, box);
+    return sync_directory(d[last].queue, box) || delivery_failed(&d[last], errno);
+}
+
+/* If one file of a message failed, all of them have. True: none has. */
+static bool share_failures(struct delivery *d, size_t count)
+{
+    bool all = true;
+    for (size_t i = 1; i < count; i++)
+        if (d[i].same_message && !d[i - 1].safe)
+            delivery_failed(&d[i], d[i - 1].problem);
+    for (size_t i = count; i-- > 0;) {
+        all = all && d[i].safe;
+        if (d[i].same_message && !d[i].safe)
+            delivery_failed(&d[i - 1], d[i].problem);
+    }
+    return all;
 }
 
 bool deliveries_store(struct delivery *d, size_t count)
 {
-    int problem = 0; /* of the first that failed */
-    bool all = true;
-    for (size_t i = 0; i < count; i++) /* all are on their way before the first is waited for: Linux starts writing */
+    for (size_t i = 0; i < count; i++) /* Linux starts to write all of them before the first is waited for */
         if (delivery_written(&d[i]))
             posix_fadvise(fileno(d[i].file), 0, 0, POSIX_FADV_DONTNEED);
-    for (size_t i = 0; i < count; i++) {
-        d[i].safe = delivery_sync(&d[i]);
-        problem = d[i].safe || problem ? problem : errno;
-    }
-    for (size_t i = 1; i < count; i++) /* the files of one message become mail together, or none of them does */
-        d[i].safe = d[i].safe && (d[i - 1].safe || !d[i].same_message);
-    for (size_t i = count; i-- > 1;)
-        d[i - 1].safe = d[i - 1].safe && (d[i].safe || !d[i].same_message);
     for (size_t i = 0; i < count; i++)
-        if (d[i].safe && !(d[i].safe = delivery_publish(&d[i])))
-            problem = problem ? problem : errno;
-    for (size_t i = 0; i < count; i++) {
-        d[i].safe = d[i].safe && box_synced(d, i);
-        problem = d[i].safe || problem ? problem : errno;
-        all = all && d[i].safe;
-    }
-    errno = problem;
-    return all;
+        delivery_sync(&d[i]);
+    share_failures(d, count);
+
+    for (size_t i = 0; i < count; i++)
+        if (d[i].safe)
+            delivery_publish(&d[i]);
+    for (size_t i = 0; i < count; i++)
+        if (d[i].safe)
+            box_sync(d, i);
+    return share_failures(d, count);
 }
 
 /* ==== The customer, after the reversal: the server ====================================================
@@ -4232,9 +4277,7 @@ bool deliveries_store(struct delivery *d, size_t count)
 
 struct smtp_server {
     struct session *s;
-    const char *domains; /* those we asked for; "" for all that the account has */
-    const char *unknown_mailbox; /* the demo's: a mailbox that is not here; NULL: whoever it is, we take the mail */
-    int queue;
+    const struct customer *c;
     bool greeted, esmtp, in_mail, unopened;
     char sender[MAILBOX_MAX + 2];
     char **recipients;
@@ -4260,15 +4303,9 @@ struct smtp_server {
  * all messages received so far go to disk together, and only then their answers leave. If the line is gone by
  * then, the messages go too: the provider has no answer, keeps them, and sends them again. */
 
-static void discard_deliveries(struct delivery *d, size_t count)
+static bool cannot_write(const struct smtp_server *server, const struct delivery *d)
 {
-    for (size_t i = 0; i < count; i++)
-        delivery_discard(&d[i]);
-}
-
-static bool cannot_write(const struct smtp_server *server)
-{
-    log_event(server->s, LOG_ERR, "cannot write the message (%s); it stays with the provider", strerror(errno));
+    log_event(server->s, LOG_ERR, "cannot write the message (%s); it stays with the provider", strerror(d->problem));
     return false;
 }
 
@@ -4280,35 +4317,31 @@ static void note_domain(struct smtp_server *server, const char *domain)
 }
 
 /* The promise, or, when the files of this message are not all safe, its opposite. */
-static void answer_stored(struct smtp_server *server, struct delivery *d, size_t files, int problem)
+static void answer_stored(struct smtp_server *server, struct delivery *d, size_t files)
 {
-    bool safe = true;
-    for (size_t i = 0; i < files; i++)
-        safe = safe && d[i].safe;
-    if (safe) {
+    if (d->safe) {
         for (size_t i = 0; i < files; i++)
             note_domain(server, d[i].domain);
         server->messages++;
         send_line(server->s, "250 2.0.0 OK, message stored");
         return;
     }
-    discard_deliveries(d, files);
+    deliveries_discard(d, files);
     server->unwritten++;
-    errno = problem;
-    cannot_write(server);
+    cannot_write(server, d);
     send_line(server->s, "452 4.3.1 Cannot write the message now");
 }
 
 static void settle_answers(struct smtp_server *server)
 {
     struct delivery *d = server->deliveries;
-    int problem = deliveries_store(d, server->waiting) ? 0 : errno;
+    deliveries_store(d, server->waiting);
     for (size_t i = 0; i < server->answer_count; i++) {
         struct answer *a = &server->answers[i];
         if (a->files == 0)
             send_line(server->s, "%s", a->text);
         else
-            answer_stored(server, d, a->files, problem);
+            answer_stored(server, d, a->files);
         d += a->files;
     }
     memmove(server->deliveries, d, server->files * sizeof *d); /* the message under way, if there is one */
@@ -4474,57 +4507,37 @@ static const char *name_for_received(const char *name)
     return fit ? name : "unknown";
 }
 
-/* Fields on top: whose mail it was and for whom (RFC 5321, 4.4), then who received it, how (a keyword of RFC 3848 or
- * RFC 6531) and when. */
-static void write_trace_fields(const struct smtp_server *server, struct delivery *d)
+/* Who received it, how (a keyword of RFC 3848 or RFC 6531) and when (RFC 5321, 4.4). */
+static void write_received_field(const struct smtp_server *server, FILE *file)
 {
     const struct session *s = server->s;
-    fprintf(d->file, "Return-Path: <%s>\n", server->sender);
-    for (size_t i = 0; i < server->count; i++)
-        if (strcasecmp(mailbox_domain(server->recipients[i]), d->domain) == 0)
-            fprintf(d->file, "Delivered-To: %s\n", server->recipients[i]);
-    fprintf(d->file, "Received: from %s (%s)\n\tby %s with %s%s (odmr, RFC 2645);\n", name_for_received(s->peer_name),
+    fprintf(file, "Received: from %s (%s)\n\tby %s with %s%s (odmr, RFC 2645);\n", name_for_received(s->peer_name),
             s->peer, s->name, server->utf8 ? "UTF8SMTP" : server->esmtp ? "ESMTP" : "SMTP",
             server->esmtp && s->io.tls ? "S" : "");
-    write_date(d->file, "\t", time(NULL));
+    write_date(file, "\t", time(NULL));
 }
 
 /* When there are too many open files, those that wait for the disk are settled first. */
-static bool open_delivery(struct smtp_server *server, const char *domain)
-{
-    while (!delivery_open(&server->deliveries[server->waiting + server->files], server->queue, domain)) {
-        if ((errno != EMFILE && errno != ENFILE) || server->waiting == 0)
-            return false;
-        settle_answers(server);
-    }
-    return true;
-}
-
-/* One file for each domain that has a recipient. */
 static bool open_deliveries(struct smtp_server *server)
 {
-    struct delivery *d = server->deliveries + server->waiting;
-    server->files = 0;
-    for (size_t i = 0; i < server->count; i++) {
-        const char *domain = mailbox_domain(server->recipients[i]);
-        size_t f = 0;
-        while (f < server->files && strcasecmp(d[f].domain, domain) != 0)
-            f++;
-        if (f < server->files)
-            continue;
-        if (!open_delivery(server, domain))
-            return cannot_write(server);
+    struct delivery *d;
+    for (;;) {
         d = server->deliveries + server->waiting;
-        d[f].same_message = f > 0;
-        server->files++;
-        write_trace_fields(server, &d[f]);
+        server->files = deliveries_open(d, server->c->queue, server->sender, server->recipients, server->count);
+        if (server->files > 0)
+            break;
+        if ((d->problem != EMFILE && d->problem != ENFILE) || server->waiting == 0)
+            return cannot_write(server, d);
+        settle_answers(server);
     }
+    for (size_t i = 0; i < server->files; i++)
+        write_received_field(server, d[i].file);
     return true;
 }
 
 static void forget_content(struct smtp_server *server)
 {
-    discard_deliveries(server->deliveries + server->waiting, server->files);
+    deliveries_discard(server->deliveries + server->waiting, server->files);
     server->files = 0;
 }
 
@@ -4553,7 +4566,7 @@ static bool content_written(struct smtp_server *server)
 {
     for (size_t i = 0; i < server->files; i++)
         if (!delivery_written(&server->deliveries[server->waiting + i]))
-            return cannot_write(server);
+            return cannot_write(server, &server->deliveries[server->waiting + i]);
     return true;
 }
 
@@ -4739,7 +4752,7 @@ static bool too_many_domains(const struct smtp_server *server, const char *domai
  * mail was stored for. */
 static void complete_postmaster(struct smtp_server *server, char *mailbox, size_t size)
 {
-    const char *list = server->domains, *domain;
+    const char *list = server->c->domains, *domain;
     size_t len;
     if (!*list) {
         settle_answers(server);
@@ -4764,11 +4777,11 @@ static void rcpt_command(struct smtp_server *server)
         answer(server, "501 5.1.3 Not a mailbox");
     else if (*parameters != '\0')
         answer(server, "555 5.5.4 Parameter not known");
-    else if (server->domains[0] != '\0' && !domain_in_list(server->domains, domain, strlen(domain))) {
+    else if (server->c->domains[0] != '\0' && !domain_in_list(server->c->domains, domain, strlen(domain))) {
         log_event(server->s, LOG_WARNING, "the provider sent mail for %s, whose domain was not asked for; deferred",
                   mailbox);
         answer(server, "450 4.7.1 Not a domain that was asked for"); /* its mistake must not bounce somebody's mail */
-    } else if (server->unknown_mailbox && strcasecmp(mailbox, server->unknown_mailbox) == 0)
+    } else if (server->c->unknown_mailbox && strcasecmp(mailbox, server->c->unknown_mailbox) == 0)
         answer(server, "550 5.1.1 Nobody of that name here");
     else if (server->count == RECIPIENTS_MAX || too_many_domains(server, domain))
         answer(server, "452 4.5.3 Too many recipients");
@@ -5348,11 +5361,9 @@ static int take_mail_ourselves(struct session *s, const struct customer *c)
     char what[STORED_SIZE + 16] = "received";
     int code;
     server->s = s;
-    server->domains = c->domains;
-    server->unknown_mailbox = c->unknown_mailbox;
-    server->queue = c->queue;
+    server->c = c;
     server->recipients = must_alloc(calloc(RECIPIENTS_MAX, sizeof *server->recipients));
-    for_each_domain(server->queue, clean_domain, NULL);
+    for_each_domain(c->queue, clean_domain, NULL);
     receive_mail(server);
     code = session_outcome(s, server->done, server->messages, server->unwritten);
     if (!*c->domains && *server->stored)
@@ -6342,42 +6353,21 @@ static bool copy_message(FILE *in, struct delivery *d, size_t count, const char 
     return !ferror(in);
 }
 
-/* Opens one delivery a domain and writes the envelopes; returns how many, or -1. */
-static int open_envelopes(struct delivery *d, int queue, const char *sender, char **recipients, int count)
-{
-    int files = 0;
-    for (int i = 0; i < count; i++) {
-        const char *domain = mailbox_domain(recipients[i]);
-        int f = 0;
-        while (f < files && strcasecmp(d[f].domain, domain) != 0)
-            f++;
-        if (f == files) {
-            if (!delivery_open(&d[f], queue, domain))
-                return -1 - files;
-            d[f].same_message = f > 0;
-            files++;
-            fprintf(d[f].file, "Return-Path: <%s>\n", sender);
-        }
-        fprintf(d[f].file, "Delivered-To: %s\n", recipients[i]);
-    }
-    return files;
-}
-
 int enqueue(int queue, const char *sender, const char *name, char **recipients, int count)
 {
     struct delivery *d = must_alloc(calloc((size_t)count, sizeof *d));
-    int files = open_envelopes(d, queue, sender, recipients, count), problem;
-    bool done = files > 0 && copy_message(stdin, d, (size_t)files, name) && deliveries_store(d, (size_t)files);
-    problem = errno;
-    if (files < 0)
-        files = -1 - files;
-    for (int i = 0; i < files && !done; i++)
-        delivery_discard(&d[i]);
+    size_t files = deliveries_open(d, queue, sender, recipients, (size_t)count);
+    bool copied = files > 0 && copy_message(stdin, d, files, name), stored;
+    int problem = errno;
+
+    stored = copied && deliveries_store(d, files);
+    if (!stored) {
+        log_event(NULL, LOG_ERR, "cannot write the message into the queue: %s; try again later",
+                  strerror(files > 0 && !copied ? problem : d->problem));
+        deliveries_discard(d, files);
+    }
     free(d);
-    if (done)
-        return EX_OK;
-    log_event(NULL, LOG_ERR, "cannot write the message into the queue: %s; try again later", strerror(problem));
-    return EX_TEMPFAIL;
+    return stored ? EX_OK : EX_TEMPFAIL;
 }
 
 struct domain_summary {
@@ -7214,7 +7204,7 @@ static void demo_fill(int queue)
             done = deliveries_store(&d, 1);
         }
         if (!done)
-            die(EX_CANTCREAT, "demo: cannot write into the scratch queue: %s", strerror(errno));
+            die(EX_CANTCREAT, "demo: cannot write into the scratch queue: %s", strerror(d.problem));
     }
 }
 

@@ -286,6 +286,7 @@ struct delivery {
     int queue;
     FILE *file;
     bool published, safe; /* in new, no longer in tmp; on disk, all of it */
+    int problem;          /* the errno of what failed */
     bool same_message;    /* as the delivery before it, for another domain */
     char domain[MAILDIR_PATH], name[NAME_SIZE]; /* the domain, or a folder of it */
 };
@@ -618,12 +619,18 @@ void provider_session(struct session *s);
 /* Delivery into a Maildir */
 
 /* A file in tmp of the domain's Maildir, or of a folder of it, which is made if it is not there. False: nothing is
- * left; errno. */
+ * left; d->problem says why. */
 bool delivery_open(struct delivery *d, int queue, const char *domain);
-/* Closes it and takes it away, wherever it has got to. */
-void delivery_discard(struct delivery *d);
+/* One delivery for each domain of the recipients, with the envelope as its first fields. Returns their number; 0:
+ * nothing is left, and d->problem says why. */
+size_t deliveries_open(struct delivery *d, int queue, const char *sender, char *const *recipients, size_t count);
+/* Closes and removes these files, wherever they are. */
+void deliveries_discard(struct delivery *d, size_t count);
+/* Whether all that was written has left our buffer: the disk was not full so far. False: d->problem says why. */
+bool delivery_written(struct delivery *d);
 /* Makes mail of them: each on disk, renamed into new, and the directory that says so on disk too (RFC 5321, 6.1).
- * Says of each in d->safe whether it worked; true: all did. Discard those that did not. */
+ * The files of one message become mail together, or none does. True: all are safe. d->safe says so of each, or else
+ * d->problem why. Discard those that are not. */
 bool deliveries_store(struct delivery *d, size_t count);
 
 /* The customer */
