@@ -4203,9 +4203,17 @@ void deliveries_discard(struct delivery *d, size_t count)
     }
 }
 
-bool delivery_written(struct delivery *d)
+static bool delivery_written(struct delivery *d)
 {
     return (fflush(d->file) == 0 && !ferror(d->file)) || delivery_failed(d, errno);
+}
+
+bool deliveries_written(struct delivery *d, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        if (!delivery_written(&d[i]))
+            return delivery_failed(d, d[i].problem);
+    return count > 0;
 }
 
 /* Puts the content on disk and closes the file. */
@@ -4273,40 +4281,71 @@ bool deliveries_store(struct delivery *d, size_t count)
 
 /* ==== The customer, after the reversal: the server ====================================================
  *
- * A small SMTP server that believes nobody. What it has answered 250 for is on disk. */
+ * A small SMTP server that trusts no input. What it has answered 250 for is on disk. */
+
+#define DELIVERIES_MAX 96 /* files that go to disk together */
+#define ANSWERS_MAX 512   /* that wait for them */
+#define STORED_SIZE 512   /* octets of the domains that the summary names */
+#define PROGRESS_MS 200   /* between two lines of progress */
+
+/* The content of the message under way, on its way into its files. */
+struct content {
+    bool under_way;
+    bool dots;  /* DATA: a lone dot ends it. BDAT: dots mean nothing */
+    bool ended; /* the lone dot came */
+    bool bare;  /* it has a CR or LF by itself */
+    bool after_cr, begun, in_body;
+    enum { AT_LINE_START, AFTER_DOT, IN_TEXT } state;
+    size_t column, trace_fields;
+    char name[32]; /* the start of this header line, to count Received fields */
+    struct delivery deliveries[DOMAINS_A_MESSAGE];
+    size_t files; /* 0: they cannot be opened */
+};
+
+/* An answer that waits for its turn. */
+struct answer {
+    char text[128];
+    size_t files; /* the promise for so many of the deliveries that wait; 0: text is the answer */
+};
 
 struct smtp_server {
     struct session *s;
     const struct customer *c;
-    bool greeted, esmtp, in_mail, unopened;
+    bool greeted, esmtp; /* EHLO or HELO was said; it was EHLO */
+    bool in_mail, utf8;  /* MAIL was accepted; it said SMTPUTF8 */
+    bool done;           /* the session has a proper end */
     char sender[MAILBOX_MAX + 2];
-    char **recipients;
-    size_t count;
-    struct delivery deliveries[DELIVERIES_MAX]; /* first those whose answer waits, then the message under way */
-    size_t waiting, files;                      /* how many of each */
+    char *recipients[RECIPIENTS_MAX];
+    size_t count, domains; /* of the recipients; of their domains */
+    struct content content;
+
     struct answer answers[ANSWERS_MAX];
-    size_t answer_count;
-    size_t messages, unwritten;
-    uint64_t octets;
-    char stored[STORED_SIZE]; /* a,b,c: the domains that mail was stored for, as many as fit */
-    unsigned idle;            /* commands in a row that brought no mail forward, */
-    uint64_t counted;         /* and octets when that was counted last */
-    bool utf8;                /* MAIL said SMTPUTF8 */
-    bool done;
+    struct delivery waiting[DELIVERIES_MAX]; /* the files of these answers */
+    size_t answer_count, waiting_count;
+
+    size_t messages, unwritten; /* stored; answered with 452 */
+    uint64_t octets;            /* of content */
+    char stored[STORED_SIZE];   /* a,b,c: the domains that mail was stored for, as many as fit */
+    unsigned idle;              /* commands in a row without mail, */
+    uint64_t counted;           /* and octets when that was counted last */
 };
 
-/* ---- Answers, and when they leave ----
+/* ---- Answers that wait for the disk ----
  *
- * 250 to the last octet of a message is a promise: it is on disk (RFC 5321, 6.1). The disk takes its time, and a
- * provider that need not wait has sent more meanwhile. So as long as there is something to read we read on, and
- * answers wait in a list, in their order, behind the first of them that promises. Before we would have to wait,
- * all messages received so far go to disk together, and only then their answers leave. If the line is gone by
- * then, the messages go too: the provider has no answer, keeps them, and sends them again. */
+ * 250 to the last octet of a message is a promise: the message is on disk (RFC 5321, 6.1). Writing takes time, and a
+ * provider that pipelines has sent more meanwhile. So the server reads on as long as there is something to read.
+ * Answers wait in a list, in their order, from the first promise on. Before the server would have to wait for the
+ * provider, all messages received so far go to disk together, and then their answers leave. If the connection is lost
+ * before that, the messages are discarded: the provider has no answer, keeps them, and sends them again.
+ *
+ * answer() says a reply in its turn. store_then_answer() promises the message under way. */
 
-static bool cannot_write(const struct smtp_server *server, const struct delivery *d)
+/* Logs why a message cannot be stored, and counts it. Returns the reply. */
+static const char *not_stored(struct smtp_server *server, const struct delivery *d)
 {
     log_event(server->s, LOG_ERR, "cannot write the message (%s); it stays with the provider", strerror(d->problem));
-    return false;
+    server->unwritten++;
+    return "452 4.3.1 Cannot write the message now";
 }
 
 static void note_domain(struct smtp_server *server, const char *domain)
@@ -4316,97 +4355,82 @@ static void note_domain(struct smtp_server *server, const char *domain)
         snprintf(server->stored + used, sizeof server->stored - used, "%s%s", used ? "," : "", domain);
 }
 
-/* The promise, or, when the files of this message are not all safe, its opposite. */
 static void answer_stored(struct smtp_server *server, struct delivery *d, size_t files)
 {
-    if (d->safe) {
-        for (size_t i = 0; i < files; i++)
-            note_domain(server, d[i].domain);
-        server->messages++;
-        send_line(server->s, "250 2.0.0 OK, message stored");
+    if (!d->safe) {
+        deliveries_discard(d, files);
+        send_line(server->s, "%s", not_stored(server, d));
         return;
     }
-    deliveries_discard(d, files);
-    server->unwritten++;
-    cannot_write(server, d);
-    send_line(server->s, "452 4.3.1 Cannot write the message now");
+    for (size_t i = 0; i < files; i++)
+        note_domain(server, d[i].domain);
+    server->messages++;
+    send_line(server->s, "250 2.0.0 OK, message stored");
 }
 
 static void settle_answers(struct smtp_server *server)
 {
-    struct delivery *d = server->deliveries;
-    deliveries_store(d, server->waiting);
+    struct delivery *d = server->waiting;
+    deliveries_store(d, server->waiting_count);
     for (size_t i = 0; i < server->answer_count; i++) {
-        struct answer *a = &server->answers[i];
+        const struct answer *a = &server->answers[i];
         if (a->files == 0)
             send_line(server->s, "%s", a->text);
         else
             answer_stored(server, d, a->files);
         d += a->files;
     }
-    memmove(server->deliveries, d, server->files * sizeof *d); /* the message under way, if there is one */
-    server->answer_count = server->waiting = 0;
+    server->answer_count = server->waiting_count = 0;
 }
 
-/* To be called before anything is read: the provider may be waiting for an answer that waits for us, also when it has
- * sent half a command. At the end of the connection nobody waits. */
+/* To be called before anything is read: the provider may be waiting for one of these answers, even when it has sent
+ * half a command. At the end of the connection it no longer waits. */
 static void before_reading(struct smtp_server *server, bool (*arrived)(struct stream *))
 {
     if (server->answer_count > 0 && !arrived(&server->s->io) && !server->s->io.ended)
         settle_answers(server);
 }
 
-/* A reply, in its turn. */
 __attribute__((format(printf, 2, 3))) static void answer(struct smtp_server *server, const char *fmt, ...)
 {
+    struct answer *a;
     char text[COMMAND_LINE];
     va_list args;
     va_start(args, fmt);
     vsnprintf(text, sizeof text, fmt, args);
     va_end(args);
-    if (server->answer_count > 0 &&
-        (server->answer_count == ANSWERS_MAX || strlen(text) >= sizeof server->answers->text))
+
+    if (server->answer_count == ANSWERS_MAX || strlen(text) >= sizeof a->text)
         settle_answers(server);
     if (server->answer_count == 0) {
         send_line(server->s, "%s", text);
-    } else {
-        struct answer *a = &server->answers[server->answer_count++];
-        memcpy(a->text, text, strlen(text) + 1);
-        a->files = 0;
+        return;
     }
+    a = &server->answers[server->answer_count++];
+    snprintf(a->text, sizeof a->text, "%s", text);
+    a->files = 0;
 }
 
-/* 250 for the message under way, once it is safe. */
-static void answer_when_stored(struct smtp_server *server)
+static void store_then_answer(struct smtp_server *server)
 {
-    if (server->answer_count == ANSWERS_MAX)
+    struct content *c = &server->content;
+    if (server->answer_count == ANSWERS_MAX || server->waiting_count + c->files > DELIVERIES_MAX)
         settle_answers(server);
-    server->answers[server->answer_count++].files = server->files;
-    server->waiting += server->files;
-    server->files = 0;
-    if (server->waiting > DELIVERIES_MAX - DOMAINS_A_MESSAGE)
-        settle_answers(server);
+    memcpy(server->waiting + server->waiting_count, c->deliveries, c->files * sizeof *c->deliveries);
+    server->waiting_count += c->files;
+    server->answers[server->answer_count++].files = c->files;
+    c->files = 0;
 }
 
-/* The content on its way to disk: line ends become LF, DATA's dots are undone, and whatever is not a
- * line end as SMTP knows it is noticed. Only CRLF ends a line: a bare CR or LF is how one peer's end of
+/* ---- The content of a message ----
+ *
+ * Line ends become LF, and DATA's dots are undone. Only CRLF ends a line: a bare CR or LF is how one peer's end of
  * message is smuggled into the middle of another's (RFC 5321, 2.3.8 and 4.1.1.4). */
-struct content {
-    struct smtp_server *to;
-    enum { AT_LINE_START, AFTER_DOT, AFTER_DOT_CR, IN_TEXT, AFTER_TEXT_CR } state;
-    bool dots;  /* DATA: a lone dot ends it. BDAT: dots mean nothing */
-    bool ended; /* the lone dot came */
-    bool bare;  /* a CR or LF by itself */
-    bool begun, in_body;
-    size_t column, trace_fields;
-    char name[32]; /* the start of this header line, to count Received fields */
-};
 
 static void content_write(struct content *c, const char *data, size_t len)
 {
-    struct delivery *d = c->to->deliveries + c->to->waiting;
-    for (size_t i = 0; i < c->to->files; i++)
-        fwrite(data, 1, len, d[i].file);
+    for (size_t i = 0; i < c->files; i++)
+        fwrite(data, 1, len, c->deliveries[i].file);
 }
 
 /* Text of one line, without its end. A first line that starts with a blank would continue our own field above it: it
@@ -4439,62 +4463,37 @@ static void content_line_end(struct content *c)
     content_write(c, "\n", 1);
 }
 
-/* Takes what it can from the peer's octets; returns how many it took. Stops behind the lone dot. */
+/* Takes content from the peer's octets. Returns their number: after the lone dot no more are taken. */
 static size_t content_take(struct content *c, const char *data, size_t len)
 {
     size_t i = 0;
     while (i < len && !c->ended) {
-        size_t run = 0;
-        switch (c->state) {
-        case AT_LINE_START:
+        bool cr = data[i] == '\r', lf = data[i] == '\n';
+        if (c->after_cr != lf) { /* a CR without LF, or an LF without CR */
+            c->bare = true;
             c->state = IN_TEXT;
-            if (c->dots && data[i] == '.') {
-                c->state = AFTER_DOT;
-                i++;
-            }
-            break;
-        case AFTER_DOT: /* a dot that did not end the message is gone; the rest of the line is text */
-            c->state = data[i] == '\r' ? AFTER_DOT_CR : IN_TEXT;
-            i += data[i] == '\r';
-            break;
-        case AFTER_DOT_CR:
-            c->ended = data[i] == '\n';
-            c->bare |= !c->ended;
-            i += c->ended;
-            c->state = IN_TEXT;
-            break;
-        case IN_TEXT:
-            while (i + run < len && data[i + run] != '\r' && data[i + run] != '\n')
-                run++;
-            content_text(c, data + i, run);
-            i += run;
-            if (i < len) {
-                c->bare |= data[i] == '\n';
-                c->state = data[i] == '\r' ? AFTER_TEXT_CR : IN_TEXT;
-                i++;
-            }
-            break;
-        case AFTER_TEXT_CR:
-            if (data[i] == '\n') {
-                content_line_end(c);
-                c->state = AT_LINE_START;
-                i++;
-            } else {
-                c->bare = true;
-                c->state = IN_TEXT;
-            }
-            break;
         }
+
+        if (c->after_cr && lf) {
+            c->ended = c->state == AFTER_DOT;
+            if (!c->ended)
+                content_line_end(c);
+            c->state = AT_LINE_START;
+            i++;
+        } else if (cr || lf) {
+            c->state = c->state == AT_LINE_START ? IN_TEXT : c->state;
+            i++;
+        } else {
+            bool dot = c->dots && c->state == AT_LINE_START && data[i] == '.'; /* is dropped (RFC 5321, 4.5.2) */
+            size_t start = i + dot;
+            for (i = start; i < len && data[i] != '\r' && data[i] != '\n';)
+                i++;
+            c->state = dot && i == start ? AFTER_DOT : IN_TEXT;
+            content_text(c, data + start, i - start);
+        }
+        c->after_cr = cr;
     }
     return i;
-}
-
-static void forget_transaction(struct smtp_server *server)
-{
-    for (size_t i = 0; i < server->count; i++)
-        free(server->recipients[i]);
-    server->count = 0;
-    server->in_mail = false;
 }
 
 /* What the provider called itself, unless that could mean something else in the field: a comment, say. */
@@ -4517,28 +4516,20 @@ static void write_received_field(const struct smtp_server *server, FILE *file)
     write_date(file, "\t", time(NULL));
 }
 
-/* When there are too many open files, those that wait for the disk are settled first. */
-static bool open_deliveries(struct smtp_server *server)
+/* Opens the files. When there are too many open files, those that wait for the disk are settled first. */
+static void begin_content(struct smtp_server *server, bool dots)
 {
-    struct delivery *d;
-    for (;;) {
-        d = server->deliveries + server->waiting;
-        server->files = deliveries_open(d, server->c->queue, server->sender, server->recipients, server->count);
-        if (server->files > 0)
-            break;
-        if ((d->problem != EMFILE && d->problem != ENFILE) || server->waiting == 0)
-            return cannot_write(server, d);
-        settle_answers(server);
-    }
-    for (size_t i = 0; i < server->files; i++)
-        write_received_field(server, d[i].file);
-    return true;
-}
-
-static void forget_content(struct smtp_server *server)
-{
-    deliveries_discard(server->deliveries + server->waiting, server->files);
-    server->files = 0;
+    struct content *c = &server->content;
+    int problem;
+    *c = (struct content){.under_way = true, .dots = dots};
+    do {
+        c->files = deliveries_open(c->deliveries, server->c->queue, server->sender, server->recipients, server->count);
+        problem = c->files == 0 && server->waiting_count > 0 ? c->deliveries->problem : 0;
+        if (problem == EMFILE || problem == ENFILE)
+            settle_answers(server);
+    } while (problem == EMFILE || problem == ENFILE);
+    for (size_t i = 0; i < c->files; i++)
+        write_received_field(server, c->deliveries[i].file);
 }
 
 /* On a terminal, a line that tells how far the session is. */
@@ -4561,111 +4552,107 @@ static void show_summary(const struct session *s, const char *what, size_t messa
                   what);
 }
 
-/* Is the message under way in its files, as far as we know? If the disk is full, room is made for others. */
-static bool content_written(struct smtp_server *server)
+/* Reads so many octets of content, or up to the lone dot. False: the connection is lost. */
+static bool read_content(struct smtp_server *server, uint64_t left)
 {
-    for (size_t i = 0; i < server->files; i++)
-        if (!delivery_written(&server->deliveries[server->waiting + i]))
-            return cannot_write(server, &server->deliveries[server->waiting + i]);
+    struct session *s = server->s;
+    struct content *c = &server->content;
+    while (left > 0 && !c->ended) {
+        const char *data;
+        size_t len;
+        before_reading(server, stream_ready);
+        if (!stream_peek(&s->io, &data, &len))
+            return false;
+        len = content_take(c, data, len < left ? len : (size_t)left);
+        stream_skip(&s->io, len);
+        left -= len;
+        server->octets += len;
+        show_progress(s, server->messages, server->octets);
+    }
     return true;
 }
 
-/* The end of the content: the only place that takes responsibility for a message. */
-static void answer_content(struct smtp_server *server, struct content *c, bool opened)
+static void forget_transaction(struct smtp_server *server)
 {
+    deliveries_discard(server->content.deliveries, server->content.files);
+    server->content.files = 0;
+    server->content.under_way = false;
+    while (server->count > 0)
+        free(server->recipients[--server->count]);
+    server->domains = 0;
+    server->in_mail = false;
+}
+
+/* The end of the content: the only place that takes responsibility for a message. If the disk is full, the files are
+ * removed at once, which makes room for others. */
+static void end_content(struct smtp_server *server)
+{
+    struct content *c = &server->content;
     if (!c->dots && c->state != AT_LINE_START) { /* BDAT need not end with a line end; a file does */
-        c->bare |= c->state == AFTER_TEXT_CR;
+        c->bare |= c->after_cr;
         content_line_end(c);
     }
-    if (c->bare) {
+
+    if (c->bare)
         answer(server, "550 5.6.0 A CR or LF by itself is no line end; message refused");
-    } else if (c->trace_fields > TRACE_FIELDS_MAX) {
+    else if (c->trace_fields > TRACE_FIELDS_MAX)
         answer(server, "554 5.4.6 Too many hops");
-    } else if (opened && content_written(server)) {
-        answer_when_stored(server);
-    } else {
-        answer(server, "452 4.3.1 Cannot write the message now");
-        server->unwritten++;
-    }
-    forget_content(server);
+    else if (deliveries_written(c->deliveries, c->files))
+        store_then_answer(server);
+    else
+        answer(server, "%s", not_stored(server, c->deliveries));
     forget_transaction(server);
 }
 
 static bool data_command(struct smtp_server *server)
 {
-    struct session *s = server->s;
-    struct content c = {.to = server, .dots = true};
-    const char *data;
     uint64_t before = server->octets;
-    size_t len;
-    bool opened;
     if (server->count == 0) {
         answer(server, "503 5.5.1 RCPT first");
         return true;
     }
-    opened = open_deliveries(server);
+    begin_content(server, true);
     answer(server, "354 The message, then a dot on a line by itself");
-    while (!c.ended) {
-        before_reading(server, stream_ready);
-        if (!stream_peek(&s->io, &data, &len)) {
-            forget_content(server);
-            return false;
-        }
-        len = content_take(&c, data, len);
-        stream_skip(&s->io, len);
-        server->octets += len;
-        show_progress(s, server->messages, server->octets);
-    }
-    trace_line(s, PROVIDER, "... %llu octets of message ...", (unsigned long long)(server->octets - before - 3));
-    trace_line(s, PROVIDER, ".");
-    answer_content(server, &c, opened);
+    if (!read_content(server, UINT64_MAX))
+        return false;
+    trace_line(server->s, PROVIDER, "... %llu octets of message ...",
+               (unsigned long long)(server->octets - before - 3));
+    trace_line(server->s, PROVIDER, ".");
+    end_content(server);
     return true;
 }
 
-/* RFC 3030: the octets follow whatever we think of them, so they are read before anything is answered. */
-static bool bdat_command(struct smtp_server *server, struct content *c)
+/* RFC 3030: the octets follow in any case, so they are read before the answer, even if the answer is no. */
+static bool bdat_command(struct smtp_server *server)
 {
     struct session *s = server->s;
     char *end = NULL;
-    uint64_t left = s->argument && isdigit((unsigned char)*s->argument) ? strtoull(s->argument, &end, 10) : 0;
-    bool last = end && strcasecmp(end, " LAST") == 0, fresh = c->to == NULL, wanted = server->count > 0;
-    if (!end || (!last && *end != '\0') || left > INT64_MAX) {
+    uint64_t octets = s->argument && isdigit((unsigned char)*s->argument) ? strtoull(s->argument, &end, 10) : 0;
+    bool last = end && strcasecmp(end, " LAST") == 0;
+    if (!end || (!last && *end != '\0') || octets > INT64_MAX) {
         answer(server, "501 5.5.4 BDAT takes a number of octets, and LAST");
         s->protocol_broken = true; /* what follows would be taken for commands */
         return true;
     }
-    if (fresh) {
-        *c = (struct content){.to = server};
-        server->files = 0;
-        server->unopened = wanted && !open_deliveries(server);
-    }
-    trace_line(s, PROVIDER, "... %llu octets of message ...", (unsigned long long)left);
-    while (left > 0) {
-        const char *data;
-        size_t len;
-        before_reading(server, stream_ready);
-        if (!stream_peek(&s->io, &data, &len)) {
-            forget_content(server);
-            return false;
-        }
-        len = len < left ? len : (size_t)left;
-        if (wanted)
-            content_take(c, data, len);
-        stream_skip(&s->io, len);
-        server->octets += len;
-        show_progress(s, server->messages, server->octets);
-        left -= len;
-    }
-    if (!wanted)
+
+    if (!server->content.under_way)
+        begin_content(server, false);
+    trace_line(s, PROVIDER, "... %llu octets of message ...", (unsigned long long)octets);
+    if (!read_content(server, octets))
+        return false;
+
+    if (server->count == 0) {
         answer(server, "503 5.5.1 RCPT first");
-    else if (!last)
+        server->content.under_way = false;
+    } else if (!last) {
         answer(server, "250 2.0.0 OK, go on");
-    else
-        answer_content(server, c, !server->unopened);
-    if (last || !wanted)
-        c->to = NULL;
+    } else {
+        end_content(server);
+    }
     return true;
 }
+
+/* ---- Commands ---- */
 
 /* Reads `FROM:<path> params` behind the verb. A blank before the bracket is against RFC 5321 but in the
  * memo's own example (6-a). The path's source route, if any, is dropped as RFC 5321 (4.1.1.3) allows.
@@ -4732,20 +4719,12 @@ static void mail_command(struct smtp_server *server)
     }
 }
 
-/* A file is written for each domain, and there are only so many at once. */
-static bool too_many_domains(const struct smtp_server *server, const char *domain)
+static bool has_recipient_in(const struct smtp_server *server, const char *domain)
 {
-    size_t domains = 0;
-    for (size_t i = 0; i < server->count; i++) {
-        const char *other = mailbox_domain(server->recipients[i]);
-        size_t earlier = 0;
-        if (strcasecmp(other, domain) == 0)
-            return false;
-        while (earlier < i && strcasecmp(mailbox_domain(server->recipients[earlier]), other) != 0)
-            earlier++;
-        domains += earlier == i;
-    }
-    return domains == DOMAINS_A_MESSAGE;
+    for (size_t i = 0; i < server->count; i++)
+        if (strcasecmp(mailbox_domain(server->recipients[i]), domain) == 0)
+            return true;
+    return false;
 }
 
 /* RFC 5321, 4.5.1: postmaster needs no domain. The first one asked for is meant, or, after a bare ATRN, the first that
@@ -4766,9 +4745,11 @@ static void rcpt_command(struct smtp_server *server)
 {
     char mailbox[MAILBOX_MAX + 2];
     const char *parameters = parse_path(server->s->argument, "TO:", mailbox, sizeof mailbox), *domain;
+    bool another; /* the first recipient in this domain */
     if (parameters && strcasecmp(mailbox, "postmaster") == 0)
         complete_postmaster(server, mailbox, sizeof mailbox);
     domain = parameters ? mailbox_domain(mailbox) : NULL;
+    another = domain && !has_recipient_in(server, domain);
     if (!server->in_mail)
         answer(server, "503 5.5.1 MAIL first");
     else if (parameters && strcasecmp(mailbox, "postmaster") == 0)
@@ -4783,13 +4764,14 @@ static void rcpt_command(struct smtp_server *server)
         answer(server, "450 4.7.1 Not a domain that was asked for"); /* its mistake must not bounce somebody's mail */
     } else if (server->c->unknown_mailbox && strcasecmp(mailbox, server->c->unknown_mailbox) == 0)
         answer(server, "550 5.1.1 Nobody of that name here");
-    else if (server->count == RECIPIENTS_MAX || too_many_domains(server, domain))
+    else if (server->count == RECIPIENTS_MAX || (another && server->domains == DOMAINS_A_MESSAGE))
         answer(server, "452 4.5.3 Too many recipients");
     else if (!(server->recipients[server->count] = strdup(mailbox))) {
         log_event(server->s, LOG_ERR, "out of memory for a recipient; the message stays with the provider");
         answer(server, "452 4.3.1 No memory for it now");
     } else {
         server->count++;
+        server->domains += another;
         answer(server, "250 2.1.5 OK, recipient accepted");
     }
 }
@@ -4821,7 +4803,7 @@ static void hello_command(struct smtp_server *server)
 static void bad_command(struct smtp_server *server, const char *reply)
 {
     struct session *s = server->s;
-    s->protocol_broken = ++s->bad_commands == BAD_COMMANDS_RECEIVER;
+    s->protocol_broken = ++s->bad_commands == BAD_COMMANDS_SERVER;
     answer(server, "%s", s->protocol_broken ? "421 4.5.2 Too many of them, closing connection" : reply);
 }
 
@@ -4839,14 +4821,14 @@ static bool too_idle(struct smtp_server *server)
 }
 
 /* One command of the provider, answered. False: the session is over. */
-static bool receive_command(struct smtp_server *server, struct content *chunks)
+static bool receive_command(struct smtp_server *server)
 {
     struct session *s = server->s;
     if (too_idle(server))
         return false;
     if (verb_is(s, "BDAT"))
-        return bdat_command(server, chunks);
-    if (chunks->to && !verb_is(s, "RSET") && !verb_is(s, "QUIT")) {
+        return bdat_command(server);
+    if (server->content.under_way && !verb_is(s, "RSET") && !verb_is(s, "QUIT")) {
         answer(server, "503 5.5.1 BDAT with LAST first");
         return true;
     }
@@ -4859,8 +4841,6 @@ static bool receive_command(struct smtp_server *server, struct content *chunks)
     } else if (verb_is(s, "EHLO") || verb_is(s, "HELO")) {
         hello_command(server);
     } else if (verb_is(s, "RSET")) {
-        forget_content(server);
-        chunks->to = NULL;
         forget_transaction(server);
         answer(server, "250 2.0.0 OK");
     } else if (verb_is(s, "NOOP")) {
@@ -4896,11 +4876,10 @@ static void stop_customer(int number)
 static void receive_mail(struct smtp_server *server)
 {
     struct session *s = server->s;
-    struct content chunks = {.to = NULL};
     enter_state(s, REVERSED);
     answer(server, "220 %s ready to receive email", s->name);
     while (!s->protocol_broken) {
-        bool between = !server->in_mail && !chunks.to; /* two messages */
+        bool between = !server->in_mail && !server->content.under_way; /* two messages */
         if (customer_stops && between) {
             settle_answers(server);
             server->done = true;
@@ -4921,14 +4900,12 @@ static void receive_mail(struct smtp_server *server)
         }
         trace_line(s, PROVIDER, "%s", s->line);
         split_command(s);
-        if (!receive_command(server, &chunks))
+        if (!receive_command(server))
             break;
     }
     if (!s->io.broken)
         settle_answers(server);
-    server->files += server->waiting; /* what was not settled was not promised */
-    server->waiting = 0;
-    forget_content(server);
+    deliveries_discard(server->waiting, server->waiting_count); /* what was not settled was not promised */
     forget_transaction(server);
     stream_flush(&s->io);
     if (s->protocol_broken)
@@ -5362,14 +5339,12 @@ static int take_mail_ourselves(struct session *s, const struct customer *c)
     int code;
     server->s = s;
     server->c = c;
-    server->recipients = must_alloc(calloc(RECIPIENTS_MAX, sizeof *server->recipients));
     for_each_domain(c->queue, clean_domain, NULL);
     receive_mail(server);
     code = session_outcome(s, server->done, server->messages, server->unwritten);
     if (!*c->domains && *server->stored)
         snprintf(what, sizeof what, "received for %s", server->stored);
     show_summary(s, what, server->messages, server->octets);
-    free(server->recipients);
     free(server);
     return code;
 }

@@ -36,7 +36,7 @@
 #define SEND_LINE (AUTH_LINE + 64)
 #define ENDLESS_LINE (64 << 20)  /* a peer that sends so much without a line end is not one of ours */
 #define BAD_COMMANDS 10          /* then 421 */
-#define BAD_COMMANDS_RECEIVER 100 /* the customer bears more with its provider */
+#define BAD_COMMANDS_SERVER 100  /* the customer allows its provider more */
 #define IDLE_COMMANDS 100        /* in a row, that bring no mail forward: then 421, on both sides */
 #define AUTH_FAILURES 3          /* then 421 */
 #define AUTH_FAILURE_MS 1000     /* what a guess costs */
@@ -55,9 +55,6 @@
 #define ENVELOPE_RECIPIENTS_MAX 100000 /* of one file in the queue: a hundred octets of memory each */
 #define MESSAGE_ID_MAX 256       /* octets of a Message-ID in the log */
 #define DOMAINS_A_MESSAGE 32     /* and in how many domains */
-#define STORED_SIZE 512          /* octets of the domains that the customer's summary names */
-#define DELIVERIES_MAX 96        /* files of ours that go to disk together */
-#define ANSWERS_MAX 512          /* that wait for them */
 #define TRACE_FIELDS_MAX 100     /* RFC 5321, 6.3: more Received fields mean a loop */
 #define REPLIES_IN_FLIGHT 320    /* times 512 octets: under RECEIVE_BUFFER, see the sender */
 #define RECEIVE_BUFFER 212992    /* octets: what Linux grants by default (net.core.rmem_max) */
@@ -107,7 +104,6 @@
 #define CERTIFICATE_DAYS 14      /* a certificate that expires in less is warned of */
 #define CARE_INTERVAL 3600       /* seconds between two looks through the queue */
 #define MAX_AGE_MOST 36500       /* days */
-#define PROGRESS_MS 200
 #define PROGRESS_WIDTH 60
 #define LADDER_TEXT 40           /* columns; with the margins 80 */
 #define LADDER_STEPS 400         /* more than REPLIES_IN_FLIGHT */
@@ -289,12 +285,6 @@ struct delivery {
     int problem;          /* the errno of what failed */
     bool same_message;    /* as the delivery before it, for another domain */
     char domain[MAILDIR_PATH], name[NAME_SIZE]; /* the domain, or a folder of it */
-};
-
-/* An answer of the customer, now the server, that waits for its turn. */
-struct answer {
-    char text[128];
-    size_t files; /* so many deliveries must be safe before it is a yes; 0: text is all */
 };
 
 struct network {
@@ -626,8 +616,9 @@ bool delivery_open(struct delivery *d, int queue, const char *domain);
 size_t deliveries_open(struct delivery *d, int queue, const char *sender, char *const *recipients, size_t count);
 /* Closes and removes these files, wherever they are. */
 void deliveries_discard(struct delivery *d, size_t count);
-/* Whether all that was written has left our buffer: the disk was not full so far. False: d->problem says why. */
-bool delivery_written(struct delivery *d);
+/* Whether all files are open and all that was written has left our buffer: the disk was not full so far. False:
+ * d->problem says why. */
+bool deliveries_written(struct delivery *d, size_t count);
 /* Makes mail of them: each on disk, renamed into new, and the directory that says so on disk too (RFC 5321, 6.1).
  * The files of one message become mail together, or none does. True: all are safe. d->safe says so of each, or else
  * d->problem why. Discard those that are not. */
