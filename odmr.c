@@ -5046,10 +5046,11 @@ static bool pass_on(struct onlooker *o, enum side who, struct stream *from, stru
     return passed > 0;
 }
 
-/* RFC 5321, 4.5.3.2.6: the reply to the last octet of a message has ten minutes; if we cannot see, any has. */
+/* RFC 5321, 4.5.3.2.6: the reply to the last octet of a message has ten minutes; if we cannot see, any has. A BDAT whose
+ * octets are still to come has left no last octet. */
 static int64_t relay_patience(const struct onlooker *o)
 {
-    bool final = o->hidden || (o->count > 0 && o->fifo[o->oldest] == PASS_CONTENT);
+    bool final = o->hidden || (o->count > (o->chunk > 0) && o->fifo[o->oldest] == PASS_CONTENT);
     int seconds = o->s->io.timeout;
     return (final && seconds < FINAL_REPLY_TIMEOUT ? FINAL_REPLY_TIMEOUT : seconds) * (int64_t)1000;
 }
@@ -5062,7 +5063,7 @@ static enum side join_streams(struct onlooker *o, struct stream *receiver)
     struct stream *side[2] = {[PROVIDER] = &o->s->io, [CUSTOMER] = receiver};
     bool over[2] = {false, false};
     enum side first = PROVIDER;
-    int64_t since = now_ms();
+    int64_t since = now_ms(), left;
     enter_state(o->s, REVERSED);
     side[PROVIDER]->wake_fd = -1;
     while (!(over[PROVIDER] && over[CUSTOMER]) && !(o->quit && (over[PROVIDER] || over[CUSTOMER]))) {
@@ -5084,14 +5085,15 @@ static enum side join_streams(struct onlooker *o, struct stream *receiver)
             }
             p[who] = (struct pollfd){.fd = over[who] ? -1 : from->fd, .events = POLLIN};
         }
-        if (moved) {
+        if (moved)
             since = now_ms();
-        } else if (now_ms() - since >= relay_patience(o)) {
+        left = since + relay_patience(o) - now_ms();
+        if (left <= 0) {
             stream_break(side[PROVIDER], "both sides were silent too long");
             return PROVIDER;
-        } else {
-            poll(p, 3, (int)(since + relay_patience(o) - now_ms()));
         }
+        if (!moved)
+            poll(p, 3, (int)left);
     }
     return first;
 }

@@ -2665,6 +2665,34 @@ peer_with_trailing_blanks() {
     ask 'DATA ' '^354'; say 'Subject: x'; ask . '^250'; ask 'quit ' '^221'
 }
 
+# The relay ends after --timeout if the receiver never answers, or if the provider stops in the middle of a message, be it
+# sent with DATA or BDAT. What was not accepted stays with the provider, and a receiver that is still there sees the end.
+t_relay_and_a_silent_side() {
+    unset OVER_TLS # the log names another peer then
+    local start=$SECONDS content port
+    perl_server
+    provider
+    put_letter one 1.a a@example.edu eva@example.org
+    relay 75 "echo 220 me; cat > $T/unanswered; echo end >> $T/unanswered" --timeout 2
+    until_true settled
+    equal "$(tail -n 1 "$T/unanswered") $(waiting)" 'end 1'
+    port=$PORT
+    serve peer_that_only_greets
+    ODMR_SECRET=tanstaaf run 75 "$ODMR" customer -u example.org --timeout 2 --smtp "127.0.0.1:$PORT" "127.0.0.1:$port"
+    until_true settled
+    equal "$(tail -n 1 "$T/unanswered") $(waiting)" 'end 1'
+    perl_provider stay
+    for content in 'BDAT 99 LAST\r\nhalf' 'DATA\r\nSubject: half'; do
+        printf '%b' "MAIL FROM:<a@b.example>\r\nRCPT TO:<x@example.org>\r\n$content" > "$T/batch"
+        relay 75 "$SERVER" --timeout 2
+        has "$T/err" 'both sides were silent too long'
+        hasnt "$T/err" '1 message'
+        until_true shows "$T/heard" '\(end\)'; rm "$T/heard"
+    done
+    [ $((SECONDS - start)) -lt 40 ] || fail "it took $((SECONDS - start)) s"
+}
+peer_that_only_greets() { say '220 me'; cat <&"$LINE" > "$T/unanswered"; echo end >> "$T/unanswered"; }
+
 # When the provider takes the receiver's STARTTLS, the rest is hidden: nothing is guessed from what passes then.
 t_relay_knows_when_tls_hides_the_session() {
     perl_server
