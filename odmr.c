@@ -5046,8 +5046,8 @@ static bool pass_on(struct onlooker *o, enum side who, struct stream *from, stru
     return passed > 0;
 }
 
-/* RFC 5321, 4.5.3.2.6: the reply to the last octet of a message has ten minutes; if we cannot see, any has. A BDAT whose
- * octets are still to come has left no last octet. */
+/* RFC 5321, 4.5.3.2.6: the reply to the last octet of a message has ten minutes; if we cannot see, any has. A BDAT
+ * whose rest is still to come has no last octet yet. */
 static int64_t relay_patience(const struct onlooker *o)
 {
     bool final = o->hidden || (o->count > (o->chunk > 0) && o->fifo[o->oldest] == PASS_CONTENT);
