@@ -4133,11 +4133,20 @@ static void *caretaker(void *argument)
  * the message. A delivery is one file in tmp; it becomes mail when it is on disk and renamed into new,
  * and the directory that says so is on disk too (RFC 5321, 6.1: what was accepted must not be lost). */
 
-/* For `return`: false, and the reason beside it. */
-static bool delivery_failed(struct delivery *d, int problem)
+/* All files of a message share the fate of the first: they become mail together, or none does. */
+static struct delivery *first_of_message(struct delivery *d)
 {
-    d->safe = false;
-    d->problem = problem;
+    while (d->same_message)
+        d--;
+    return d;
+}
+
+/* For `return`: false, with the first reason beside it. */
+static bool delivery_failed(struct delivery *d)
+{
+    struct delivery *first = first_of_message(d);
+    if (first->problem == 0)
+        first->problem = errno ? errno : EIO;
     return false;
 }
 
@@ -4152,19 +4161,19 @@ bool delivery_open(struct delivery *d, int queue, const char *domain)
         lower_case(d->domain);
     unique_name(d->name, sizeof d->name);
     if (!maildir_make(queue, d->domain))
-        return delivery_failed(d, errno);
+        return delivery_failed(d);
 
     snprintf(path, sizeof path, "%s/tmp/%s", d->domain, d->name);
     fd = openat(queue, path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
-    if (fd < 0)
-        return delivery_failed(d, errno);
-    d->file = fdopen(fd, "w");
-    if (!d->file) {
-        delivery_failed(d, errno);
+    d->file = fd < 0 ? NULL : fdopen(fd, "w");
+    if (d->file)
+        return true;
+    delivery_failed(d);
+    if (fd >= 0) {
         close(fd);
         unlinkat(queue, path, 0);
     }
-    return d->file != NULL;
+    return false;
 }
 
 size_t deliveries_open(struct delivery *d, int queue, const char *sender, char *const *recipients, size_t count)
@@ -4175,10 +4184,9 @@ size_t deliveries_open(struct delivery *d, int queue, const char *sender, char *
         size_t f = 0;
         while (f < files && strcasecmp(d[f].domain, domain) != 0)
             f++;
-
         if (f == files) {
             if (!delivery_open(&d[f], queue, domain)) {
-                delivery_failed(d, d[f].problem);
+                d->problem = d[f].problem;
                 deliveries_discard(d, files);
                 return 0;
             }
@@ -4205,78 +4213,67 @@ void deliveries_discard(struct delivery *d, size_t count)
 
 static bool delivery_written(struct delivery *d)
 {
-    return (fflush(d->file) == 0 && !ferror(d->file)) || delivery_failed(d, errno);
+    return (fflush(d->file) == 0 && !ferror(d->file)) || delivery_failed(d);
 }
 
 bool deliveries_written(struct delivery *d, size_t count)
 {
     for (size_t i = 0; i < count; i++)
         if (!delivery_written(&d[i]))
-            return delivery_failed(d, d[i].problem);
+            return false;
     return count > 0;
 }
 
 /* Puts the content on disk and closes the file. */
-static bool delivery_sync(struct delivery *d)
+static void delivery_sync(struct delivery *d)
 {
-    d->safe = delivery_written(d) && (fsync(fileno(d->file)) == 0 || delivery_failed(d, errno));
-    if (fclose(d->file) != 0 && d->safe)
-        delivery_failed(d, errno);
+    if (delivery_written(d) && fsync(fileno(d->file)) < 0)
+        delivery_failed(d);
+    if (fclose(d->file) != 0)
+        delivery_failed(d);
     d->file = NULL;
-    return d->safe;
 }
 
-static bool delivery_publish(struct delivery *d)
+static void delivery_publish(struct delivery *d)
 {
     char from[DELIVERY_PATH], to[DELIVERY_PATH];
     snprintf(from, sizeof from, "%s/tmp/%s", d->domain, d->name);
     snprintf(to, sizeof to, "%s/new/%s", d->domain, d->name);
     d->published = renameat(d->queue, from, d->queue, to) == 0;
-    return d->published || delivery_failed(d, errno);
+    if (!d->published)
+        delivery_failed(d);
 }
 
 /* Puts the directory of the last of these on disk. Once is enough for all files in it. */
-static bool box_sync(struct delivery *d, size_t last)
+static void box_sync(struct delivery *d, size_t last)
 {
     char box[DELIVERY_PATH];
     for (size_t i = 0; i < last; i++)
-        if (d[i].safe && strcmp(d[i].domain, d[last].domain) == 0)
-            return true;
+        if (first_of_message(&d[i])->problem == 0 && strcmp(d[i].domain, d[last].domain) == 0)
+            return;
     snprintf(box, sizeof box, "%s/new", d[last].domain);
-    return sync_directory(d[last].queue, box) || delivery_failed(&d[last], errno);
-}
-
-/* If one file of a message failed, all of them have. True: none has. */
-static bool share_failures(struct delivery *d, size_t count)
-{
-    bool all = true;
-    for (size_t i = 1; i < count; i++)
-        if (d[i].same_message && !d[i - 1].safe)
-            delivery_failed(&d[i], d[i - 1].problem);
-    for (size_t i = count; i-- > 0;) {
-        all = all && d[i].safe;
-        if (d[i].same_message && !d[i].safe)
-            delivery_failed(&d[i - 1], d[i].problem);
-    }
-    return all;
+    if (!sync_directory(d[last].queue, box))
+        delivery_failed(&d[last]);
 }
 
 bool deliveries_store(struct delivery *d, size_t count)
 {
+    bool all = true;
     for (size_t i = 0; i < count; i++) /* Linux starts to write all of them before the first is waited for */
         if (delivery_written(&d[i]))
             posix_fadvise(fileno(d[i].file), 0, 0, POSIX_FADV_DONTNEED);
     for (size_t i = 0; i < count; i++)
         delivery_sync(&d[i]);
-    share_failures(d, count);
 
     for (size_t i = 0; i < count; i++)
-        if (d[i].safe)
+        if (first_of_message(&d[i])->problem == 0)
             delivery_publish(&d[i]);
     for (size_t i = 0; i < count; i++)
-        if (d[i].safe)
+        if (first_of_message(&d[i])->problem == 0)
             box_sync(d, i);
-    return share_failures(d, count);
+    for (size_t i = 0; i < count; i++)
+        all = all && d[i].problem == 0;
+    return all;
 }
 
 /* ==== The customer, after the reversal: the server ====================================================
@@ -4357,7 +4354,7 @@ static void note_domain(struct smtp_server *server, const char *domain)
 
 static void answer_stored(struct smtp_server *server, struct delivery *d, size_t files)
 {
-    if (!d->safe) {
+    if (d->problem) {
         deliveries_discard(d, files);
         send_line(server->s, "%s", not_stored(server, d));
         return;

@@ -281,9 +281,9 @@ struct message {
 struct delivery {
     int queue;
     FILE *file;
-    bool published, safe; /* in new, no longer in tmp; on disk, all of it */
-    int problem;          /* the errno of what failed */
-    bool same_message;    /* as the delivery before it, for another domain */
+    bool published;    /* in new, no longer in tmp */
+    bool same_message; /* as the delivery before it, for another domain */
+    int problem;       /* the errno of what failed, for the first file of the message; 0: nothing */
     char domain[MAILDIR_PATH], name[NAME_SIZE]; /* the domain, or a folder of it */
 };
 
@@ -620,8 +620,8 @@ void deliveries_discard(struct delivery *d, size_t count);
  * d->problem says why. */
 bool deliveries_written(struct delivery *d, size_t count);
 /* Makes mail of them: each on disk, renamed into new, and the directory that says so on disk too (RFC 5321, 6.1).
- * The files of one message become mail together, or none does. True: all are safe. d->safe says so of each, or else
- * d->problem why. Discard those that are not. */
+ * The files of one message become mail together, or none does. True: all are safe. Else problem says of the first
+ * file of each message whether it failed, and why. Discard those that did. */
 bool deliveries_store(struct delivery *d, size_t count);
 
 /* The customer */
