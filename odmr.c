@@ -4909,192 +4909,6 @@ static void receive_mail(struct smtp_server *server)
         stream_break(&s->io, "that is not SMTP as a server could follow it");
 }
 
-/* ---- Or hand the session on: --smtp and --exec ----
- *
- * The customer's own mail server speaks SMTP, so the two connections are joined and every octet passes.
- * We only look on: to know what is a command, what a reply and what content, for the trace, for the count
- * of messages, and to know a proper end when we see it. If that server offers STARTTLS and the provider takes
- * it, the rest is hidden from us. */
-
-enum passing { PASS_OTHER, PASS_DATA, PASS_CONTENT, PASS_STARTTLS, PASS_QUIT };
-
-struct onlooker {
-    struct session *s;
-    char line[2][COMMAND_LINE + 1]; /* the line under way, of the provider and of the receiver */
-    size_t len[2];
-    enum passing fifo[PASSING_MAX];
-    size_t oldest, count;
-    bool in_mail, in_data;
-    bool hidden;            /* the two speak TLS with each other from here on */
-    uint64_t chunk, octets; /* octets of a BDAT still to come; of this content so far */
-    unsigned tail;          /* how much of CRLF.CRLF was just seen */
-    size_t messages;
-    uint64_t passed; /* octets from the provider to the receiver */
-    bool quit;
-};
-
-static void looker_expect(struct onlooker *o, enum passing what)
-{
-    if (o->count < PASSING_MAX)
-        o->fifo[(o->oldest + o->count++) % PASSING_MAX] = what;
-}
-
-static void looker_command(struct onlooker *o, const char *line)
-{
-    trace_line(o->s, PROVIDER, "%s", line);
-    o->in_mail |= strncasecmp(line, "MAIL ", 5) == 0;
-    o->in_mail &= strcasecmp(line, "RSET") != 0;
-    if (strncasecmp(line, "BDAT ", 5) == 0) {
-        o->chunk = strtoull(line + 5, NULL, 10);
-        trace_line(o->s, PROVIDER, "... %llu octets of message ...", (unsigned long long)o->chunk);
-        looker_expect(o, strcasestr(line, " LAST") ? PASS_CONTENT : PASS_OTHER);
-    } else if (strcasecmp(line, "DATA") == 0) {
-        looker_expect(o, PASS_DATA);
-    } else {
-        looker_expect(o, strcasecmp(line, "QUIT") == 0 ? PASS_QUIT
-                         : strcasecmp(line, "STARTTLS") == 0 ? PASS_STARTTLS
-                                                             : PASS_OTHER);
-    }
-}
-
-static void looker_reply(struct onlooker *o, const char *line)
-{
-    enum passing what;
-    trace_line(o->s, CUSTOMER, "%s", line);
-    if (o->count == 0 || strlen(line) < 3 || line[3] == '-')
-        return;
-    what = o->fifo[o->oldest];
-    o->oldest = (o->oldest + 1) % PASSING_MAX;
-    o->count--;
-    if (what == PASS_DATA && line[0] == '3') {
-        o->in_data = true;
-        o->tail = 2;
-        o->octets = 0;
-    }
-    o->messages += what == PASS_CONTENT && line[0] == '2';
-    o->in_mail &= what != PASS_CONTENT || o->count > 0;
-    o->quit |= what == PASS_QUIT;
-    o->hidden = what == PASS_STARTTLS && line[0] == '2';
-    if (o->hidden)
-        trace_line(o->s, CUSTOMER, "(from here on the two speak TLS with each other, and nothing more can be seen)");
-}
-
-/* Octets of a DATA content: how many of them belong to it, up to and with the lone dot's line end. */
-static size_t looker_data(struct onlooker *o, const char *data, size_t len)
-{
-    static const char mark[] = "\r\n.\r\n";
-    size_t i = 0;
-    while (i < len && o->in_data) {
-        o->tail = data[i] == mark[o->tail] ? o->tail + 1 : data[i] == '\r' ? 1 : 0;
-        i++;
-        o->octets++;
-        if (o->tail == sizeof mark - 1) {
-            o->in_data = false;
-            trace_line(o->s, PROVIDER, "... %llu octets of message ...", (unsigned long long)o->octets - 3);
-            trace_line(o->s, PROVIDER, ".");
-            looker_expect(o, PASS_CONTENT);
-        }
-    }
-    return i;
-}
-
-static void looker_sees(struct onlooker *o, enum side who, const char *data, size_t len)
-{
-    char *line = o->line[who];
-    while (len > 0 && !o->hidden) {
-        size_t n = 1;
-        if (who == PROVIDER && o->chunk > 0) {
-            n = len < o->chunk ? len : (size_t)o->chunk;
-            o->chunk -= n;
-        } else if (who == PROVIDER && o->in_data) {
-            n = looker_data(o, data, len);
-        } else if (*data != '\n') {
-            if (o->len[who] < COMMAND_LINE)
-                line[o->len[who]++] = *data;
-        } else {
-            while (o->len[who] > 0 && strchr(" \t\r", line[o->len[who] - 1])) /* "DATA " is DATA (RFC 5321, 4.1.1) */
-                o->len[who]--;
-            line[o->len[who]] = '\0';
-            o->len[who] = 0;
-            if (who == PROVIDER)
-                looker_command(o, line);
-            else
-                looker_reply(o, line);
-        }
-        data += n;
-        len -= n;
-    }
-}
-
-/* Moves what has arrived from one side to the other. False: nothing has. */
-static bool pass_on(struct onlooker *o, enum side who, struct stream *from, struct stream *to)
-{
-    const char *data;
-    size_t len, passed = 0;
-    while (passed < STREAM_OUT && stream_ready(from) && !stream_over(from) && stream_peek(from, &data, &len)) {
-        looker_sees(o, who, data, len);
-        stream_write(to, data, len);
-        stream_skip(from, len);
-        passed += len;
-    }
-    o->passed += who == PROVIDER ? passed : 0;
-    show_progress(o->s, o->messages, o->passed);
-    stream_flush(to);
-    return passed > 0;
-}
-
-/* RFC 5321, 4.5.3.2.6: the reply to the last octet of a message has ten minutes; if we cannot see, any has. A BDAT
- * whose rest is still to come has no last octet yet. */
-static int64_t relay_patience(const struct onlooker *o)
-{
-    bool final = o->hidden || (o->count > (o->chunk > 0) && o->fifo[o->oldest] == PASS_CONTENT);
-    int seconds = o->s->io.timeout;
-    return (final && seconds < FINAL_REPLY_TIMEOUT ? FINAL_REPLY_TIMEOUT : seconds) * (int64_t)1000;
-}
-
-/* Joins the provider's connection and the receiver's. What arrived before the end of one of them is passed on, then
- * the other learns of the end, and may say what it still has to say: its replies. A receiver that takes no more need
- * not be sent more. After the reply to QUIT the end of one is the end. Returns who ended first. */
-static enum side join_streams(struct onlooker *o, struct stream *receiver)
-{
-    struct stream *side[2] = {[PROVIDER] = &o->s->io, [CUSTOMER] = receiver};
-    bool over[2] = {false, false};
-    enum side first = PROVIDER;
-    int64_t since = now_ms(), left;
-    enter_state(o->s, REVERSED);
-    side[PROVIDER]->wake_fd = -1;
-    while (!(over[PROVIDER] && over[CUSTOMER]) && !(o->quit && (over[PROVIDER] || over[CUSTOMER]))) {
-        struct pollfd p[3] = {[2] = {.fd = customer_stops ? -1 : stop_pipe[0], .events = POLLIN}};
-        bool moved = false;
-        if (customer_stops && (o->hidden || (!o->in_mail && o->count == 0))) {
-            o->quit = true;
-            end_with_421(o->s, "this server is shutting down");
-            break;
-        }
-        for (int i = 0; i < 2; i++) {
-            enum side who = i == 0 ? CUSTOMER : PROVIDER;
-            struct stream *from = side[who], *to = side[other_side(who)];
-            moved |= !over[who] && pass_on(o, who, from, to);
-            if (!over[who] && (stream_over(from) || (who == PROVIDER && receiver->broken))) {
-                first = over[other_side(who)] ? first : receiver->broken ? CUSTOMER : who;
-                over[who] = moved = true;
-                stream_end(to);
-            }
-            p[who] = (struct pollfd){.fd = over[who] ? -1 : from->fd, .events = POLLIN};
-        }
-        if (moved)
-            since = now_ms();
-        left = since + relay_patience(o) - now_ms();
-        if (left <= 0) {
-            stream_break(side[PROVIDER], "both sides were silent too long");
-            return PROVIDER;
-        }
-        if (!moved)
-            poll(p, 3, (int)left);
-    }
-    return first;
-}
-
 /* ==== The customer, before the reversal: the client ===================================================
  *
  * Greeting, EHLO, AUTH, ATRN, each reply checked; then the roles turn. The result is an exit code of
@@ -5131,7 +4945,7 @@ bool split_host_port(const char *text, const char *default_port, char *host, siz
 }
 
 /* Connects to the first address that answers. Returns the socket, or -1 and an exit code in *code. */
-static int connect_to(const char *where, const char *default_port, int timeout, int *code)
+int connect_to(const char *where, const char *default_port, int timeout, int *code)
 {
     char host[256], port[32];
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *list = NULL;
@@ -5168,25 +4982,6 @@ static int connect_to(const char *where, const char *default_port, int timeout, 
     }
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
     return fd;
-}
-
-/* Starts COMMAND with one end of a socket pair as its standard input and output; the other end is returned.
- * Its buffer must hold all the replies that a provider leaves unread while it writes; see the sender. */
-static int start_receiver(const char *command, pid_t *pid)
-{
-    char *const argv[] = {"/bin/sh", "-c", (char *)command, NULL};
-    int pair[2], problem;
-    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) < 0)
-        return -1;
-    setsockopt(pair[1], SOL_SOCKET, SO_SNDBUF, &(int){RECEIVE_BUFFER}, sizeof(int));
-    problem = start_program(argv, pair[1], pair[1], pid);
-    close(pair[1]);
-    if (problem) {
-        errno = problem;
-        close(pair[0]);
-        return -1;
-    }
-    return pair[0];
 }
 
 /* The lost connection, in the words of the exit code. */
@@ -5322,7 +5117,7 @@ static int client_atrn(struct session *s, const struct customer *c, struct reply
 
 /* What the reversed session came to. A provider may say 250 to ATRN and QUIT right after EHLO, when it has no
  * mail (5.2.1-h): that is no error. */
-static int session_outcome(struct session *s, bool ended, size_t messages, size_t unwritten)
+int session_outcome(struct session *s, bool ended, size_t messages, size_t unwritten)
 {
     if (!ended)
         return exit_code_lost(s);
@@ -5345,36 +5140,6 @@ static int take_mail_ourselves(struct session *s, const struct customer *c)
         snprintf(what, sizeof what, "received for %s", server->stored);
     show_summary(s, what, server->messages, server->octets);
     free(server);
-    return code;
-}
-
-/* A reply of the receiver that was read for itself, passed on as it was. */
-static void pass_reply(struct session *s, const struct reply *r)
-{
-    for (const char *line = r->text; line; line = strchr(line, '\n')) {
-        line += *line == '\n';
-        send_line(s, "%d%c%.*s", r->code, strchr(line, '\n') ? '-' : ' ', (int)strcspn(line, "\n"), line);
-    }
-}
-
-static int let_receiver_take_mail(struct session *s, struct session *receiver, const struct reply *greeting)
-{
-    struct onlooker *o = must_alloc(calloc(1, sizeof *o));
-    struct session *gone; /* of the two the one to be named, if this was not a proper end */
-    int code;
-    o->s = s;
-    /* the greeting came before ATRN was sent; now it is the customer's first line (5.3-b) */
-    pass_reply(s, greeting);
-    gone = join_streams(o, &receiver->io) == PROVIDER ? s : receiver;
-    if (o->hidden)
-        o->quit = s->io.ended == closed_by_peer && receiver->io.ended == closed_by_peer;
-    if (gone->io.ended)
-        stream_break(&gone->io, gone->io.ended);
-    code = session_outcome(gone, o->quit, o->hidden ? 1 : o->messages, 0);
-    if (o->hidden)
-        log_event(s, LOG_INFO, "the provider took the receiver's STARTTLS: how many messages it sent cannot be known");
-    show_summary(s, "handed on", o->messages, o->passed);
-    free(o);
     return code;
 }
 
@@ -5443,55 +5208,6 @@ struct session *session_new(int fd, enum side self, int timeout, const char *nam
     return s;
 }
 
-/* The receiver of --smtp or --exec. */
-struct receiver {
-    struct session *session; /* NULL: none */
-    struct reply greeting;
-    pid_t child; /* 0: none */
-};
-
-static void leave_receiver(const struct customer *c, struct receiver *receiver)
-{
-    bool greeted = receiver->session && receiver->greeting.code == 220;
-    if (receiver->session)
-        stream_close(&receiver->session->io);
-    free(receiver->session);
-    if (receiver->child > 0)
-        finish_program(receiver->child, greeted && !customer_stops ? c->timeout : 0);
-    *receiver = (struct receiver){.session = NULL};
-}
-
-/* Reached, and its greeting read; if not, the log says so, and what follows from it. */
-static int reach_receiver(const struct customer *c, struct receiver *receiver, const char *consequence)
-{
-    const char *where = c->smtp ? c->smtp : c->exec;
-    int code = EX_TEMPFAIL;
-    int fd = c->smtp ? connect_to(c->smtp, "25", c->timeout, &code) : start_receiver(c->exec, &receiver->child);
-    if (fd < 0) {
-        log_event(NULL, LOG_ERR, "%s cannot be reached; %s", where, consequence);
-        return code == EX_NOHOST || code == EX_USAGE ? code : EX_TEMPFAIL;
-    }
-    receiver->session = must_alloc(session_new(fd, PROVIDER, c->timeout, c->name, TRACE_OFF));
-    if (read_reply(receiver->session, &receiver->greeting) && receiver->greeting.code == 220)
-        return EX_OK;
-    log_event(NULL, LOG_ERR, "%s does not take mail (%s); %s", where,
-              receiver->session->io.broken ? receiver->session->io.broken : receiver->greeting.text, consequence);
-    return EX_TEMPFAIL;
-}
-
-/* A receiver that has gone since its greeting, or said 421, is reached again before anything is passed on. */
-static int hand_session_on(struct session *s, const struct customer *c, struct receiver *receiver)
-{
-    if (stream_ready(&receiver->session->io)) {
-        leave_receiver(c, receiver);
-        if (reach_receiver(c, receiver, "the mail stays with the provider") != EX_OK) {
-            send_line(s, "421 4.3.2 %s: the receiver has gone, closing connection", s->name);
-            return EX_TEMPFAIL;
-        }
-    }
-    return let_receiver_take_mail(s, receiver->session, &receiver->greeting);
-}
-
 static int session_with_provider(const struct customer *c, struct receiver *receiver)
 {
     struct session *s;
@@ -5521,6 +5237,294 @@ int customer_session(const struct customer *c)
         code = session_with_provider(c, &receiver);
     leave_receiver(c, &receiver);
     return code;
+}
+
+/* ==== Handing the session on: --smtp and --exec ========================================================
+ *
+ * The receiver, the customer's own mail server, speaks SMTP. So its connection and the provider's are joined, and every
+ * octet passes unchanged. The relay follows the dialogue for the trace, for the count of messages and to recognise a
+ * proper end. If the provider takes the receiver's STARTTLS, the rest is hidden from it. */
+
+/* What a reply decides. */
+enum awaited { ANY_REPLY, DATA_REPLY, CONTENT_REPLY, STARTTLS_REPLY, QUIT_REPLY };
+
+struct relay {
+    struct session *s;
+    struct stream *from[2]; /* the provider's stream and the receiver's */
+    bool over[2];           /* nothing more comes from it, and the other side was told */
+    enum side first_over;
+
+    char line[2][COMMAND_LINE + 1]; /* the line under way from each side */
+    size_t len[2];
+    enum awaited awaited[PASSING_MAX]; /* the replies still due, from the oldest on */
+    size_t oldest, count;
+    bool in_mail, in_data;
+    bool hidden;            /* the two speak TLS with each other from here on */
+    bool quit;              /* QUIT was answered */
+    uint64_t chunk, octets; /* octets of a BDAT still to come; of this content so far */
+    unsigned tail;          /* how much of CRLF.CRLF was just seen */
+    size_t messages;
+    uint64_t passed; /* octets from the provider to the receiver */
+};
+
+static void await_reply(struct relay *r, enum awaited what)
+{
+    if (r->count < PASSING_MAX)
+        r->awaited[(r->oldest + r->count++) % PASSING_MAX] = what;
+}
+
+static void follow_command(struct relay *r, const char *line)
+{
+    enum awaited reply = ANY_REPLY;
+    trace_line(r->s, PROVIDER, "%s", line);
+    if (strncasecmp(line, "MAIL ", 5) == 0) {
+        r->in_mail = true;
+    } else if (strcasecmp(line, "RSET") == 0) {
+        r->in_mail = false;
+    } else if (strcasecmp(line, "DATA") == 0) {
+        reply = DATA_REPLY;
+    } else if (strncasecmp(line, "BDAT ", 5) == 0) {
+        r->chunk = strtoull(line + 5, NULL, 10);
+        trace_line(r->s, PROVIDER, "... %llu octets of message ...", (unsigned long long)r->chunk);
+        reply = strcasestr(line, " LAST") ? CONTENT_REPLY : ANY_REPLY;
+    } else if (strcasecmp(line, "STARTTLS") == 0) {
+        reply = STARTTLS_REPLY;
+    } else if (strcasecmp(line, "QUIT") == 0) {
+        reply = QUIT_REPLY;
+    }
+    await_reply(r, reply);
+}
+
+static void follow_reply(struct relay *r, const char *line)
+{
+    enum awaited what;
+    trace_line(r->s, CUSTOMER, "%s", line);
+    if (r->count == 0 || strlen(line) < 3 || line[3] == '-')
+        return;
+    what = r->awaited[r->oldest];
+    r->oldest = (r->oldest + 1) % PASSING_MAX;
+    r->count--;
+
+    if (what == DATA_REPLY && line[0] == '3') {
+        r->in_data = true;
+        r->tail = 2;
+        r->octets = 0;
+    } else if (what == CONTENT_REPLY) {
+        r->messages += line[0] == '2';
+        r->in_mail &= r->count > 0;
+    } else if (what == STARTTLS_REPLY && line[0] == '2') {
+        r->hidden = true;
+        trace_line(r->s, CUSTOMER, "(from here on the two speak TLS with each other, and nothing more can be seen)");
+    }
+    r->quit |= what == QUIT_REPLY;
+}
+
+/* Octets of a DATA content: how many of them belong to it, up to and with the lone dot's line end. */
+static size_t follow_data(struct relay *r, const char *data, size_t len)
+{
+    static const char end[] = "\r\n.\r\n";
+    size_t i = 0;
+    while (i < len && end[r->tail]) {
+        r->tail = data[i] == end[r->tail] ? r->tail + 1 : data[i] == '\r' ? 1 : 0;
+        i++;
+    }
+    r->octets += i;
+    if (!end[r->tail]) {
+        r->in_data = false;
+        trace_line(r->s, PROVIDER, "... %llu octets of message ...", (unsigned long long)r->octets - 3);
+        trace_line(r->s, PROVIDER, ".");
+        await_reply(r, CONTENT_REPLY);
+    }
+    return i;
+}
+
+/* Follows what one side has sent. */
+static void follow(struct relay *r, enum side side, const char *data, size_t len)
+{
+    char *line = r->line[side];
+    size_t *end = &r->len[side];
+    while (len > 0 && !r->hidden) {
+        size_t n = 1;
+        if (side == PROVIDER && r->chunk > 0) {
+            n = len < r->chunk ? len : (size_t)r->chunk;
+            r->chunk -= n;
+        } else if (side == PROVIDER && r->in_data) {
+            n = follow_data(r, data, len);
+        } else if (*data != '\n') {
+            if (*end < COMMAND_LINE)
+                line[(*end)++] = *data;
+        } else {
+            while (*end > 0 && strchr(" \t\r", line[*end - 1])) /* "DATA " is DATA (RFC 5321, 4.1.1) */
+                (*end)--;
+            line[*end] = '\0';
+            *end = 0;
+            (side == PROVIDER ? follow_command : follow_reply)(r, line);
+        }
+        data += n;
+        len -= n;
+    }
+}
+
+/* Passes on what has arrived from one side, then its end: the other side may still send its replies. If the receiver
+ * takes no more, the provider's side is over too. False: there was nothing. */
+static bool pass_on(struct relay *r, enum side side)
+{
+    struct stream *from = r->from[side], *to = r->from[other_side(side)];
+    size_t passed = 0, len;
+    const char *data;
+    if (r->over[side])
+        return false;
+    while (passed < STREAM_OUT && stream_ready(from) && !stream_over(from) && stream_peek(from, &data, &len)) {
+        follow(r, side, data, len);
+        stream_write(to, data, len);
+        stream_skip(from, len);
+        passed += len;
+    }
+    stream_flush(to);
+    r->passed += side == PROVIDER ? passed : 0;
+    show_progress(r->s, r->messages, r->passed);
+
+    r->over[side] = stream_over(from) || (side == PROVIDER && to->broken);
+    if (r->over[side]) {
+        if (!r->over[other_side(side)])
+            r->first_over = r->from[CUSTOMER]->broken ? CUSTOMER : side;
+        stream_end(to);
+    }
+    return passed > 0 || r->over[side];
+}
+
+/* Waits until something arrives or a signal comes. The reply to the last octet of a message has FINAL_REPLY_TIMEOUT
+ * and, if the dialogue is hidden, so has everything. False: since then both sides have been silent too long. */
+static bool wait_for_either(const struct relay *r, int64_t since)
+{
+    struct pollfd p[3] = {[2] = {.fd = customer_stops ? -1 : stop_pipe[0], .events = POLLIN}};
+    bool final = r->hidden || (r->count > 0 && r->awaited[r->oldest] == CONTENT_REPLY);
+    int seconds = final && r->s->io.timeout < FINAL_REPLY_TIMEOUT ? FINAL_REPLY_TIMEOUT : r->s->io.timeout;
+    int64_t left = since + (int64_t)seconds * 1000 - now_ms();
+    for (int side = 0; side < 2; side++)
+        p[side] = (struct pollfd){.fd = r->over[side] ? -1 : r->from[side]->fd, .events = POLLIN};
+    if (left > 0)
+        poll(p, 3, (int)left);
+    return left > 0;
+}
+
+/* Joins the two connections until both are over, or one of them after QUIT was answered. */
+static void join_streams(struct relay *r)
+{
+    int64_t since = now_ms();
+    enter_state(r->s, REVERSED);
+    r->s->io.wake_fd = -1;
+    while (r->over[PROVIDER] + r->over[CUSTOMER] < (r->quit ? 1 : 2)) {
+        bool moved;
+        if (customer_stops && (r->hidden || (!r->in_mail && r->count == 0))) {
+            r->quit = true;
+            end_with_421(r->s, "this server is shutting down");
+            break;
+        }
+        moved = pass_on(r, CUSTOMER);
+        moved |= pass_on(r, PROVIDER);
+        if (moved) {
+            since = now_ms();
+        } else if (!wait_for_either(r, since)) {
+            stream_break(&r->s->io, "both sides were silent too long");
+            r->first_over = PROVIDER;
+            break;
+        }
+    }
+}
+
+/* A reply of the receiver that was read for itself, passed on as it was. */
+static void pass_reply(struct session *s, const struct reply *r)
+{
+    for (const char *line = r->text; line; line = strchr(line, '\n')) {
+        line += *line == '\n';
+        send_line(s, "%d%c%.*s", r->code, strchr(line, '\n') ? '-' : ' ', (int)strcspn(line, "\n"), line);
+    }
+}
+
+static int relay_mail(struct session *s, struct receiver *receiver)
+{
+    struct relay *r = must_alloc(calloc(1, sizeof *r));
+    struct session *gone; /* to be named if the session had no proper end */
+    int code;
+    r->s = s;
+    r->from[PROVIDER] = &s->io;
+    r->from[CUSTOMER] = &receiver->session->io;
+    pass_reply(s, &receiver->greeting); /* it came before ATRN was sent; now it is the customer's first line (5.3-b) */
+    join_streams(r);
+
+    gone = r->first_over == PROVIDER ? s : receiver->session;
+    if (r->hidden) {
+        r->quit = s->io.ended == closed_by_peer && receiver->session->io.ended == closed_by_peer;
+        log_event(s, LOG_INFO, "the provider took the receiver's STARTTLS: how many messages it sent cannot be known");
+    }
+    if (gone->io.ended)
+        stream_break(&gone->io, gone->io.ended);
+    code = session_outcome(gone, r->quit, r->hidden ? 1 : r->messages, 0);
+    show_summary(s, "handed on", r->messages, r->passed);
+    free(r);
+    return code;
+}
+
+/* Starts COMMAND with one end of a socket pair as its standard input and output; the other end is returned.
+ * Its buffer must hold all the replies that a provider leaves unread while it writes; see the sender. */
+static int start_receiver(const char *command, pid_t *pid)
+{
+    char *const argv[] = {"/bin/sh", "-c", (char *)command, NULL};
+    int pair[2], problem;
+    if (socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair) < 0)
+        return -1;
+    setsockopt(pair[1], SOL_SOCKET, SO_SNDBUF, &(int){RECEIVE_BUFFER}, sizeof(int));
+    problem = start_program(argv, pair[1], pair[1], pid);
+    close(pair[1]);
+    if (problem) {
+        errno = problem;
+        close(pair[0]);
+        return -1;
+    }
+    return pair[0];
+}
+
+void leave_receiver(const struct customer *c, struct receiver *receiver)
+{
+    bool greeted = receiver->session && receiver->greeting.code == 220;
+    if (receiver->session)
+        stream_close(&receiver->session->io);
+    free(receiver->session);
+    if (receiver->child > 0)
+        finish_program(receiver->child, greeted && !customer_stops ? c->timeout : 0);
+    *receiver = (struct receiver){.session = NULL};
+}
+
+/* Reached, and its greeting read; if not, the log says so, and what follows from it. */
+int reach_receiver(const struct customer *c, struct receiver *receiver, const char *consequence)
+{
+    const char *where = c->smtp ? c->smtp : c->exec;
+    int code = EX_TEMPFAIL;
+    int fd = c->smtp ? connect_to(c->smtp, "25", c->timeout, &code) : start_receiver(c->exec, &receiver->child);
+    if (fd < 0) {
+        log_event(NULL, LOG_ERR, "%s cannot be reached; %s", where, consequence);
+        return code == EX_NOHOST || code == EX_USAGE ? code : EX_TEMPFAIL;
+    }
+    receiver->session = must_alloc(session_new(fd, PROVIDER, c->timeout, c->name, TRACE_OFF));
+    if (read_reply(receiver->session, &receiver->greeting) && receiver->greeting.code == 220)
+        return EX_OK;
+    log_event(NULL, LOG_ERR, "%s does not take mail (%s); %s", where,
+              receiver->session->io.broken ? receiver->session->io.broken : receiver->greeting.text, consequence);
+    return EX_TEMPFAIL;
+}
+
+/* A receiver that has gone since its greeting, or said 421, is reached again before anything is passed on. */
+int hand_session_on(struct session *s, const struct customer *c, struct receiver *receiver)
+{
+    if (stream_ready(&receiver->session->io)) {
+        leave_receiver(c, receiver);
+        if (reach_receiver(c, receiver, "the mail stays with the provider") != EX_OK) {
+            send_line(s, "421 4.3.2 %s: the receiver has gone, closing connection", s->name);
+            return EX_TEMPFAIL;
+        }
+    }
+    return relay_mail(s, receiver);
 }
 
 /* ==== SASL ============================================================================================

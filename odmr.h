@@ -59,7 +59,7 @@
 #define REPLIES_IN_FLIGHT 320    /* times 512 octets: under RECEIVE_BUFFER, see the sender */
 #define RECEIVE_BUFFER 212992    /* octets: what Linux grants by default (net.core.rmem_max) */
 #define REFUSED_MESSAGES_MAX 10  /* when so many were refused and none was taken, the session ends */
-#define PASSING_MAX 1024         /* replies the onlooker of --smtp and --exec can expect */
+#define PASSING_MAX 1024         /* replies that the relay of --smtp and --exec can await */
 #define PATIENCE_OCTETS 16384    /* a peer that has taken so many has its whole time for the next */
 #define STREAM_IN 16384
 #define STREAM_OUT 131072
@@ -391,6 +391,13 @@ struct session {
     char domains[ATRN_LINE]; /* of ATRN, when it names some */
 };
 
+/* The customer's own mail server, behind --smtp or --exec. */
+struct receiver {
+    struct session *session; /* NULL: none */
+    struct reply greeting;
+    pid_t child; /* 0: none */
+};
+
 /* ---- Functions, in the order of odmr.c ---- */
 
 /* Log and trace */
@@ -629,13 +636,27 @@ bool deliveries_store(struct delivery *d, size_t count);
 /* "HOST", "HOST:PORT", "[ADDRESS]:PORT" taken apart. False: none of them, or too long. default_port may be NULL. */
 bool split_host_port(const char *text, const char *default_port, char *host, size_t host_size, char *port,
                      size_t port_size);
+/* Connects to the first address that answers. Returns the socket, or -1 and an exit code in *code. */
+int connect_to(const char *where, const char *default_port, int timeout, int *code);
 /* Why a session failed, to the log, and its exit code: the connection was lost; this was the reply to a command. */
 int exit_code_lost(const struct session *s);
 int exit_code_refused(const struct session *s, const char *command, const struct reply *r, int permanent);
+/* The exit code of the reversed session; ended: it had a proper end. */
+int session_outcome(struct session *s, bool ended, size_t messages, size_t unwritten);
 /* A session over a connected socket, its numbers and names set; free() it. NULL: out of memory. */
 struct session *session_new(int fd, enum side self, int timeout, const char *name, enum trace trace);
 /* One session from connect to close; an exit code. */
 int customer_session(const struct customer *c);
+
+/* Handing the session on */
+
+/* Joins the session with the receiver, which is reached again, once, if it has gone. An exit code. */
+int hand_session_on(struct session *s, const struct customer *c, struct receiver *receiver);
+/* Connects to the receiver or starts it, and reads its greeting. An exit code; if it is not EX_OK, the log says why,
+ * and the consequence. */
+int reach_receiver(const struct customer *c, struct receiver *receiver, const char *consequence);
+/* Closes the connection and ends the program. */
+void leave_receiver(const struct customer *c, struct receiver *receiver);
 
 /* SASL */
 

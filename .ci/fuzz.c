@@ -1213,10 +1213,10 @@ static void fuzz_base64(void)
     must(base64_decode(decoded, sizeof decoded, encoded) == (ssize_t)input_len && memcmp(decoded, input, input_len) == 0);
 }
 
-/* ---- onlooker: what passes through --smtp and --exec, cut in any way ---- */
+/* ---- relay: what passes through --smtp and --exec, cut in any way ---- */
 
 /* PAUSE changes the speaker; the octet behind it, how many come at once. */
-static void look(struct onlooker *o, const uint8_t *data, size_t len, size_t at_once)
+static void follow_all(struct relay *r, const uint8_t *data, size_t len, size_t at_once)
 {
     enum side who = PROVIDER;
     for (size_t i = 0; i < len;) {
@@ -1228,22 +1228,22 @@ static void look(struct onlooker *o, const uint8_t *data, size_t len, size_t at_
         }
         while (i + n < len && n < at_once && data[i + n] != PAUSE)
             n++;
-        looker_sees(o, who, (const char *)data + i, n);
+        follow(r, who, (const char *)data + i, n);
         i += n;
     }
 }
 
-static void fuzz_onlooker(void)
+static void fuzz_relay(void)
 {
-    static struct onlooker whole, parts;
+    static struct relay whole, parts;
     struct session *s = new_session(CUSTOMER);
     unsigned o = option(), at_once = option() + 1;
     s->trace = (o & 3) != 3 ? TRACE_OFF : o & 32 ? TRACE_LADDER : TRACE_RFC;
     memset(&whole, 0, sizeof whole);
     memset(&parts, 0, sizeof parts);
     whole.s = parts.s = s;
-    look(&whole, input, input_len, input_len);
-    look(&parts, input, input_len, at_once);
+    follow_all(&whole, input, input_len, input_len);
+    follow_all(&parts, input, input_len, at_once);
     must(whole.messages == parts.messages && whole.quit == parts.quit && whole.count == parts.count);
     must(whole.in_data == parts.in_data && whole.chunk == parts.chunk && whole.tail == parts.tail);
     must(memcmp(whole.len, parts.len, sizeof whole.len) == 0 && whole.count <= PASSING_MAX);
@@ -1353,7 +1353,7 @@ static const struct {
 } targets[] = {
     {"provider", fuzz_provider}, {"sender", fuzz_sender},     {"receiver", fuzz_receiver},
     {"customer", fuzz_customer}, {"sasl", fuzz_sasl},         {"message", fuzz_message},
-    {"accounts", fuzz_accounts}, {"base64", fuzz_base64},     {"onlooker", fuzz_onlooker},
+    {"accounts", fuzz_accounts}, {"base64", fuzz_base64},     {"relay", fuzz_relay},
     {"networks", fuzz_networks}, {"enqueue", fuzz_enqueue},
 };
 static void (*target)(void);
