@@ -650,13 +650,13 @@ int customer_session(const struct customer *c);
 
 /* Handing the session on */
 
-/* Joins the session with the receiver, which is reached again, once, if it has gone. An exit code. */
-int hand_session_on(struct session *s, const struct customer *c, struct receiver *receiver);
+/* Closes the connection to the receiver and ends the program. */
+void leave_receiver(const struct customer *c, struct receiver *receiver);
 /* Connects to the receiver or starts it, and reads its greeting. An exit code; if it is not EX_OK, the log says why,
  * and the consequence. */
 int reach_receiver(const struct customer *c, struct receiver *receiver, const char *consequence);
-/* Closes the connection and ends the program. */
-void leave_receiver(const struct customer *c, struct receiver *receiver);
+/* Joins the session with the receiver, which is reached again, once, if it has gone. An exit code. */
+int hand_session_on(struct session *s, const struct customer *c, struct receiver *receiver);
 
 /* SASL */
 
