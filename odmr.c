@@ -6786,9 +6786,9 @@ static const char *session_admit(struct provider *p, struct session *s)
     pthread_mutex_lock(&p->lock);
     for (const struct session *other = p->sessions; other; other = other->next)
         from_here += network_has(&here, other->address);
-    if (p->session_count >= p->max_sessions)
+    if (p->session_count >= (size_t)p->max_sessions)
         why = "too many sessions";
-    else if (from_here >= p->max_per_address)
+    else if (from_here >= (size_t)p->max_per_address)
         why = "too many sessions from your address";
     if (!why) {
         s->tls_context = p->tls_context;
@@ -7369,112 +7369,174 @@ int demo(bool stepwise, bool tls, enum mechanism mechanism)
 
 /* ==== Main ============================================================================================ */
 
-static const char usage_all[] =
-    "odmr: On-Demand Mail Relay (RFC 2645)\n"
-    "\n"
-    "  odmr provider [options]                          hold mail, hand it over when asked\n"
-    "  odmr customer [options] HOST[:PORT] [DOMAIN...]  fetch mail\n"
-    "  odmr enqueue [options] RECIPIENT...              put a message into the queue\n"
-    "  odmr queue [options] [DOMAIN...]                 show what waits\n"
-    "  odmr account [--scram] NAME DOMAIN[,DOMAIN...]   a line for the accounts file\n"
-    "  odmr demo [options]                              a whole session on this machine\n"
-    "\n"
-    "odmr COMMAND --help explains each. odmr --version tells the version.\n";
+#define QUEUE_DIR "/var/spool/odmr"
+#define OPTIONS_MAX 32
+#define FIRST_LONG 256 /* what getopt_long() returns for the first row of a table, above every letter */
 
-static const char usage_provider[] =
-    "odmr provider [options]: serve the customers' mail from Maildirs\n"
-    "\n"
-    "  -l, --listen ADDR:PORT       default port 366 on every address, unless --tls-listen says where; may be\n"
-    "                               given again; port 0: a free one; [::1]:3660 for IPv6\n"
-    "  -q, --queue DIR              default /var/spool/odmr\n"
-    "  -a, --accounts FILE          default /etc/odmr/accounts\n"
-    "  -n, --name HOST              the name in greetings and EHLO; default: the host's name\n"
-    "  -t, --trace                  the whole dialogue on standard error; --trace=ladder draws it\n"
-    "  -i, --interval SECONDS       450 for an ATRN that repeats sooner for the same account; default 0: off\n"
-    "      --allow ADDR[/BITS]      serve these addresses only; may be given again\n"
-    "      --max-sessions N         default 1000; over it: 421 and close\n"
-    "      --max-per-address N      default 20, an IPv6 /64 being one address; over it: 421 and close\n"
-    "      --timeout SECONDS        any one wait for the peer, default 300\n"
-    "      --login-timeout SECONDS  from connect to authenticated, all in all, default 60\n"
-    "      --no-cram-md5            do without it (RFC 2645, 5.1.2, lets a site that has something better)\n"
-    "      --cert FILE --key FILE   PEM; STARTTLS is offered\n"
-    "      --tls-listen ADDR:PORT   TLS from the first byte; may be given again\n"
-    "      --client-ca FILE         PEM; customers with a certificate it signed may AUTH EXTERNAL\n"
-    "      --require-tls            AUTH before TLS: 538\n"
-    "      --user NAME              after binding, run as this user\n"
-    "      --sendmail PATH          takes failure notices, default /usr/sbin/sendmail\n"
-    "      --max-age DAYS           mail nobody collects is returned after so long; default 0: never\n";
+/* A command, as odmr --help and its own --help show it. */
+struct command {
+    const char *name, *arguments, *summary;
+    int (*run)(const struct command *c, int argc, char **argv);
+    const char *ending; /* of its --help */
+};
 
-static const char usage_customer[] =
-    "odmr customer [options] HOST[:PORT] [DOMAIN...]: fetch the mail of these domains, or of all\n"
-    "\n"
-    "  -u, --user NAME          the account's name\n"
-    "  -s, --secret-file FILE   its secret is the first line; or the variable ODMR_SECRET\n"
-    "  -q, --queue DIR          deliver into DIR/<domain>/new; default ./mail\n"
-    "      --smtp HOST:PORT     or hand the reversed session to this SMTP server\n"
-    "      --exec COMMAND       or to this program's standard input and output (\"sendmail -bs\")\n"
-    "  -n, --name HOST          the name in greetings and EHLO; default: the host's name\n"
-    "  -t, --trace              the whole dialogue on standard error; --trace=ladder draws it\n"
-    "      --timeout SECONDS    any one wait for the peer, default 300\n"
-    "      --tls                TLS from the first byte; else STARTTLS is used when it is offered\n"
-    "      --require-tls        refuse to go on without STARTTLS\n"
-    "      --ca FILE            trust these certificates instead of the system's\n"
-    "      --insecure           do not verify the provider's certificate\n"
-    "      --cert FILE --key FILE   the customer's own certificate, for AUTH EXTERNAL\n"
-    "      --mechanism NAME     this SASL mechanism and no other: SCRAM-SHA-256-PLUS, SCRAM-SHA-256, EXTERNAL,\n"
-    "                           CRAM-MD5, PLAIN; default: the first of them that both sides can do\n"
-    "      --quiet              neither progress nor a summary; only what went wrong\n"
-    "      --poll SECONDS       ask again and again; later and later (up to an hour) after exit code 77\n"
-    "\n"
-    "Exit: 0 mail received, 1 no mail (or none that was taken), 75 try later, 77 not authenticated, 76 the peer\n"
-    "broke the protocol, 69 no ATRN or no such service, 68 unknown host, 73 cannot write the mail.\n";
+/* An option of a command: how it is written, how --help explains it, and what becomes of its value. */
+struct choice {
+    const char *name;
+    char letter;          /* 0: none */
+    const char *argument; /* NULL: none; in brackets: it may be left out */
+    const char *text;
+    void (*take)(const struct choice *o, const char *value);
+    void *where;
+    long lowest, highest; /* of a number */
+};
+#define OTHER(take, where) take, &(where), 0, 0
+#define FLAG(where) OTHER(take_flag, where)
+#define TEXT(where) OTHER(take_text, where)
+#define NUMBER(where, lowest, highest) take_number, &(where), lowest, highest
 
-static const char usage_enqueue[] =
-    "odmr enqueue [-q DIR] [-f SENDER] [--] RECIPIENT...: the message on standard input into the queue\n"
-    "\n"
-    "  -q, --queue DIR      default /var/spool/odmr\n"
-    "  -f, --from SENDER    the reverse-path; default: the null sender\n"
-    "\n"
-    "Exit: 0 queued; 64 wrong usage; 65 a bad address; 75 try later (nothing is queued).\n";
-
-static const char usage_queue[] =
-    "odmr queue [-q DIR] [-l] [-a FILE] [DOMAIN...]: what waits: domain, messages, octets, oldest, held\n"
-    "\n"
-    "  -q, --queue DIR      default /var/spool/odmr\n"
-    "  -l, --list           every message with its envelope, and why it is held if it is\n"
-    "  -a, --accounts FILE  mark domains that no account has: nobody can collect their mail\n"
-    "\n"
-    "Without a DOMAIN it also names what is in DIR and cannot be asked for. Exit: 0; 75 something cannot be read.\n";
-
-static const char usage_account[] =
-    "odmr account [--scram] NAME DOMAIN[,DOMAIN...]: prints a line for the accounts file\n"
-    "\n"
-    "  --scram   not the secret itself but what is enough to check it, by SCRAM-SHA-256 and PLAIN\n"
-    "\n"
-    "Asks for the secret, or reads it from standard input. Names and secrets are UTF-8, taken as they are.\n";
-
-static const char usage_demo[] =
-    "odmr demo [options]: a whole session on this machine, explained\n"
-    "\n"
-    "  --step             wait for Return before each command\n"
-    "  --tls              with STARTTLS\n"
-    "  --mechanism NAME   log in by this one; default CRAM-MD5, the memo's own\n";
-
-static void help(const char *text)
+static void finish_help(void)
 {
-    fputs(text, stdout);
     exit(fflush(stdout) == 0 ? EX_OK : EX_IOERR);
 }
 
-static long number_option(const char *option, const char *text, long lowest, long highest)
+static int label(char *out, size_t size, const struct choice *o)
+{
+    const char *argument = o->argument ? o->argument : "", *blank = *argument && *argument != '[' ? " " : "";
+    char letter[] = {'-', o->letter, ',', '\0'};
+    return snprintf(out, size, "  %3s --%s%s%s", o->letter ? letter : "", o->name, blank, argument);
+}
+
+static void show_help(const struct command *c, const struct choice *options)
+{
+    char left[80];
+    int width = 0;
+
+    printf("odmr %s %s: %s\n\n", c->name, c->arguments, c->summary);
+    for (const struct choice *o = options; o->name; o++)
+        width = label(left, sizeof left, o) > width ? label(left, sizeof left, o) : width;
+    for (const struct choice *o = options; o->name; o++) {
+        label(left, sizeof left, o);
+        for (const char *line = o->text; *line; line += strspn(line, "\n")) {
+            int len = (int)strcspn(line, "\n");
+            printf("%-*s  %.*s\n", width, line == o->text ? left : "", len, line);
+            line += len;
+        }
+    }
+    printf("%s", c->ending);
+    finish_help();
+}
+
+/* Gives the options on the command line to their rows, and leaves optind at the first argument. */
+static void take_options(const struct command *c, const struct choice *options, int argc, char **argv)
+{
+    struct option longs[OPTIONS_MAX + 2] = {{"help", no_argument, NULL, 'h'}};
+    char letters[2 * OPTIONS_MAX + 3] = ":h";
+    size_t used = 2;
+    int given, row;
+
+    for (int i = 0; options[i].name; i++) {
+        const char *argument = options[i].argument;
+        int has = !argument ? no_argument : *argument == '[' ? optional_argument : required_argument;
+        longs[i + 1] = (struct option){options[i].name, has, NULL, FIRST_LONG + i};
+        if (options[i].letter)
+            used += (size_t)snprintf(letters + used, sizeof letters - used, "%c%s", options[i].letter,
+                                     has == required_argument ? ":" : "");
+    }
+
+    while ((given = getopt_long(argc, argv, letters, longs, NULL)) != -1) {
+        if (given == 'h')
+            show_help(c, options);
+        if (given == ':')
+            die(EX_USAGE, "%s: option %s needs a value; see odmr %s --help", c->name, argv[optind - 1], c->name);
+        if (given == '?' && optopt > 0 && optopt < FIRST_LONG && !strchr(letters, optopt))
+            die(EX_USAGE, "%s: unknown option -%c; see odmr %s --help", c->name, optopt, c->name);
+        if (given == '?')
+            die(EX_USAGE, "%s: %s %s; see odmr %s --help", c->name, optopt ? "no value belongs to" : "unknown option",
+                argv[optind - 1], c->name);
+        for (row = 0; given != FIRST_LONG + row && given != options[row].letter;)
+            row++;
+        options[row].take(&options[row], optarg);
+    }
+}
+
+static void take_options_only(const struct command *c, const struct choice *options, int argc, char **argv)
+{
+    take_options(c, options, argc, argv);
+    if (optind < argc)
+        die(EX_USAGE, "%s: %s: takes options only; see odmr %s --help", c->name, argv[optind], c->name);
+}
+
+static void take_flag(const struct choice *o, const char *value)
+{
+    (void)value;
+    *(bool *)o->where = true;
+}
+
+static void take_text(const struct choice *o, const char *value)
+{
+    *(const char **)o->where = value;
+}
+
+static void take_number(const struct choice *o, const char *value)
 {
     char *end;
-    long value;
+    long number;
     errno = 0;
-    value = strtol(text, &end, 10);
-    if (end == text || *end != '\0' || errno || value < lowest || value > highest)
-        die(EX_USAGE, "--%s %s: not a number from %ld to %ld", option, text, lowest, highest);
-    return value;
+    number = strtol(value, &end, 10);
+    if (end == value || *end != '\0' || errno || number < o->lowest || number > o->highest)
+        die(EX_USAGE, "--%s %s: not a number from %ld to %ld", o->name, value, o->lowest, o->highest);
+    *(int *)o->where = (int)number;
+}
+
+/* A name is sent in greetings: it must not be able to break a line. */
+static void take_name(const struct choice *o, const char *value)
+{
+    if (*value == '\0' || strlen(value) > DOMAIN_MAX || !printable(value, strlen(value)) || strchr(value, ' '))
+        die(EX_USAGE, "--name %s: not the name of a host", value);
+    take_text(o, value);
+}
+
+static void take_trace(const struct choice *o, const char *value)
+{
+    if (value && strcmp(value, "ladder") != 0)
+        die(EX_USAGE, "--trace=%s: there is --trace, and --trace=ladder", value);
+    *(enum trace *)o->where = value ? TRACE_LADDER : TRACE_RFC;
+}
+
+static void take_mechanism(const struct choice *o, const char *value)
+{
+    enum mechanism m = mechanism_named(value);
+    if (m == NO_MECHANISM)
+        die(EX_USAGE, "--mechanism %s: not one of ours; see odmr customer --help", value);
+    *(enum mechanism *)o->where = m;
+}
+
+static void add_listener(struct provider *p, const char *where, bool tls)
+{
+    p->listen_tls[p->listen_count] = tls;
+    p->listen[p->listen_count++] = where;
+}
+
+/* --listen, --tls-listen */
+static void take_listener(const struct choice *o, const char *value)
+{
+    struct provider *p = o->where;
+    char host[256], port[32];
+    if (!split_host_port(value, NULL, host, sizeof host, port, sizeof port))
+        die(EX_USAGE, "--%s %s: not ADDR:PORT", o->name, value);
+    if (p->listen_count == LISTENERS_MAX)
+        die(EX_USAGE, "--%s %s: more than %d of them", o->name, value, LISTENERS_MAX);
+    add_listener(p, value, strcmp(o->name, "tls-listen") == 0);
+}
+
+static void take_network(const struct choice *o, const char *value)
+{
+    struct provider *p = o->where;
+    if (p->allow_count == NETWORKS_MAX)
+        die(EX_USAGE, "--allow %s: more than %d of them", value, NETWORKS_MAX);
+    if (!network_parse(&p->allow[p->allow_count++], value))
+        die(EX_USAGE, "--allow %s: not ADDR or ADDR/BITS", value);
 }
 
 /* The host's name, as good as the system knows it. */
@@ -7486,101 +7548,7 @@ static const char *host_name(void)
     return name;
 }
 
-/* A name is sent in greetings: it must not be able to break a line. */
-static const char *name_option(const char *text)
-{
-    if (*text == '\0' || strlen(text) > DOMAIN_MAX || !printable(text, strlen(text)) || strchr(text, ' '))
-        die(EX_USAGE, "--name %s: not the name of a host", text);
-    return text;
-}
-
-/* Options that have no letter. */
-enum long_option {
-    OPT_FIRST = 256, OPT_ALLOW, OPT_CA, OPT_CERT, OPT_CLIENT_CA, OPT_EXEC, OPT_INSECURE, OPT_KEY, OPT_LOGIN_TIMEOUT,
-    OPT_MAX_AGE, OPT_MAX_PER_ADDRESS, OPT_MAX_SESSIONS, OPT_MECHANISM, OPT_NO_CRAM_MD5, OPT_POLL, OPT_QUIET,
-    OPT_REQUIRE_TLS, OPT_SCRAM, OPT_SENDMAIL, OPT_SMTP, OPT_STEP, OPT_TIMEOUT, OPT_TLS, OPT_TLS_LISTEN, OPT_USER,
-};
-
-/* getopt_long() with our words: the next option's letter or number, -1 at the end; exits on a bad one. */
-static int next_option(int argc, char **argv, const char *letters, const struct option *options, const char *usage)
-{
-    int option = getopt_long(argc, argv, letters, options, NULL);
-    if (option == 'h')
-        help(usage);
-    if (option == ':')
-        die(EX_USAGE, "%s: option %s needs a value; see odmr %s --help", argv[0], argv[optind - 1], argv[0]);
-    if (option == '?' && optopt > 0 && optopt < OPT_FIRST && !strchr(letters, optopt))
-        die(EX_USAGE, "%s: unknown option -%c; see odmr %s --help", argv[0], optopt, argv[0]);
-    if (option == '?')
-        die(EX_USAGE, "%s: %s %s; see odmr %s --help", argv[0], optopt ? "no value belongs to" : "unknown option",
-            argv[optind - 1], argv[0]);
-    return option;
-}
-
-/* --trace, --trace=ladder */
-static enum trace trace_option(const char *form)
-{
-    if (form && strcmp(form, "ladder") != 0)
-        die(EX_USAGE, "--trace=%s: there is --trace, and --trace=ladder", form);
-    return form ? TRACE_LADDER : TRACE_RFC;
-}
-
-static enum mechanism mechanism_option(const char *name)
-{
-    enum mechanism m = mechanism_named(name);
-    if (m == NO_MECHANISM)
-        die(EX_USAGE, "--mechanism %s: not one of ours; see odmr customer --help", name);
-    return m;
-}
-
-static void add_listener(struct provider *p, const char *option, const char *where, bool tls)
-{
-    char host[256], port[32];
-    if (!split_host_port(where, NULL, host, sizeof host, port, sizeof port))
-        die(EX_USAGE, "--%s %s: not ADDR:PORT", option, where);
-    if (p->listen_count == LISTENERS_MAX)
-        die(EX_USAGE, "--%s %s: more than %d of them", option, where, LISTENERS_MAX);
-    p->listen_tls[p->listen_count] = tls;
-    p->listen[p->listen_count++] = where;
-}
-
-static void add_network(struct provider *p, const char *network)
-{
-    if (p->allow_count == NETWORKS_MAX)
-        die(EX_USAGE, "--allow %s: more than %d of them", network, NETWORKS_MAX);
-    if (!network_parse(&p->allow[p->allow_count++], network))
-        die(EX_USAGE, "--allow %s: not ADDR or ADDR/BITS", network);
-}
-
-static void provider_option(struct provider *p, int option)
-{
-    switch (option) {
-    case 'l': add_listener(p, "listen", optarg, false); break;
-    case 'q': p->queue_path = optarg; break;
-    case 'a': p->accounts_path = optarg; break;
-    case 'n': p->name = name_option(optarg); break;
-    case 't': p->trace = trace_option(optarg); break;
-    case 'i': p->interval = (int)number_option("interval", optarg, 0, INT_MAX); break;
-    case OPT_ALLOW: add_network(p, optarg); break;
-    case OPT_MAX_SESSIONS: p->max_sessions = (size_t)number_option("max-sessions", optarg, 1, INT_MAX); break;
-    case OPT_MAX_PER_ADDRESS:
-        p->max_per_address = (size_t)number_option("max-per-address", optarg, 1, INT_MAX);
-        break;
-    case OPT_TIMEOUT: p->timeout = (int)number_option("timeout", optarg, 1, TIMEOUT_MAX); break;
-    case OPT_LOGIN_TIMEOUT: p->login_timeout = (int)number_option("login-timeout", optarg, 1, TIMEOUT_MAX); break;
-    case OPT_NO_CRAM_MD5: p->no_cram_md5 = true; break;
-    case OPT_CERT: p->cert = optarg; break;
-    case OPT_KEY: p->key = optarg; break;
-    case OPT_TLS_LISTEN: add_listener(p, "tls-listen", optarg, true); break;
-    case OPT_CLIENT_CA: p->client_ca = optarg; break;
-    case OPT_REQUIRE_TLS: p->require_tls = true; break;
-    case OPT_USER: p->user = optarg; break;
-    case OPT_SENDMAIL: p->sendmail = optarg; break;
-    case OPT_MAX_AGE: p->max_age = (int)number_option("max-age", optarg, 0, MAX_AGE_MOST); break;
-    }
-}
-
-/* What goes together, and what stands for what was not said. */
+/* Checks which options go together, and fills in the defaults that depend on others. */
 static void complete_provider(struct provider *p)
 {
     bool plain = false, tls = false;
@@ -7594,33 +7562,48 @@ static void complete_provider(struct provider *p)
     if (!p->key)
         p->key = p->cert; /* one file may hold both */
     if (!plain && !tls)
-        add_listener(p, "listen", "*:" ODMR_PORT, false); /* (4-a) */
+        add_listener(p, "*:" ODMR_PORT, false); /* (4-a) */
 }
 
-static int main_provider(int argc, char **argv)
+static int main_provider(const struct command *command, int argc, char **argv)
 {
-    static const struct option options[] = {
-        {"listen", required_argument, NULL, 'l'}, {"queue", required_argument, NULL, 'q'},
-        {"accounts", required_argument, NULL, 'a'}, {"name", required_argument, NULL, 'n'},
-        {"trace", optional_argument, NULL, 't'}, {"interval", required_argument, NULL, 'i'},
-        {"allow", required_argument, NULL, OPT_ALLOW}, {"max-sessions", required_argument, NULL, OPT_MAX_SESSIONS},
-        {"max-per-address", required_argument, NULL, OPT_MAX_PER_ADDRESS},
-        {"timeout", required_argument, NULL, OPT_TIMEOUT},
-        {"login-timeout", required_argument, NULL, OPT_LOGIN_TIMEOUT},
-        {"no-cram-md5", no_argument, NULL, OPT_NO_CRAM_MD5}, {"cert", required_argument, NULL, OPT_CERT},
-        {"key", required_argument, NULL, OPT_KEY}, {"tls-listen", required_argument, NULL, OPT_TLS_LISTEN},
-        {"client-ca", required_argument, NULL, OPT_CLIENT_CA}, {"require-tls", no_argument, NULL, OPT_REQUIRE_TLS},
-        {"user", required_argument, NULL, OPT_USER}, {"sendmail", required_argument, NULL, OPT_SENDMAIL},
-        {"max-age", required_argument, NULL, OPT_MAX_AGE}, {"help", no_argument, NULL, 'h'}, {0}};
-    static struct provider p = {.sendmail = "/usr/sbin/sendmail", .queue_path = "/var/spool/odmr",
+    static struct provider p = {.sendmail = "/usr/sbin/sendmail", .queue_path = QUEUE_DIR,
                                 .accounts_path = "/etc/odmr/accounts", .max_sessions = 1000, .max_per_address = 20,
                                 .timeout = 300, .login_timeout = 60};
-    int option;
+    static const struct choice options[] = {
+        {"listen", 'l', "ADDR:PORT", "default port 366 on every address, unless --tls-listen says where;\n"
+                                     "may be given again; port 0: a free one; [::1]:3660 for IPv6",
+         OTHER(take_listener, p)},
+        {"queue", 'q', "DIR", "default " QUEUE_DIR, TEXT(p.queue_path)},
+        {"accounts", 'a', "FILE", "default /etc/odmr/accounts", TEXT(p.accounts_path)},
+        {"name", 'n', "HOST", "the name in greetings and EHLO; default: the host's name", OTHER(take_name, p.name)},
+        {"trace", 't', "[=ladder]", "the whole dialogue on standard error; --trace=ladder draws it",
+         OTHER(take_trace, p.trace)},
+        {"interval", 'i', "SECONDS", "450 for an ATRN that repeats sooner for the same account; default 0: off",
+         NUMBER(p.interval, 0, INT_MAX)},
+        {"allow", 0, "ADDR[/BITS]", "serve these addresses only; may be given again", OTHER(take_network, p)},
+        {"max-sessions", 0, "N", "default 1000; over it: 421 and close", NUMBER(p.max_sessions, 1, INT_MAX)},
+        {"max-per-address", 0, "N", "default 20, an IPv6 /64 being one address; over it: 421 and close",
+         NUMBER(p.max_per_address, 1, INT_MAX)},
+        {"timeout", 0, "SECONDS", "any one wait for the peer, default 300", NUMBER(p.timeout, 1, TIMEOUT_MAX)},
+        {"login-timeout", 0, "SECONDS", "from connect to authenticated, all in all, default 60",
+         NUMBER(p.login_timeout, 1, TIMEOUT_MAX)},
+        {"no-cram-md5", 0, NULL, "do without it (RFC 2645, 5.1.2, lets a site that has something better)",
+         FLAG(p.no_cram_md5)},
+        {"cert", 0, "FILE", "PEM; STARTTLS is offered", TEXT(p.cert)},
+        {"key", 0, "FILE", "PEM; default: in the file of --cert", TEXT(p.key)},
+        {"tls-listen", 0, "ADDR:PORT", "TLS from the first byte; may be given again", OTHER(take_listener, p)},
+        {"client-ca", 0, "FILE", "PEM; customers with a certificate it signed may AUTH EXTERNAL", TEXT(p.client_ca)},
+        {"require-tls", 0, NULL, "AUTH before TLS: 538", FLAG(p.require_tls)},
+        {"user", 0, "NAME", "after binding, run as this user", TEXT(p.user)},
+        {"sendmail", 0, "PATH", "takes failure notices, default /usr/sbin/sendmail", TEXT(p.sendmail)},
+        {"max-age", 0, "DAYS", "mail nobody collects is returned after so long; default 0: never",
+         NUMBER(p.max_age, 0, MAX_AGE_MOST)},
+        {0},
+    };
+
     p.name = host_name();
-    while ((option = next_option(argc, argv, ":l:q:a:n:ti:h", options, usage_provider)) != -1)
-        provider_option(&p, option);
-    if (optind < argc)
-        die(EX_USAGE, "provider: %s: takes options only; see odmr provider --help", argv[optind]);
+    take_options_only(command, options, argc, argv);
     complete_provider(&p);
     return provider_run(&p);
 }
@@ -7701,44 +7684,13 @@ static int poll_provider(const struct customer *c, int interval)
     return EX_OK;
 }
 
-struct customer_options {
-    struct customer c;
-    const char *queue, *secret_file;
-    int interval;
-};
-
-static void customer_option(struct customer_options *o, int option)
+/* Checks which options go together, fills in the defaults, and does all that can fail without the provider. */
+static void complete_customer(struct customer *c, const char *queue, const char *secret_file)
 {
-    struct customer *c = &o->c;
-    switch (option) {
-    case 'u': c->user = optarg; break;
-    case 's': o->secret_file = optarg; break;
-    case 'q': o->queue = optarg; break;
-    case 'n': c->name = name_option(optarg); break;
-    case 't': c->trace = trace_option(optarg); break;
-    case OPT_SMTP: c->smtp = optarg; break;
-    case OPT_EXEC: c->exec = optarg; break;
-    case OPT_TIMEOUT: c->timeout = (int)number_option("timeout", optarg, 1, TIMEOUT_MAX); break;
-    case OPT_QUIET: c->quiet = true; break;
-    case OPT_POLL: o->interval = (int)number_option("poll", optarg, 1, TIMEOUT_MAX); break;
-    case OPT_TLS: c->tls = true; break;
-    case OPT_REQUIRE_TLS: c->require_tls = true; break;
-    case OPT_CA: c->ca = optarg; break;
-    case OPT_INSECURE: c->insecure = true; break;
-    case OPT_CERT: c->cert = optarg; break;
-    case OPT_KEY: c->key = optarg; break;
-    case OPT_MECHANISM: c->mechanism = mechanism_option(optarg); break;
-    }
-}
-
-/* What goes together, and what stands for what was not said; then all that can fail without the provider. */
-static void complete_customer(struct customer_options *o)
-{
-    struct customer *c = &o->c;
     char why[PATH_MAX + 256];
     if (c->user ? *c->user == '\0' || strlen(c->user) >= MAILBOX_MAX : !c->cert)
         die(EX_USAGE, "customer: --user NAME is missing; see odmr customer --help");
-    if ((c->smtp != NULL) + (c->exec != NULL) + (o->queue != NULL) > 1)
+    if ((c->smtp != NULL) + (c->exec != NULL) + (queue != NULL) > 1)
         die(EX_USAGE, "customer: only one of --queue, --smtp and --exec");
     if (c->key && !c->cert)
         die(EX_USAGE, "customer: --key needs --cert");
@@ -7746,64 +7698,80 @@ static void complete_customer(struct customer_options *o)
         die(EX_USAGE, "customer: only one of --ca and --insecure");
     if (!c->key)
         c->key = c->cert;
-    read_secret(c, o->secret_file);
+    read_secret(c, secret_file);
     if (c->secret && !c->user)
         die(EX_USAGE, "customer: --user NAME is missing; see odmr customer --help");
     c->tls_context = tls_client_context(c->ca, c->insecure, c->cert, c->key, why, sizeof why);
     if (!c->tls_context)
         die(EX_CONFIG, "customer: %s", why);
     if (!c->smtp && !c->exec) {
-        o->queue = o->queue ? o->queue : "./mail";
-        c->queue = open_queue(o->queue, true);
+        queue = queue ? queue : "./mail";
+        c->queue = open_queue(queue, true);
         if (c->queue < 0)
-            die(EX_CANTCREAT, "%s: %s; no ATRN is sent", o->queue, strerror(errno));
+            die(EX_CANTCREAT, "%s: %s; no ATRN is sent", queue, strerror(errno));
         if (geteuid() == 0)
-            become_owner(c->queue, o->queue);
+            become_owner(c->queue, queue);
     }
 }
 
-static int main_customer(int argc, char **argv)
+static int main_customer(const struct command *command, int argc, char **argv)
 {
-    static const struct option options[] = {
-        {"user", required_argument, NULL, 'u'}, {"secret-file", required_argument, NULL, 's'},
-        {"queue", required_argument, NULL, 'q'}, {"smtp", required_argument, NULL, OPT_SMTP},
-        {"exec", required_argument, NULL, OPT_EXEC}, {"name", required_argument, NULL, 'n'},
-        {"trace", optional_argument, NULL, 't'}, {"timeout", required_argument, NULL, OPT_TIMEOUT},
-        {"tls", no_argument, NULL, OPT_TLS}, {"require-tls", no_argument, NULL, OPT_REQUIRE_TLS},
-        {"ca", required_argument, NULL, OPT_CA}, {"insecure", no_argument, NULL, OPT_INSECURE},
-        {"cert", required_argument, NULL, OPT_CERT}, {"key", required_argument, NULL, OPT_KEY},
-        {"mechanism", required_argument, NULL, OPT_MECHANISM}, {"quiet", no_argument, NULL, OPT_QUIET},
-        {"poll", required_argument, NULL, OPT_POLL},
-        {"help", no_argument, NULL, 'h'}, {0}};
-    struct customer_options o = {.c = {.timeout = 300, .queue = -1, .name = host_name()}};
-    int option, code;
-    while ((option = next_option(argc, argv, ":u:s:q:n:th", options, usage_customer)) != -1)
-        customer_option(&o, option);
+    static struct customer c = {.timeout = 300, .queue = -1};
+    static const char *queue, *secret_file;
+    static int interval;
+    static const struct choice options[] = {
+        {"user", 'u', "NAME", "the account's name", TEXT(c.user)},
+        {"secret-file", 's', "FILE", "its secret is the first line; or the variable ODMR_SECRET", TEXT(secret_file)},
+        {"queue", 'q', "DIR", "deliver into DIR/<domain>/new; default ./mail", TEXT(queue)},
+        {"smtp", 0, "HOST:PORT", "or hand the reversed session to this SMTP server", TEXT(c.smtp)},
+        {"exec", 0, "COMMAND", "or to this program's standard input and output (\"sendmail -bs\")", TEXT(c.exec)},
+        {"name", 'n', "HOST", "the name in greetings and EHLO; default: the host's name", OTHER(take_name, c.name)},
+        {"trace", 't', "[=ladder]", "the whole dialogue on standard error; --trace=ladder draws it",
+         OTHER(take_trace, c.trace)},
+        {"timeout", 0, "SECONDS", "any one wait for the peer, default 300", NUMBER(c.timeout, 1, TIMEOUT_MAX)},
+        {"tls", 0, NULL, "TLS from the first byte; else STARTTLS is used when it is offered", FLAG(c.tls)},
+        {"require-tls", 0, NULL, "refuse to go on without STARTTLS", FLAG(c.require_tls)},
+        {"ca", 0, "FILE", "trust these certificates instead of the system's", TEXT(c.ca)},
+        {"insecure", 0, NULL, "do not verify the provider's certificate", FLAG(c.insecure)},
+        {"cert", 0, "FILE", "PEM; the customer's own certificate, for AUTH EXTERNAL", TEXT(c.cert)},
+        {"key", 0, "FILE", "PEM; default: in the file of --cert", TEXT(c.key)},
+        {"mechanism", 0, "NAME", "this SASL mechanism and no other: SCRAM-SHA-256-PLUS, SCRAM-SHA-256,\n"
+                                 "EXTERNAL, CRAM-MD5, PLAIN; default: the first of them that both sides can do",
+         OTHER(take_mechanism, c.mechanism)},
+        {"quiet", 0, NULL, "neither progress nor a summary; only what went wrong", FLAG(c.quiet)},
+        {"poll", 0, "SECONDS", "ask again and again; later and later (up to an hour) after exit code 77",
+         NUMBER(interval, 1, TIMEOUT_MAX)},
+        {0},
+    };
+    int code;
+
+    c.name = host_name();
+    take_options(command, options, argc, argv);
     if (optind == argc)
         die(EX_USAGE, "customer: which provider? HOST[:PORT] is missing; see odmr customer --help");
-    o.c.provider = argv[optind++];
-    o.c.domains = join_domains(argv + optind, argc - optind);
-    complete_customer(&o);
-    code = poll_provider(&o.c, o.interval);
-    SSL_CTX_free(o.c.tls_context);
+    c.provider = argv[optind++];
+    c.domains = join_domains(argv + optind, argc - optind);
+    complete_customer(&c, queue, secret_file);
+    code = poll_provider(&c, interval);
+    SSL_CTX_free(c.tls_context);
     return code;
 }
 
-static int main_enqueue(int argc, char **argv)
+static int main_enqueue(const struct command *command, int argc, char **argv)
 {
-    static const struct option options[] = {{"queue", required_argument, NULL, 'q'},
-                                            {"from", required_argument, NULL, 'f'},
-                                            {"help", no_argument, NULL, 'h'}, {0}};
-    const char *queue_path = "/var/spool/odmr", *sender = "";
-    int option, queue;
-    while ((option = next_option(argc, argv, ":q:f:h", options, usage_enqueue)) != -1) {
-        if (option == 'q')
-            queue_path = optarg;
-        else
-            sender = strcmp(optarg, "<>") == 0 ? "" : optarg;
-    }
+    static const char *path = QUEUE_DIR, *sender = "";
+    static const struct choice options[] = {
+        {"queue", 'q', "DIR", "default " QUEUE_DIR, TEXT(path)},
+        {"from", 'f', "SENDER", "the reverse-path; default: the null sender", TEXT(sender)},
+        {0},
+    };
+    int queue;
+
+    take_options(command, options, argc, argv);
     if (optind == argc)
         die(EX_USAGE, "enqueue: no RECIPIENT; see odmr enqueue --help");
+    if (strcmp(sender, "<>") == 0)
+        sender = "";
     if (!sender_valid(sender))
         die(EX_DATAERR, "enqueue: -f %s: not a mailbox", sender);
     for (int i = optind; i < argc; i++) {
@@ -7811,40 +7779,37 @@ static int main_enqueue(int argc, char **argv)
         if (!recipient_valid(argv[i]) || !domain_valid(domain, strlen(domain)))
             die(EX_DATAERR, "enqueue: %s: not a mailbox; nothing is queued", argv[i]);
     }
-    queue = open_queue(queue_path, false);
+    queue = open_queue(path, false);
     if (queue < 0)
-        die(EX_TEMPFAIL, "enqueue: %s: %s; try again later", queue_path, strerror(errno));
-    become_owner(queue, queue_path);
+        die(EX_TEMPFAIL, "enqueue: %s: %s; try again later", path, strerror(errno));
+    become_owner(queue, path);
     return enqueue(queue, sender, host_name(), argv + optind, argc - optind);
 }
 
-static int main_queue(int argc, char **argv)
+static int main_queue(const struct command *command, int argc, char **argv)
 {
-    static const struct option options[] = {{"queue", required_argument, NULL, 'q'},
-                                            {"list", no_argument, NULL, 'l'},
-                                            {"accounts", required_argument, NULL, 'a'},
-                                            {"help", no_argument, NULL, 'h'}, {0}};
-    const char *queue_path = "/var/spool/odmr", *accounts_path = NULL;
+    static const char *path = QUEUE_DIR, *accounts_path;
+    static bool list;
+    static const struct choice options[] = {
+        {"queue", 'q', "DIR", "default " QUEUE_DIR, TEXT(path)},
+        {"list", 'l', NULL, "every message with its envelope, and why it is held if it is", FLAG(list)},
+        {"accounts", 'a', "FILE", "mark domains that no account has: nobody can collect their mail",
+         TEXT(accounts_path)},
+        {0},
+    };
     char why[PATH_MAX + 256];
     struct accounts *accounts = NULL;
-    bool list = false;
-    int option, queue, code;
-    while ((option = next_option(argc, argv, ":q:la:h", options, usage_queue)) != -1) {
-        if (option == 'q')
-            queue_path = optarg;
-        else if (option == 'a')
-            accounts_path = optarg;
-        else
-            list = true;
-    }
+    int queue, code;
+
+    take_options(command, options, argc, argv);
     for (int i = optind; i < argc; i++) {
         if (!domain_valid(argv[i], strlen(argv[i])))
             die(EX_USAGE, "queue: %s: not a domain", argv[i]);
         lower_case(argv[i]); /* as the directory is */
     }
-    queue = open_queue(queue_path, false);
+    queue = open_queue(path, false);
     if (queue < 0)
-        die(EX_NOINPUT, "queue: %s: %s", queue_path, strerror(errno));
+        die(EX_NOINPUT, "queue: %s: %s", path, strerror(errno));
     if (accounts_path && !(accounts = accounts_load(accounts_path, why, sizeof why)))
         die(EX_CONFIG, "queue: %s", why);
     code = show_queue(queue, argv + optind, (size_t)(argc - optind), list, accounts);
@@ -7854,44 +7819,68 @@ static int main_queue(int argc, char **argv)
     return code;
 }
 
-static int main_account(int argc, char **argv)
+static int main_account(const struct command *command, int argc, char **argv)
 {
-    static const struct option options[] = {{"scram", no_argument, NULL, OPT_SCRAM},
-                                            {"help", no_argument, NULL, 'h'}, {0}};
-    bool scram = false;
-    int option;
-    while ((option = next_option(argc, argv, ":h", options, usage_account)) != -1)
-        scram |= option == OPT_SCRAM;
+    static bool scram;
+    static const struct choice options[] = {
+        {"scram", 0, NULL, "not the secret itself but what is enough to check it, by SCRAM-SHA-256 and PLAIN",
+         FLAG(scram)},
+        {0},
+    };
+    const char *name;
+
+    take_options(command, options, argc, argv);
     if (argc - optind != 2)
         die(EX_USAGE, "account: NAME and DOMAIN[,DOMAIN...] are needed; see odmr account --help");
-    if (argv[optind][0] == '\0' || argv[optind][0] == '#' || strpbrk(argv[optind], ":\r\n") ||
-        strlen(argv[optind]) >= MAILBOX_MAX)
-        die(EX_USAGE, "account: %s: not a name: it is empty, too long, starts with # or has a colon", argv[optind]);
+    name = argv[optind];
+    if (name[0] == '\0' || name[0] == '#' || strpbrk(name, ":\r\n") || strlen(name) >= MAILBOX_MAX)
+        die(EX_USAGE, "account: %s: not a name: it is empty, too long, starts with # or has a colon", name);
     if (!domain_list_valid(argv[optind + 1]))
         die(EX_USAGE, "account: %s: not domains of two labels or more, with commas between", argv[optind + 1]);
-    return print_account(argv[optind], argv[optind + 1], scram);
+    return print_account(name, argv[optind + 1], scram);
 }
 
-static int main_demo(int argc, char **argv)
+static int main_demo(const struct command *command, int argc, char **argv)
 {
-    static const struct option options[] = {{"step", no_argument, NULL, OPT_STEP},
-                                            {"tls", no_argument, NULL, OPT_TLS},
-                                            {"mechanism", required_argument, NULL, OPT_MECHANISM},
-                                            {"help", no_argument, NULL, 'h'}, {0}};
-    enum mechanism mechanism = CRAM_MD5; /* the memo's own */
-    bool stepwise = false, tls = false;
-    int option;
-    while ((option = next_option(argc, argv, ":h", options, usage_demo)) != -1) {
-        stepwise |= option == OPT_STEP;
-        tls |= option == OPT_TLS;
-        if (option == OPT_MECHANISM)
-            mechanism = mechanism_option(optarg);
-    }
-    if (optind < argc)
-        die(EX_USAGE, "demo: %s: takes options only; see odmr demo --help", argv[optind]);
+    static enum mechanism mechanism = CRAM_MD5; /* the RFC's own */
+    static bool stepwise, tls;
+    static const struct choice options[] = {
+        {"step", 0, NULL, "wait for Return before each command", FLAG(stepwise)},
+        {"tls", 0, NULL, "with STARTTLS", FLAG(tls)},
+        {"mechanism", 0, "NAME", "log in by this one; default CRAM-MD5, the RFC's own",
+         OTHER(take_mechanism, mechanism)},
+        {0},
+    };
+
+    take_options_only(command, options, argc, argv);
     if (!tls && mechanism != CRAM_MD5 && mechanism != SCRAM)
         die(EX_USAGE, "demo: --mechanism %s needs --tls", mechanism_name(mechanism));
     return demo(stepwise, tls, mechanism);
+}
+
+static const struct command commands[] = {
+    {"provider", "[options]", "hold mail in Maildirs, hand it over when asked", main_provider, ""},
+    {"customer", "[options] HOST[:PORT] [DOMAIN...]", "fetch the mail of these domains, or of all", main_customer,
+     "\nExit: 0 mail received, 1 no mail (or none that was taken), 75 try later, 77 not authenticated, 76 the peer\n"
+     "broke the protocol, 69 no ATRN or no such service, 68 unknown host, 73 cannot write the mail.\n"},
+    {"enqueue", "[options] [--] RECIPIENT...", "put the message on standard input into the queue", main_enqueue,
+     "\nExit: 0 queued; 64 wrong usage; 65 a bad address; 75 try later (nothing is queued).\n"},
+    {"queue", "[options] [DOMAIN...]", "show what waits: domain, messages, octets, oldest, held", main_queue,
+     "\nWithout a DOMAIN it also names what is in DIR and cannot be asked for.\n"
+     "Exit: 0; 75 something cannot be read.\n"},
+    {"account", "[--scram] NAME DOMAIN[,DOMAIN...]", "print a line for the accounts file", main_account,
+     "\nAsks for the secret, or reads it from standard input. Names and secrets are UTF-8, taken as they are.\n"},
+    {"demo", "[options]", "a whole session on this machine, explained", main_demo, ""},
+    {0},
+};
+
+static void list_commands(void)
+{
+    puts("odmr: On-Demand Mail Relay (RFC 2645)\n");
+    for (const struct command *c = commands; c->name; c++)
+        printf("  odmr %-8s %-34s %s\n", c->name, c->arguments, c->summary);
+    puts("\nodmr COMMAND --help explains each. odmr --version tells the version.");
+    finish_help();
 }
 
 /* Signals as this program needs them, whatever the parent process has left: with SIGCHLD ignored waitpid(2) would lose
@@ -7920,24 +7909,21 @@ static void reserve_standard_streams(void)
 
 int main(int argc, char **argv)
 {
-    static const struct {
-        const char *name;
-        int (*run)(int, char **);
-    } commands[] = {{"provider", main_provider}, {"customer", main_customer}, {"enqueue", main_enqueue},
-                    {"queue", main_queue}, {"account", main_account}, {"demo", main_demo}};
     reserve_standard_streams();
     if (argc < 2)
         die(EX_USAGE, "no command; see odmr --help");
     if (argc > 2 && strcmp(argv[1], "help") == 0)
         argv[1] = argv[2], argv[2] = "--help";
     if (strcmp(argv[1], "--help") == 0 || strcmp(argv[1], "-h") == 0 || strcmp(argv[1], "help") == 0)
-        help(usage_all);
-    if (strcmp(argv[1], "--version") == 0)
-        help("odmr " ODMR_VERSION "\n");
+        list_commands();
+    if (strcmp(argv[1], "--version") == 0) {
+        puts("odmr " ODMR_VERSION);
+        finish_help();
+    }
     opterr = 0;
     set_signals();
-    for (size_t i = 0; i < sizeof commands / sizeof *commands; i++)
-        if (strcmp(argv[1], commands[i].name) == 0)
-            return commands[i].run(argc - 1, argv + 1);
+    for (const struct command *c = commands; c->name; c++)
+        if (strcmp(argv[1], c->name) == 0)
+            return c->run(c, argc - 1, argv + 1);
     die(EX_USAGE, "%s: no such command; see odmr --help", argv[1]);
 }

@@ -308,8 +308,9 @@ struct provider {
     bool first_look; /* the caretaker's: it has just started */
     enum trace trace;
     int interval, timeout, login_timeout; /* seconds */
+    int max_sessions, max_per_address;
     struct network allow[NETWORKS_MAX];
-    size_t allow_count, max_sessions, max_per_address;
+    size_t allow_count;
     bool listen_tls[LISTENERS_MAX], require_tls, no_cram_md5;
     const char *cert, *key, *client_ca;
     int sockets[LISTENERS_MAX];
