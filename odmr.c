@@ -4312,7 +4312,7 @@ struct smtp_server {
     bool in_mail, utf8;  /* MAIL was accepted; it said SMTPUTF8 */
     bool done;           /* the session has a proper end */
     char sender[MAILBOX_MAX + 2];
-    char *recipients[RECIPIENTS_MAX];
+    char *recipients[RECIPIENTS_MAX], mailboxes[RECIPIENTS_MAX][MAILBOX_MAX + 2];
     size_t count, domains; /* of the recipients; of their domains */
     struct content content;
 
@@ -4554,12 +4554,15 @@ static bool read_content(struct smtp_server *server, uint64_t left)
 {
     struct session *s = server->s;
     struct content *c = &server->content;
+    s->io.wake_fd = -1;
     while (left > 0 && !c->ended) {
         const char *data;
         size_t len;
         before_reading(server, stream_ready);
-        if (!stream_peek(&s->io, &data, &len))
+        if (!stream_peek(&s->io, &data, &len)) {
+            stream_end_input(&s->io); /* what comes later would be content, not a command */
             return false;
+        }
         len = content_take(c, data, len < left ? len : (size_t)left);
         stream_skip(&s->io, len);
         left -= len;
@@ -4574,9 +4577,7 @@ static void forget_transaction(struct smtp_server *server)
     deliveries_discard(server->content.deliveries, server->content.files);
     server->content.files = 0;
     server->content.under_way = false;
-    while (server->count > 0)
-        free(server->recipients[--server->count]);
-    server->domains = 0;
+    server->count = server->domains = 0;
     server->in_mail = false;
 }
 
@@ -4601,26 +4602,25 @@ static void end_content(struct smtp_server *server)
     forget_transaction(server);
 }
 
-static bool data_command(struct smtp_server *server)
+static void data_command(struct smtp_server *server)
 {
     uint64_t before = server->octets;
     if (server->count == 0) {
         answer(server, "503 5.5.1 RCPT first");
-        return true;
+        return;
     }
     begin_content(server, true);
     answer(server, "354 The message, then a dot on a line by itself");
     if (!read_content(server, UINT64_MAX))
-        return false;
+        return;
     trace_line(server->s, PROVIDER, "... %llu octets of message ...",
                (unsigned long long)(server->octets - before - 3));
     trace_line(server->s, PROVIDER, ".");
     end_content(server);
-    return true;
 }
 
 /* RFC 3030: the octets follow in any case, so they are read before the answer, even if the answer is no. */
-static bool bdat_command(struct smtp_server *server)
+static void bdat_command(struct smtp_server *server)
 {
     struct session *s = server->s;
     char *end = NULL;
@@ -4629,14 +4629,14 @@ static bool bdat_command(struct smtp_server *server)
     if (!end || (!last && *end != '\0') || octets > INT64_MAX) {
         answer(server, "501 5.5.4 BDAT takes a number of octets, and LAST");
         s->protocol_broken = true; /* what follows would be taken for commands */
-        return true;
+        return;
     }
 
     if (!server->content.under_way)
         begin_content(server, false);
     trace_line(s, PROVIDER, "... %llu octets of message ...", (unsigned long long)octets);
     if (!read_content(server, octets))
-        return false;
+        return;
 
     if (server->count == 0) {
         answer(server, "503 5.5.1 RCPT first");
@@ -4646,14 +4646,12 @@ static bool bdat_command(struct smtp_server *server)
     } else {
         end_content(server);
     }
-    return true;
 }
 
 /* ---- Commands ---- */
 
-/* Reads `FROM:<path> params` behind the verb. A blank before the bracket is against RFC 5321 but in the
- * memo's own example (6-a). The path's source route, if any, is dropped as RFC 5321 (4.1.1.3) allows.
- * Returns what follows the path, or NULL. */
+/* Reads `FROM:<path> parameters`. A blank before the bracket is against RFC 5321 but in RFC 2645's own example (6-a).
+ * A source route is dropped, as RFC 5321 (4.1.1.3) allows. Returns the parameters; NULL: the syntax is wrong. */
 static const char *parse_path(const char *argument, const char *keyword, char *mailbox, size_t size)
 {
     size_t n = strlen(keyword);
@@ -4667,6 +4665,7 @@ static const char *parse_path(const char *argument, const char *keyword, char *m
         return NULL;
     if (*p == '@' && strchr(p, ':'))
         p = strchr(p, ':') + 1;
+
     for (end = p; *end && (quoted || *end != '>'); end++) {
         if (quoted && *end == '\\' && end[1])
             end++;
@@ -4763,10 +4762,8 @@ static void rcpt_command(struct smtp_server *server)
         answer(server, "550 5.1.1 Nobody of that name here");
     else if (server->count == RECIPIENTS_MAX || (another && server->domains == DOMAINS_A_MESSAGE))
         answer(server, "452 4.5.3 Too many recipients");
-    else if (!(server->recipients[server->count] = strdup(mailbox))) {
-        log_event(server->s, LOG_ERR, "out of memory for a recipient; the message stays with the provider");
-        answer(server, "452 4.3.1 No memory for it now");
-    } else {
+    else {
+        server->recipients[server->count] = strcpy(server->mailboxes[server->count], mailbox);
         server->count++;
         server->domains += another;
         answer(server, "250 2.1.5 OK, recipient accepted");
@@ -4776,7 +4773,6 @@ static void rcpt_command(struct smtp_server *server)
 static void hello_command(struct smtp_server *server)
 {
     struct session *s = server->s;
-    static const char *const offer[] = {"PIPELINING", "SIZE", "8BITMIME", "SMTPUTF8", "CHUNKING"};
     if (!s->argument || !printable(s->argument, strlen(s->argument)) || strchr(s->argument, ' ')) {
         answer(server, "501 5.5.4 That is not the name of a host");
         return;
@@ -4789,14 +4785,18 @@ static void hello_command(struct smtp_server *server)
         answer(server, "250 %s", s->name);
         return;
     }
+
     answer(server, "250-%s", s->name);
-    for (size_t i = 0; i < sizeof offer / sizeof *offer; i++)
-        answer(server, "250-%s", offer[i]);
+    answer(server, "250-PIPELINING");
+    answer(server, "250-SIZE");
+    answer(server, "250-8BITMIME");
+    answer(server, "250-SMTPUTF8");
+    answer(server, "250-CHUNKING");
     answer(server, "250-LIMITS RCPTMAX=%d", RECIPIENTS_MAX); /* RFC 9422 */
     answer(server, "250 ENHANCEDSTATUSCODES");
 }
 
-/* A provider that says nothing else is not borne with for ever. */
+/* After BAD_COMMANDS_SERVER of them the reply is 421. */
 static void bad_command(struct smtp_server *server, const char *reply)
 {
     struct session *s = server->s;
@@ -4804,39 +4804,34 @@ static void bad_command(struct smtp_server *server, const char *reply)
     answer(server, "%s", s->protocol_broken ? "421 4.5.2 Too many of them, closing connection" : reply);
 }
 
-/* Counts commands that bring no mail forward. True, and the 421 is said: too many in a row. */
+/* Counts commands in a row that bring no mail forward. */
 static bool too_idle(struct smtp_server *server)
 {
     if (server->octets != server->counted || (server->in_mail && verb_is(server->s, "RCPT")))
         server->idle = 0;
     server->counted = server->octets;
-    if (verb_is(server->s, "QUIT") || ++server->idle < IDLE_COMMANDS)
-        return false;
-    server->s->protocol_broken = true;
-    answer(server, "421 4.5.2 Too many commands without mail, closing connection");
-    return true;
+    return !verb_is(server->s, "QUIT") && ++server->idle >= IDLE_COMMANDS;
 }
 
-/* One command of the provider, answered. False: the session is over. */
-static bool receive_command(struct smtp_server *server)
+/* One command of the provider, answered. */
+static void receive_command(struct smtp_server *server)
 {
     struct session *s = server->s;
-    if (too_idle(server))
-        return false;
-    if (verb_is(s, "BDAT"))
-        return bdat_command(server);
-    if (server->content.under_way && !verb_is(s, "RSET") && !verb_is(s, "QUIT")) {
+    if (too_idle(server)) {
+        s->protocol_broken = true;
+        answer(server, "421 4.5.2 Too many commands without mail, closing connection");
+    } else if (verb_is(s, "BDAT")) {
+        bdat_command(server);
+    } else if (server->content.under_way && !verb_is(s, "RSET") && !verb_is(s, "QUIT")) {
         answer(server, "503 5.5.1 BDAT with LAST first");
-        return true;
-    }
-    if (verb_is(s, "MAIL")) {
+    } else if (verb_is(s, "EHLO") || verb_is(s, "HELO")) {
+        hello_command(server);
+    } else if (verb_is(s, "MAIL")) {
         mail_command(server);
     } else if (verb_is(s, "RCPT")) {
         rcpt_command(server);
     } else if (verb_is(s, "DATA")) {
-        return data_command(server);
-    } else if (verb_is(s, "EHLO") || verb_is(s, "HELO")) {
-        hello_command(server);
+        data_command(server);
     } else if (verb_is(s, "RSET")) {
         forget_transaction(server);
         answer(server, "250 2.0.0 OK");
@@ -4847,11 +4842,9 @@ static bool receive_command(struct smtp_server *server)
     } else if (verb_is(s, "QUIT")) {
         answer(server, "221 2.0.0 %s closing connection", s->name);
         s->io.said_quit = server->done = true;
-        return false;
     } else {
         bad_command(server, "502 5.5.1 Command not implemented");
     }
-    return true;
 }
 
 /* --poll and SIGTERM: the message under way is taken first, then the provider hears 421. The pipe's reading end, which
@@ -4875,7 +4868,7 @@ static void receive_mail(struct smtp_server *server)
     struct session *s = server->s;
     enter_state(s, REVERSED);
     answer(server, "220 %s ready to receive email", s->name);
-    while (!s->protocol_broken) {
+    while (!server->done && !s->protocol_broken) {
         bool between = !server->in_mail && !server->content.under_way; /* two messages */
         if (customer_stops && between) {
             settle_answers(server);
@@ -4883,6 +4876,7 @@ static void receive_mail(struct smtp_server *server)
             end_with_421(s, "this server is shutting down");
             break;
         }
+
         s->io.wake_fd = between ? stop_pipe[0] : -1;
         before_reading(server, stream_has_line);
         if (!read_line(s)) {
@@ -4897,12 +4891,12 @@ static void receive_mail(struct smtp_server *server)
         }
         trace_line(s, PROVIDER, "%s", s->line);
         split_command(s);
-        if (!receive_command(server))
-            break;
+        receive_command(server);
     }
+
     if (!s->io.broken)
         settle_answers(server);
-    deliveries_discard(server->waiting, server->waiting_count); /* what was not settled was not promised */
+    deliveries_discard(server->waiting, server->waiting_count); /* they were not settled, so not promised */
     forget_transaction(server);
     stream_flush(&s->io);
     if (s->protocol_broken)

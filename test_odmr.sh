@@ -7185,7 +7185,7 @@ MUTANT_CUSTOMERS=(
     'reply_offers(r, "AUTH", mechanism_name(m))' 'reply_keyword(r, "AUTH") && strncasecmp(reply_keyword(r, "AUTH"), mechanism_name(m), strlen(mechanism_name(m))) == 0'
     -- 5-a,5-b
     'return r->code == 235 ? EX_OK : exit_code_refused(s, "AUTH", r, EX_NOPERM);' 'return EX_OK;'
-    'hello_command(server);' 'hello_command(server); return false;'
+    'hello_command(server);' 'hello_command(server); server->done = true;'
     -- 4-b,5.3-a,5.3-b 'receiver->session ? hand_session_on(s, c, receiver) : take_mail_ourselves(s, c)' 'EX_OK'
     -- 5.3-b 'answer(server, "220 %s ready to receive email", s->name);' ''
     -- 5.3-a,5.3-b 'answer(server, "220 %s ready to receive email", s->name);' 'answer(server, "EHLO %s", s->name);'
