@@ -4504,6 +4504,24 @@ t_standard_streams_that_are_closed() {
     equal "$(waiting)" 0
 }
 
+# Programs that are run get no descriptor of ours but their standard streams: no connection, no message with its claim, no
+# notice, and not the provider's connection if a lost receiver is started again.
+t_programs_inherit_nothing() {
+    local inherited="for fd in /proc/self/fd/*; do case \$fd in */[0-2]) ;; *) readlink \$fd ;; esac; done"
+    printf '#!/bin/sh\n{ echo ran; %s; } > %s\n' "$inherited" "$T/descriptors" > "$T/sendmail"; chmod 755 "$T/sendmail"
+    provider
+    put_letter one 1.a sender@example.edu eva@example.org
+    ANSWERS=([RCPT]='550 no'); turn
+    until_true settled
+    has "$T/descriptors" ran
+    hasnt "$T/descriptors" 'socket:\|(deleted)\|/new\|/1\.a'
+    put_letter two 2.a sender@example.edu eva@example.org
+    ODMR_SECRET=tanstaaf run 75 "$ODMR" customer -u example.org "127.0.0.1:$PORT" \
+        --exec "if mkdir $T/once; then echo 220 me; else { echo again; $inherited; } > $T/descriptors; fi"
+    has "$T/descriptors" again
+    hasnt "$T/descriptors" 'socket:'
+}
+
 # A provider that is started with SIGCHLD ignored hands over its notices rightly; the program that takes them, and that
 # of --exec, start with SIGPIPE, SIGCHLD and SIGXFSZ as usual. Blocked signals are heard all the same.
 t_signals_of_the_parent_process() {
@@ -4681,6 +4699,26 @@ t_sigterm_while_waiting() {
     wait "$PROVIDER"
     equal $? 0
     ! (dial "${TLS_PORT:-$PORT}") 2> /dev/null || fail 'still listening'
+}
+
+# A provider that is stopping waits for no customer to close its end, neither after 421 nor after QUIT: else each would cost
+# it a second. The machine may be slow, so one of three attempts is enough.
+t_sigterm_waits_for_no_close() {
+    unset OVER_TLS # the tunnel would close
+    local attempt start reversed
+    put_letter one 1.a a@example.edu eva@example.org
+    for attempt in 1 2 3; do
+        provider
+        login; ask ATRN '^250 '; say '220 ready'; expect '^EHLO'; say '250 ready'; expect '^MAIL'; reversed=$LINE
+        dial; expect '^220'
+        start=${EPOCHREALTIME//[!0-9]/}
+        kill -TERM "$PROVIDER"
+        expect '^421 '
+        LINE=$reversed; say '450 later'; expect '^QUIT$'; say '221 bye'
+        wait "$PROVIDER"
+        [ $((${EPOCHREALTIME//[!0-9]/} - start)) -ge 950000 ] || return 0
+    done
+    fail 'it took a second or more each time'
 }
 
 # SIGTERM: the message under way is finished, QUIT is said, the rest is still queued.
