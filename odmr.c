@@ -4133,6 +4133,8 @@ static void *caretaker(void *argument)
  * the message. A delivery is one file in tmp; it becomes mail when it is on disk and renamed into new,
  * and the directory that says so is on disk too (RFC 5321, 6.1: what was accepted must not be lost). */
 
+#define DELIVERY_PATH 448 /* octets of domain/new/name */
+
 /* All files of a message share the fate of the first: they become mail together, or none does. */
 static struct delivery *first_of_message(struct delivery *d)
 {
@@ -4906,79 +4908,74 @@ static void receive_mail(struct smtp_server *server)
 /* ==== The customer, before the reversal: the client ===================================================
  *
  * Greeting, EHLO, AUTH, ATRN, each reply checked; then the roles turn. The result is an exit code of
- * sysexits(3), because whoever polls from a script wants to know: mail, none, later, or never. */
+ * sysexits(3), because a script that polls needs to know: mail, no mail, try later, or a permanent error. */
 
-/* "HOST", "HOST:PORT", "[ADDRESS]:PORT" taken apart. */
+#define EXIT_NO_MAIL 1 /* the reply to ATRN was 453, or 250 and then no mail */
+
 bool split_host_port(const char *text, const char *default_port, char *host, size_t host_size, char *port,
                      size_t port_size)
 {
-    const char *colon = strrchr(text, ':');
-    const char *start = text;
-    size_t len;
-    if (*text == '[') {
-        start = text + 1;
-        len = strcspn(start, "]");
-        if (start[len] != ']' || (start[len + 1] != ':' && start[len + 1] != '\0'))
-            return false;
-        colon = start[len + 1] == ':' ? start + len + 1 : NULL;
-    } else {
-        if (colon && strchr(text, ':') != colon)
-            colon = NULL; /* a bare IPv6 address */
-        len = colon ? (size_t)(colon - text) : strlen(text);
-    }
-    if (len >= host_size || (colon && (colon[1] == '\0' || strlen(colon + 1) >= port_size)))
+    bool bracket = *text == '[', bare_ipv6 = strchr(text, ':') != strrchr(text, ':');
+    const char *start = text + bracket;
+    size_t len = strcspn(start, bracket ? "]" : bare_ipv6 ? "" : ":");
+    const char *rest = start + len, *wanted;
+    if (bracket && *rest++ != ']')
         return false;
-    if (!colon && !default_port)
+
+    wanted = *rest == ':' ? rest + 1 : default_port;
+    if ((*rest != ':' && *rest != '\0') || len >= host_size || !wanted || !*wanted || strlen(wanted) >= port_size)
         return false;
-    if (colon && isdigit((unsigned char)colon[1]) && strtoul(colon + 1, NULL, 10) > UINT16_MAX)
+    if (isdigit((unsigned char)*wanted) && strtoul(wanted, NULL, 10) > UINT16_MAX)
         return false; /* getaddrinfo() would take it modulo 65536 */
     memcpy(host, start, len);
     host[len] = '\0';
-    snprintf(port, port_size, "%s", colon ? colon + 1 : default_port);
+    snprintf(port, port_size, "%s", wanted);
     return true;
 }
 
-/* Connects to the first address that answers. Returns the socket, or -1 and an exit code in *code. */
+/* For `return`: no socket. */
+static int not_connected(const char *where, const char *why, int *code, int exit_code)
+{
+    log_event(NULL, LOG_ERR, "%s: %s", where, why);
+    *code = exit_code;
+    return -1;
+}
+
 int connect_to(const char *where, const char *default_port, int timeout, int *code)
 {
     char host[256], port[32];
     struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *list = NULL;
-    struct timeval patience = {.tv_sec = timeout};
+    struct timeval limit = {.tv_sec = timeout};
     int fd = -1, problem;
-    if (!split_host_port(where, default_port, host, sizeof host, port, sizeof port)) {
-        log_event(NULL, LOG_ERR, "%s: not HOST:PORT", where);
-        *code = EX_USAGE;
-        return -1;
-    }
+    if (!split_host_port(where, default_port, host, sizeof host, port, sizeof port))
+        return not_connected(where, "not HOST:PORT", code, EX_USAGE);
     problem = getaddrinfo(host, port, &hints, &list);
-    if (problem) {
-        log_event(NULL, LOG_ERR, "%s: %s", where, gai_strerror(problem));
-        *code = problem == EAI_AGAIN || problem == EAI_MEMORY || problem == EAI_SYSTEM ? EX_TEMPFAIL : EX_NOHOST;
-        return -1;
-    }
+    if (problem == EAI_AGAIN || problem == EAI_MEMORY || problem == EAI_SYSTEM)
+        return not_connected(where, gai_strerror(problem), code, EX_TEMPFAIL);
+    if (problem)
+        return not_connected(where, gai_strerror(problem), code, EX_NOHOST);
+
     for (struct addrinfo *a = list; a && fd < 0; a = a->ai_next) {
         fd = socket(a->ai_family, a->ai_socktype | SOCK_CLOEXEC, a->ai_protocol);
-        if (fd < 0)
+        if (fd < 0) {
             problem = problem ? problem : errno; /* what connect() said of another address tells more */
-        else
-            setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &patience, sizeof patience); /* bounds connect() */
-        if (fd >= 0 && connect(fd, a->ai_addr, a->ai_addrlen) < 0) {
+            continue;
+        }
+        setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit); /* bounds connect() */
+        if (connect(fd, a->ai_addr, a->ai_addrlen) < 0) {
             problem = errno;
             close(fd);
             fd = -1;
         }
     }
     freeaddrinfo(list);
-    if (fd < 0) {
-        log_event(NULL, LOG_ERR, "%s: %s", where, strerror(problem == EINPROGRESS ? ETIMEDOUT : problem));
-        *code = problem == ECONNREFUSED ? EX_UNAVAILABLE : EX_TEMPFAIL;
-        return -1;
-    }
+    if (fd < 0)
+        return not_connected(where, strerror(problem == EINPROGRESS ? ETIMEDOUT : problem), code,
+                             problem == ECONNREFUSED ? EX_UNAVAILABLE : EX_TEMPFAIL);
     setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
     return fd;
 }
 
-/* The lost connection, in the words of the exit code. */
 int exit_code_lost(const struct session *s)
 {
     log_event(s, LOG_ERR, "%s: %s", s->peer, s->io.broken ? s->io.broken : "the connection was lost");
@@ -5001,7 +4998,7 @@ static int client_ehlo(struct session *s, struct reply *r)
     return r->code == 250 ? EX_OK : exit_code_refused(s, "EHLO", r, EX_UNAVAILABLE);
 }
 
-/* The handshake; the certificate must be valid, and for the host that was asked for. */
+/* The handshake. The certificate must be valid, and for the host that was asked for. */
 static int client_tls(struct session *s, const struct customer *c)
 {
     char host[256], port[32];
@@ -5019,8 +5016,8 @@ static int client_tls(struct session *s, const struct customer *c)
     return s->io.tls_failed ? EX_PROTOCOL : EX_TEMPFAIL;
 }
 
-/* RFC 3207: used whenever it is offered. What the provider said before is forgotten: EHLO again. Without the
- * offer the session goes on in the clear, unless --require-tls; somebody on the way may have taken it out. */
+/* RFC 3207: STARTTLS is used whenever it is offered. What the provider said before is forgotten, so EHLO is sent again.
+ * Without the offer, which an attacker may have removed, the session goes on in the clear unless --require-tls. */
 static int client_starttls(struct session *s, const struct customer *c, struct reply *r)
 {
     int code;
@@ -5045,7 +5042,7 @@ static int client_starttls(struct session *s, const struct customer *c, struct r
 
 /* ---- AUTH: which mechanism ---- */
 
-/* Can we do it, here and now? */
+/* Whether the customer has what the mechanism needs, and the connection allows it. */
 static bool mechanism_usable(const struct session *s, const struct customer *c, enum mechanism m)
 {
     unsigned char binding[EVP_MAX_MD_SIZE];
@@ -5061,7 +5058,7 @@ static bool mechanism_usable(const struct session *s, const struct customer *c, 
     }
 }
 
-/* The strongest that the provider offers and we can do, or the one that --mechanism names. */
+/* The strongest mechanism that the provider offers and the customer can use, or the one that --mechanism names. */
 static enum mechanism choose_mechanism(const struct session *s, const struct customer *c, const struct reply *r)
 {
     static const enum mechanism by_strength[] = {SCRAM_PLUS, SCRAM, EXTERNAL, CRAM_MD5, PLAIN};
@@ -5086,14 +5083,14 @@ static int client_authenticate(struct session *s, const struct customer *c, stru
 
 static int client_atrn(struct session *s, const struct customer *c, struct reply *r)
 {
-    int patience = s->io.timeout;
+    int timeout = s->io.timeout;
     char text[REPLY_TEXT];
-    if (s->io.timeout < ATRN_TIMEOUT) /* (5.2.1-c) */
+    if (timeout < ATRN_TIMEOUT) /* (5.2.1-c) */
         s->io.timeout = ATRN_TIMEOUT;
     send_line(s, "ATRN%s%s", *c->domains ? " " : "", c->domains);
     if (!read_reply(s, r))
         return exit_code_lost(s);
-    s->io.timeout = patience;
+    s->io.timeout = timeout;
     switch (r->code) {
     case 250:
         return EX_OK;
@@ -5109,8 +5106,7 @@ static int client_atrn(struct session *s, const struct customer *c, struct reply
     }
 }
 
-/* What the reversed session came to. A provider may say 250 to ATRN and QUIT right after EHLO, when it has no
- * mail (5.2.1-h): that is no error. */
+/* A provider without mail may answer ATRN with 250 and say QUIT right after EHLO (5.2.1-h). That is no error. */
 int session_outcome(struct session *s, bool ended, size_t messages, size_t unwritten)
 {
     if (!ended)
@@ -5181,7 +5177,6 @@ static void address_text(char *out, size_t size, const struct sockaddr_storage *
         snprintf(out, size, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
 }
 
-/* A session with its numbers and names set; the caller frees it. */
 struct session *session_new(int fd, enum side self, int timeout, const char *name, enum trace trace)
 {
     static atomic_ulong numbers[2]; /* of each side's sessions */
@@ -5352,7 +5347,10 @@ static void follow(struct relay *r, enum side side, const char *data, size_t len
                 (*end)--;
             line[*end] = '\0';
             *end = 0;
-            (side == PROVIDER ? follow_command : follow_reply)(r, line);
+            if (side == PROVIDER)
+                follow_command(r, line);
+            else
+                follow_reply(r, line);
         }
         data += n;
         len -= n;
@@ -5427,7 +5425,7 @@ static void join_streams(struct relay *r)
     }
 }
 
-/* A reply of the receiver that was read for itself, passed on as it was. */
+/* Passes on a reply of the receiver that the customer has read. */
 static void pass_reply(struct session *s, const struct reply *r)
 {
     for (const char *line = r->text; line; line = strchr(line, '\n')) {
@@ -5471,12 +5469,9 @@ static int start_receiver(const char *command, pid_t *pid)
     setsockopt(pair[1], SOL_SOCKET, SO_SNDBUF, &(int){RECEIVE_BUFFER}, sizeof(int));
     problem = start_program(argv, pair[1], pair[1], pid);
     close(pair[1]);
-    if (problem) {
-        errno = problem;
+    if (problem)
         close(pair[0]);
-        return -1;
-    }
-    return pair[0];
+    return problem ? -1 : pair[0];
 }
 
 void leave_receiver(const struct customer *c, struct receiver *receiver)
@@ -5490,7 +5485,6 @@ void leave_receiver(const struct customer *c, struct receiver *receiver)
     *receiver = (struct receiver){.session = NULL};
 }
 
-/* Reached, and its greeting read; if not, the log says so, and what follows from it. */
 int reach_receiver(const struct customer *c, struct receiver *receiver, const char *consequence)
 {
     const char *where = c->smtp ? c->smtp : c->exec;
@@ -5508,7 +5502,7 @@ int reach_receiver(const struct customer *c, struct receiver *receiver, const ch
     return EX_TEMPFAIL;
 }
 
-/* A receiver that has gone since its greeting, or said 421, is reached again before anything is passed on. */
+/* If the receiver has gone since its greeting, or has said 421, it is reached again before anything is passed on. */
 int hand_session_on(struct session *s, const struct customer *c, struct receiver *receiver)
 {
     if (stream_ready(&receiver->session->io)) {

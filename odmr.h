@@ -90,8 +90,6 @@
 #define DEMO_TIMEOUT 30
 #define DEMO_UNKNOWN_MAILBOX "nobody@example.com"
 #define NAME_SIZE 128            /* of a file in a Maildir, when the name is ours */
-#define DELIVERY_PATH 448        /* domain/new/name */
-#define EXIT_NO_MAIL 1           /* customer: the provider said 453 */
 #define UNDELIVERABLE ".Undeliverable" /* a Maildir++ folder */
 #define MAILDIR_PATH (DOMAIN_MAX + 32) /* of a domain's Maildir or a folder of it, box included */
 #define REFUSAL_SIZE 512         /* octets of a reply that a notice shows */
