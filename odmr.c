@@ -5247,11 +5247,11 @@ struct relay {
     size_t len[2];
     enum awaited awaited[PASSING_MAX]; /* the replies still due, from the oldest on */
     size_t oldest, count;
-    bool in_mail, in_data;
+    bool in_mail;
     bool hidden;            /* the two speak TLS with each other from here on */
     bool quit;              /* QUIT was answered */
-    uint64_t chunk, octets; /* octets of a BDAT still to come; of this content so far */
-    unsigned tail;          /* how much of CRLF.CRLF was just seen */
+    struct content data;    /* what follows DATA: without files, to find its end */
+    uint64_t octets, chunk; /* octets of it so far; of a BDAT still to come */
     size_t messages;
     uint64_t passed; /* octets from the provider to the receiver */
 };
@@ -5295,9 +5295,7 @@ static void follow_reply(struct relay *r, const char *line)
     r->count--;
 
     if (what == DATA_REPLY && line[0] == '3') {
-        r->in_data = true;
-        r->tail = 2;
-        r->octets = 0;
+        r->data = (struct content){.under_way = true, .dots = true};
     } else if (what == CONTENT_REPLY) {
         r->messages += line[0] == '2';
         r->in_mail &= r->count > 0;
@@ -5308,23 +5306,19 @@ static void follow_reply(struct relay *r, const char *line)
     r->quit |= what == QUIT_REPLY;
 }
 
-/* Octets of a DATA content: how many of them belong to it, up to and with the lone dot's line end. */
+/* Octets of DATA. Returns how many of them belong to the content, its lone dot included. */
 static size_t follow_data(struct relay *r, const char *data, size_t len)
 {
-    static const char end[] = "\r\n.\r\n";
-    size_t i = 0;
-    while (i < len && end[r->tail]) {
-        r->tail = data[i] == end[r->tail] ? r->tail + 1 : data[i] == '\r' ? 1 : 0;
-        i++;
-    }
-    r->octets += i;
-    if (!end[r->tail]) {
-        r->in_data = false;
+    size_t taken = content_take(&r->data, data, len);
+    r->octets += taken;
+    if (r->data.ended) {
         trace_line(r->s, PROVIDER, "... %llu octets of message ...", (unsigned long long)r->octets - 3);
         trace_line(r->s, PROVIDER, ".");
         await_reply(r, CONTENT_REPLY);
+        r->data = (struct content){.under_way = false};
+        r->octets = 0;
     }
-    return i;
+    return taken;
 }
 
 /* Follows what one side has sent. */
@@ -5337,7 +5331,7 @@ static void follow(struct relay *r, enum side side, const char *data, size_t len
         if (side == PROVIDER && r->chunk > 0) {
             n = len < r->chunk ? len : (size_t)r->chunk;
             r->chunk -= n;
-        } else if (side == PROVIDER && r->in_data) {
+        } else if (side == PROVIDER && r->data.under_way) {
             n = follow_data(r, data, len);
         } else if (*data != '\n') {
             if (*end < COMMAND_LINE)
