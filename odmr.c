@@ -4325,8 +4325,7 @@ struct smtp_server {
     size_t messages, unwritten; /* stored; answered with 452 */
     uint64_t octets;            /* of content */
     char stored[STORED_SIZE];   /* a,b,c: the domains that mail was stored for, as many as fit */
-    unsigned idle;              /* commands in a row without mail, */
-    uint64_t counted;           /* and octets when that was counted last */
+    unsigned idle;              /* commands in a row that brought no mail forward */
 };
 
 /* ---- Answers that wait for the disk ----
@@ -4432,8 +4431,8 @@ static void content_write(struct content *c, const char *data, size_t len)
         fwrite(data, 1, len, c->deliveries[i].file);
 }
 
-/* Text of one line, without its end. A first line that starts with a blank would continue our own field above it: it
- * begins the body instead. */
+/* Text of one line, without its end. A first line that starts with a blank would continue our Received field, so an
+ * empty line is put before it. */
 static void content_text(struct content *c, const char *data, size_t len)
 {
     if (!c->begun && len > 0 && (*data == ' ' || *data == '\t')) {
@@ -4449,7 +4448,7 @@ static void content_text(struct content *c, const char *data, size_t len)
     content_write(c, data, len);
 }
 
-/* Blanks may stand before the colon (RFC 5322, 4.5). */
+/* Counts Received fields. Blanks are allowed before the colon (RFC 5322, 4.5). */
 static void content_line_end(struct content *c)
 {
     c->name[c->column < sizeof c->name ? c->column : sizeof c->name - 1] = '\0';
@@ -4495,7 +4494,7 @@ static size_t content_take(struct content *c, const char *data, size_t len)
     return i;
 }
 
-/* What the provider called itself, unless that could mean something else in the field: a comment, say. */
+/* The name from EHLO; "unknown" if it could be other syntax in the field, a comment for example. */
 static const char *name_for_received(const char *name)
 {
     size_t literal = name[0] == '[' ? 1 + strspn(name + 1, "0123456789abcdefABCDEFIPv.:") : 0;
@@ -4542,7 +4541,7 @@ static void show_progress(struct session *s, size_t messages, uint64_t octets)
     fprintf(stderr, "\rodmr: %zu message%s, %llu octets ", messages, plural(messages), (unsigned long long)octets);
 }
 
-/* The end of it, and the line that stays. */
+/* Ends the line of progress, and logs the summary. */
 static void show_summary(const struct session *s, const char *what, size_t messages, uint64_t octets)
 {
     clear_progress();
@@ -4569,6 +4568,7 @@ static bool read_content(struct smtp_server *server, uint64_t left)
         stream_skip(&s->io, len);
         left -= len;
         server->octets += len;
+        server->idle = 0;
         show_progress(s, server->messages, server->octets);
     }
     return true;
@@ -4759,7 +4759,7 @@ static void rcpt_command(struct smtp_server *server)
     else if (server->c->domains[0] != '\0' && !domain_in_list(server->c->domains, domain, strlen(domain))) {
         log_event(server->s, LOG_WARNING, "the provider sent mail for %s, whose domain was not asked for; deferred",
                   mailbox);
-        answer(server, "450 4.7.1 Not a domain that was asked for"); /* its mistake must not bounce somebody's mail */
+        answer(server, "450 4.7.1 Not a domain that was asked for"); /* a 5xx would return mail for a provider's mistake */
     } else if (server->c->unknown_mailbox && strcasecmp(mailbox, server->c->unknown_mailbox) == 0)
         answer(server, "550 5.1.1 Nobody of that name here");
     else if (server->count == RECIPIENTS_MAX || (another && server->domains == DOMAINS_A_MESSAGE))
@@ -4806,12 +4806,11 @@ static void bad_command(struct smtp_server *server, const char *reply)
     answer(server, "%s", s->protocol_broken ? "421 4.5.2 Too many of them, closing connection" : reply);
 }
 
-/* Counts commands in a row that bring no mail forward. */
+/* Counts commands in a row that bring no mail forward. Octets of content set the count back, too. */
 static bool too_idle(struct smtp_server *server)
 {
-    if (server->octets != server->counted || (server->in_mail && verb_is(server->s, "RCPT")))
+    if (server->in_mail && verb_is(server->s, "RCPT"))
         server->idle = 0;
-    server->counted = server->octets;
     return !verb_is(server->s, "QUIT") && ++server->idle >= IDLE_COMMANDS;
 }
 
@@ -4849,8 +4848,8 @@ static void receive_command(struct smtp_server *server)
     }
 }
 
-/* --poll and SIGTERM: the message under way is taken first, then the provider hears 421. The pipe's reading end, which
- * a wait for a command watches, then has an octet. A second signal ends the program at once. */
+/* After SIGTERM the customer takes the message under way, then says 421. An octet in the pipe ends a wait for a
+ * command. A second signal ends the program at once. */
 static int stop_pipe[2] = {-1, -1};
 static volatile sig_atomic_t customer_stops;
 
@@ -5010,7 +5009,7 @@ static int client_tls(struct session *s, const struct customer *c)
     }
     if (stream_start_tls(&s->io, tls, host))
         return EX_OK;
-    log_event(s, LOG_ERR, "%s: %s; nothing was told to it", s->peer, s->io.broken);
+    log_event(s, LOG_ERR, "%s: %s; no credentials were sent", s->peer, s->io.broken);
     if (SSL_get_verify_result(tls) != X509_V_OK && !c->insecure)
         return EX_NOPERM;
     return s->io.tls_failed ? EX_PROTOCOL : EX_TEMPFAIL;
