@@ -4759,7 +4759,7 @@ static void rcpt_command(struct smtp_server *server)
     else if (server->c->domains[0] != '\0' && !domain_in_list(server->c->domains, domain, strlen(domain))) {
         log_event(server->s, LOG_WARNING, "the provider sent mail for %s, whose domain was not asked for; deferred",
                   mailbox);
-        answer(server, "450 4.7.1 Not a domain that was asked for"); /* a 5xx would return mail for a provider's mistake */
+        answer(server, "450 4.7.1 Not a domain that was asked for"); /* the mail must not bounce for this mistake */
     } else if (server->c->unknown_mailbox && strcasecmp(mailbox, server->c->unknown_mailbox) == 0)
         answer(server, "550 5.1.1 Nobody of that name here");
     else if (server->count == RECIPIENTS_MAX || (another && server->domains == DOMAINS_A_MESSAGE))
