@@ -177,81 +177,76 @@ static char letter_of(enum side side)
 /* ---- The ladder: the same dialogue as a picture ----
  *
  * The customer on the left, the provider on the right, an arrow for each line; at the margin the clause that
- * asks for it, and why in a few words. To know what a reply answers, the commands that still wait for theirs
- * are kept in a ring: with CHUNKING they are many. It only looks on: nothing else depends on it. */
+ * asks for it, and why in a few words. The function that sends or reads a line tells the clause. */
 
-/* What a command or its reply is about. reply 0: the command; 2, 4, 5: any reply of that kind. The first row
- * that fits is taken; where starts is given, the line must begin so, a reply's behind its code. */
-static const struct {
-    enum step step;
+/* A row a requirement, and more where its lines differ. reply 0: a command; 2, 4, 5: any reply of that kind. If starts
+ * is given, the line must begin so, a reply's behind its code. The first row that fits is taken. */
+static const struct note {
+    const char *clause;
     int reply;
-    const char *clause, *why, *starts;
-} notes[] = {
-    {STEP_GREETING, 220, "5.1-a", "greets", NULL},
-    {STEP_EHLO, 0, "5.1.1-a", "says who it is", NULL},
-    {STEP_EHLO, 2, "5.1.1-b", "how to log in", "AUTH"},
-    {STEP_EHLO, 2, "5.1.1-b", "this is ODMR", "ATRN"},
-    {STEP_EHLO, 2, "RFC 3207", "TLS can be had", "STARTTLS"},
-    {STEP_EHLO, 2, "5.1.1-a", "says who it is", NULL},
-    {STEP_STARTTLS, 0, "RFC 3207", "asks for TLS", NULL},
-    {STEP_STARTTLS, 2, "RFC 3207", "TLS from here on", NULL},
-    {STEP_STARTTLS, 5, "RFC 3207", "no TLS now", NULL},
-    {STEP_STARTTLS, 4, "RFC 3207", "no TLS now", NULL},
-    {STEP_AUTH, 0, "5.1.2-c", "wants to log in", "AUTH CRAM-MD5"},
-    {STEP_AUTH, 0, "5.1.2-f", "TLS says who I am", "AUTH EXTERNAL"},
-    {STEP_AUTH, 0, "5.1.2-d", "wants to log in", NULL},
-    {STEP_AUTH, 334, "5.1.2-a", "challenge", NULL},
-    {STEP_AUTH, 235, "5.1.2-b", "logged in: now", NULL},
-    {STEP_AUTH, 503, "5-a", "not now", NULL},
-    {STEP_AUTH, 5, "5.1.2-b", "not logged in", NULL},
-    {STEP_AUTH, 4, "5.1.2-b", "not logged in", NULL},
-    {STEP_RESPONSE, 0, "5.1.2-a", "response", NULL},
-    {STEP_RESPONSE, 334, "5.1.2-a", "challenge", NULL},
-    {STEP_RESPONSE, 235, "5.1.2-b", "logged in: now", NULL},
-    {STEP_RESPONSE, 5, "5.1.2-b", "not logged in", NULL},
-    {STEP_RESPONSE, 4, "5.1.2-b", "not logged in", NULL},
-    {STEP_ATRN, 0, "5.2.1-a", "asks for mail", "ATRN "},
-    {STEP_ATRN, 0, "5.2.1-d", "for all its mail", NULL},
-    {STEP_ATRN, 250, "5.2.1-j", "mail: roles turn", NULL},
-    {STEP_ATRN, 453, "5.2.1-g", "no mail", NULL},
-    {STEP_ATRN, 450, "5.2.1-f", "not now, or ever", NULL},
-    {STEP_ATRN, 451, "5.2.1-k", "cannot tell now", NULL},
-    {STEP_ATRN, 530, "5.2.1-b", "log in first", NULL},
-    {STEP_ATRN, 501, "5.2.1-l", "that is no list", NULL},
-    {STEP_QUIT, 0, "5.1.3-a", "takes its leave", NULL},
-    {STEP_TURNED, 220, "5.3-b", "customer greets", NULL},
-    {STEP_HELLO, 0, "5.3-c", "now the client", NULL},
-    {STEP_HELLO, 2, "RFC 2920", "send on ahead", "PIPELINING"},
-    {STEP_HELLO, 2, "RFC 3030", "even further", "CHUNKING"},
-    {STEP_HELLO, 2, "RFC 1870", "tell me the size", "SIZE"},
-    {STEP_HELLO, 2, "RFC 6152", "octets over 127", "8BITMIME"},
-    {STEP_HELLO, 2, "RFC 6531", "UTF-8 addresses", "SMTPUTF8"},
-    {STEP_HELLO, 2, "RFC 2034", "codes like 5.1.1", "ENHANCED"},
-    {STEP_HELLO, 2, "5.3-a", "now the server", NULL},
-    {STEP_MAIL, 0, "5.3-c", "the reverse-path", NULL},
-    {STEP_MAIL, 2, "5.3-c", "accepted", NULL},
-    {STEP_MAIL, 4, "4-e", "stays queued", NULL},
-    {STEP_MAIL, 5, "4-e", "sender is told", NULL},
-    {STEP_RCPT, 0, "5.3-c", "a recipient", NULL},
-    {STEP_RCPT, 2, "5.3-c", "accepted", NULL},
-    {STEP_DATA, 0, "5.3-c", "may it come?", NULL},
-    {STEP_DATA, 354, "5.3-c", "go on", NULL},
-    {STEP_BDAT, 0, "RFC 3030", "so many octets", NULL},
-    {STEP_CONTENT, 0, "4-e", "its end", NULL},
-    {STEP_CONTENT, 2, "4-e", "now it is theirs", NULL},
-    {STEP_CONTENT, 4, "4-e", "stays queued", NULL},
-    {STEP_CONTENT, 5, "4-e", "sender is told", NULL},
-    {STEP_RCPT, 5, "4-e", "sender is told", NULL},
-    {STEP_RCPT, 4, "4-e", "stays queued", NULL},
-    {STEP_LEAVE, 0, "5-b", "all was sent", NULL},
-    {STEP_LEAVE, 2, "5-b", "good-bye", NULL},
-    {STEP_QUIT, 2, "5.1.3-a", "good-bye", NULL},
-    {STEP_OCTETS, 0, "5.3-c", "the message", NULL},
-    {STEP_OTHER, 502, "5.4-a", "not spoken here", NULL},
-    {STEP_ANY, 4, "", "not now", NULL},
-    {STEP_ANY, 5, "", "refused", NULL},
-    {STEP_ANY, 2, "", "accepted", NULL},
-};
+    const char *starts, *words;
+} notes[2][40] = {{
+    /* 5.1 and 5.2: the customer sends the commands */
+    {"5.1-a", 220, NULL, "greets"},
+    {"5.1.1-a", 0, "EHLO", "says who it is"},
+    {"5.1.1-b", 2, "AUTH", "how to log in"},
+    {"5.1.1-b", 2, "ATRN", "this is ODMR"},
+    {"5.1.1-a", 2, NULL, "says who it is"},
+    {"RFC 3207", 0, "STARTTLS", "asks for TLS"},
+    {"RFC 3207", 2, "STARTTLS", "TLS can be had"},
+    {"RFC 3207", 2, NULL, "TLS from here on"},
+    {"RFC 3207", 4, NULL, "no TLS now"},
+    {"RFC 3207", 5, NULL, "no TLS now"},
+    {"5.1.2-c", 0, "AUTH CRAM-MD5", "wants to log in"},
+    {"5.1.2-f", 0, "AUTH EXTERNAL", "TLS says who I am"},
+    {"5.1.2-d", 0, "AUTH", "wants to log in"},
+    {"5.1.2-a", 0, "", "response"},
+    {"5.1.2-a", 334, NULL, "challenge"},
+    {"5.1.2-b", 235, NULL, "logged in: now"},
+    {"5.1.2-b", 4, NULL, "not logged in"},
+    {"5.1.2-b", 5, NULL, "not logged in"},
+    {"5-a", 503, NULL, "not now"},
+    {"5.1.3-a", 0, "QUIT", "takes its leave"},
+    {"5.1.3-a", 2, NULL, "good-bye"},
+    {"5.2.1-a", 0, "ATRN ", "asks for mail"},
+    {"5.2.1-d", 0, "ATRN", "for all its mail"},
+    {"5.2.1-j", 250, NULL, "mail: roles turn"},
+    {"5.2.1-g", 453, NULL, "no mail"},
+    {"5.2.1-f", 450, NULL, "not now, or ever"},
+    {"5.2.1-k", 451, NULL, "cannot tell now"},
+    {"5.2.1-b", 530, NULL, "log in first"},
+    {"5.2.1-l", 501, NULL, "that is no list"},
+    {"5.4-a", 502, NULL, "not spoken here"},
+}, {
+    /* 5.3: the provider sends the commands */
+    {"5.3-b", 220, NULL, "customer greets"},
+    {"5.3-c", 0, "EHLO", "now the client"},
+    {"5.3-a", 2, NULL, "now the server"},
+    {"RFC 2920", 2, NULL, "send on ahead"},
+    {"RFC 3030", 2, NULL, "even further"},
+    {"RFC 1870", 2, NULL, "tell me the size"},
+    {"RFC 6152", 2, NULL, "octets over 127"},
+    {"RFC 6531", 2, NULL, "UTF-8 addresses"},
+    {"RFC 2034", 2, NULL, "codes like 5.1.1"},
+    {"RFC 9422", 2, NULL, "limits"},
+    {"5.3-c", 0, "MAIL", "the reverse-path"},
+    {"5.3-c", 0, "RCPT", "a recipient"},
+    {"5.3-c", 0, "DATA", "may it come?"},
+    {"5.3-c", 354, NULL, "go on"},
+    {"5.3-c", 2, NULL, "accepted"},
+    {"RFC 3030", 0, "BDAT", "so many octets"},
+    {"5.3-c", 0, "...", "the message"},
+    {"4-e", 0, ".", "its end"},
+    {"4-e", 2, NULL, "now it is theirs"},
+    {"4-e", 4, NULL, "stays queued"},
+    {"4-e", 5, NULL, "sender is told"},
+    {"5-b", 0, "QUIT", "all was sent"},
+    {"5-b", 2, NULL, "good-bye"},
+}};
+
+/* Any other reply. */
+static const struct note other_replies[] = {
+    {"", 2, NULL, "accepted"}, {"", 4, NULL, "not now"}, {"", 5, NULL, "refused"}, {0}};
 
 /* Where the ladder goes: demo's to standard output. NULL: standard error. */
 static FILE *ladder_file;
@@ -270,89 +265,59 @@ static const char *colour(const char *code)
     return atomic_load(&wanted) ? code : "";
 }
 
-static enum step step_of_command(const struct session *s, const char *line)
-{
-    static const struct {
-        const char *verb;
-        enum step step, reversed;
-    } verbs[] = {
-        {"EHLO", STEP_EHLO, STEP_HELLO}, {"HELO", STEP_OTHER, STEP_HELLO}, {"STARTTLS", STEP_STARTTLS, STEP_OTHER},
-        {"AUTH", STEP_AUTH, STEP_OTHER}, {"ATRN", STEP_ATRN, STEP_OTHER},  {"QUIT", STEP_QUIT, STEP_LEAVE},
-        {"MAIL", STEP_OTHER, STEP_MAIL}, {"RCPT", STEP_OTHER, STEP_RCPT},  {"DATA", STEP_OTHER, STEP_DATA},
-        {"BDAT", STEP_OTHER, STEP_BDAT}, {".", STEP_OTHER, STEP_CONTENT},  {"...", STEP_OTHER, STEP_OCTETS},
-    };
-    size_t len = strcspn(line, " ");
-    if (s->ladder.challenged)
-        return STEP_RESPONSE;
-    for (size_t i = 0; i < sizeof verbs / sizeof *verbs; i++)
-        if (strlen(verbs[i].verb) == len && strncasecmp(line, verbs[i].verb, len) == 0)
-            return s->state == REVERSED ? verbs[i].reversed : verbs[i].step;
-    return STEP_OTHER;
-}
-
-/* Which command this reply answers: the oldest that waits. A greeting answers none. */
-static enum step step_of_reply(struct session *s, const char *line)
-{
-    struct ladder *l = &s->ladder;
-    enum step step = s->state == REVERSED ? STEP_TURNED : STEP_GREETING;
-    if (l->count > 0)
-        step = l->waiting[l->oldest];
-    l->challenged = strncmp(line, "334", 3) == 0;
-    if (line[0] && line[1] && line[2] && line[3] != '-' && l->count > 0) {
-        l->oldest = (l->oldest + 1) % LADDER_STEPS;
-        l->count--;
-    }
-    return step;
-}
-
-static void ladder_expect(struct ladder *l, enum step step)
-{
-    if (step == STEP_OCTETS || l->count == LADDER_STEPS)
-        return;
-    l->waiting[(l->oldest + l->count++) % LADDER_STEPS] = step == STEP_BDAT ? STEP_CONTENT : step;
-    l->challenged = false;
-}
-
 /* --step: goes on at Return. */
 static void wait_for_return(struct session *s)
 {
     int c;
-    if (!s->ladder.stepwise)
+    if (!s->stepwise)
         return;
     fputs("    (Return) ", ladder_out());
     fflush(ladder_out());
     do
         c = getchar();
     while (c != '\n' && c != EOF);
-    s->ladder.stepwise = c != EOF;
+    s->stepwise = c != EOF;
     if (!isatty(STDIN_FILENO))
         fputc('\n', ladder_out());
 }
 
-/* The clause and the reason for this line; a last row without either fits all. */
-static size_t note_for(enum step step, int reply, const char *text)
+/* Is it the clause told, or in the section told? A reply may fall under one of several: "5.3-c,4-e". */
+static bool clause_told(const char *told, const char *clause)
 {
-    size_t row = 0, rows = sizeof notes / sizeof *notes;
-    for (; row < rows; row++) {
-        const char *starts = notes[row].starts;
-        if ((notes[row].step == step || notes[row].step == STEP_ANY) &&
-            (notes[row].reply == reply || (reply && notes[row].reply == reply / 100)) &&
-            (!starts || strncasecmp(reply && strlen(text) > 4 ? text + 4 : text, starts, strlen(starts)) == 0))
-            break;
+    for (;; told++) {
+        size_t len = strcspn(told, ",");
+        if (strncmp(told, clause, len) == 0)
+            return true;
+        told += len;
+        if (!*told)
+            return false;
     }
-    return row;
 }
 
-static void ladder_line(struct session *s, enum side who, const char *text)
+/* The note on a line; a command that is only read has no clause told, so it is found by its verb. */
+static const struct note *find_note(const struct note *n, const char *told, int reply, const char *text)
+{
+    const char *words = reply && strlen(text) > 4 ? text + 4 : text;
+    for (; n->clause; n++)
+        if ((n->reply == reply || (reply && n->reply == reply / 100)) &&
+            (told ? clause_told(told, n->clause) : *n->starts != '\0') &&
+            (!n->starts || strncasecmp(words, n->starts, strlen(n->starts)) == 0))
+            return n;
+    return NULL;
+}
+
+static void ladder_line(struct session *s, enum side who, const char *clause, const char *text)
 {
     static const char dashes[] = "------------------------------------------------";
-    bool command = who == (s->state == REVERSED ? PROVIDER : CUSTOMER);
-    enum step step = command ? step_of_command(s, text) : step_of_reply(s, text);
-    size_t row = note_for(step, command ? 0 : atoi(text), text), rows = sizeof notes / sizeof *notes;
+    bool reversed = s->state == REVERSED, command = who == (reversed ? PROVIDER : CUSTOMER);
+    int reply = command ? 0 : atoi(text);
+    const struct note *note = clause || command ? find_note(notes[reversed], clause, reply, text) : NULL;
     int number = snprintf(NULL, 0, "%lu", s->number), room = LADDER_TEXT + 1 - number, len = (int)strlen(text);
     const char *dots = len > room ? "..." : "", *end = colour("\033[0m");
     len = len > room ? room - 3 : len;
     room -= len + (int)strlen(dots);
+    if (!note)
+        note = find_note(other_replies, "", reply, text);
     if (command)
         wait_for_return(s);
     flockfile(ladder_out());
@@ -362,12 +327,10 @@ static void ladder_line(struct session *s, enum side who, const char *text)
     else
         fprintf(ladder_out(), "<%.*s %.*s%s -", room + 1, dashes, len, text, dots);
     fprintf(ladder_out(), "%s|", end);
-    if (row < rows)
-        fprintf(ladder_out(), " %s%-8s%s %s", colour("\033[1m"), notes[row].clause, end, notes[row].why);
+    if (note)
+        fprintf(ladder_out(), " %s%-8s%s %s", colour("\033[1m"), note->clause, end, note->words);
     fputc('\n', ladder_out());
     funlockfile(ladder_out());
-    if (command)
-        ladder_expect(&s->ladder, step);
 }
 
 /* The RFC's three states, the current one in capitals. */
@@ -392,7 +355,7 @@ static void ladder_state(const struct session *s)
     funlockfile(out);
 }
 
-void trace_line(struct session *s, enum side who, const char *fmt, ...)
+void trace_line(struct session *s, enum side who, const char *clause, const char *fmt, ...)
 {
     char prefix[48], plain[LOG_LINE], safe[LOG_LINE * 2];
     va_list args;
@@ -404,7 +367,7 @@ void trace_line(struct session *s, enum side who, const char *fmt, ...)
     escape(safe, sizeof safe, plain);
     snprintf(prefix, sizeof prefix, "[%lu] %c: ", s->number, letter_of(who));
     if (s->trace == TRACE_LADDER)
-        ladder_line(s, who, safe);
+        ladder_line(s, who, clause, safe);
     else
         fprintf(stderr, "%s%s\n", prefix, safe);
 }
@@ -975,7 +938,7 @@ enum side other_side(enum side side)
     return side == PROVIDER ? CUSTOMER : PROVIDER;
 }
 
-void send_line(struct session *s, const char *fmt, ...)
+void send_line(struct session *s, const char *clause, const char *fmt, ...)
 {
     char line[SEND_LINE + 3];
     va_list args;
@@ -987,7 +950,7 @@ void send_line(struct session *s, const char *fmt, ...)
         stream_break(&s->io, "a line of ours would have been too long");
         return;
     }
-    trace_line(s, s->self, "%s", line);
+    trace_line(s, s->self, clause, "%s", line);
     memcpy(line + n, "\r\n", 3);
     stream_write(&s->io, line, (size_t)n + 2);
 }
@@ -1020,38 +983,43 @@ static bool reply_line_valid(const char *line, size_t len)
            (line[3] == '\0' || line[3] == ' ' || line[3] == '-');
 }
 
-/* The keywords of an EHLO response that somebody here asks for. The other lines are left out: whatever else a server
- * offers, and however much, none of these is lost. */
-static bool keyword_of_ours(const char *line)
+/* The clause of each EHLO keyword that this program knows; NULL: it does not. The other lines are left out: whatever
+ * else a server offers, and however much, none of these is lost. */
+static const char *keyword_clause(const char *line)
 {
-    static const char *const known[] = {"ATRN", "AUTH", "STARTTLS", "PIPELINING", "CHUNKING", "8BITMIME", "SMTPUTF8",
-                                        "SIZE", "LIMITS"};
+    static const char *const known[][2] = {
+        {"ATRN", "5.1.1-b"}, {"AUTH", "5.1.1-b"}, {"STARTTLS", "RFC 3207"}, {"PIPELINING", "RFC 2920"},
+        {"CHUNKING", "RFC 3030"}, {"8BITMIME", "RFC 6152"}, {"SMTPUTF8", "RFC 6531"}, {"SIZE", "RFC 1870"},
+        {"LIMITS", "RFC 9422"}, {"ENHANCEDSTATUSCODES", "RFC 2034"},
+    };
     for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (strncasecmp(line, known[i], strlen(known[i])) == 0)
-            return true;
-    return false;
+        if (strncasecmp(line, known[i][0], strlen(known[i][0])) == 0)
+            return known[i][1];
+    return NULL;
 }
 
 /* The lines of a reply. Its first has our patience; then the rest has what is left of it, and no more than
  * REPLY_TIMEOUT: a reply that comes line by line is not waited for without end. */
-static bool read_reply_lines(struct session *s, struct reply *r, bool ehlo)
+static bool read_reply_lines(struct session *s, const char *clause, struct reply *r, bool ehlo)
 {
     size_t used = 0;
     r->code = 0;
     r->text[0] = '\0';
     for (int lines = 0; lines < REPLY_LINES; lines++) {
+        const char *keyword;
         int code;
         if (!read_line(s))
             return false;
+        keyword = ehlo && s->line_len > 4 ? keyword_clause(s->line + 4) : NULL;
         if (!s->io.line_cut)
-            trace_line(s, other_side(s->self), "%s", s->line);
+            trace_line(s, other_side(s->self), keyword ? keyword : clause, "%s", s->line);
         if (s->io.line_cut || s->line_len > REPLY_LINE || !reply_line_valid(s->line, s->line_len))
             break;
         code = atoi((char[]){s->line[0], s->line[1], s->line[2], '\0'});
         if (r->code && code != r->code)
             break;
         r->code = code;
-        if (lines == 0 || !ehlo || (s->line_len > 4 && keyword_of_ours(s->line + 4)))
+        if (lines == 0 || !ehlo || keyword)
             used += (size_t)snprintf(r->text + used, sizeof r->text - used, "%s%s", lines ? "\n" : "",
                                      s->line_len > 4 ? s->line + 4 : "");
         if (used >= sizeof r->text && ehlo)
@@ -1068,10 +1036,10 @@ static bool read_reply_lines(struct session *s, struct reply *r, bool ehlo)
 }
 
 /* When a reply fails to come, what comes later could be the rest of it, and is not read. */
-static bool read_whole_reply(struct session *s, struct reply *r, bool ehlo)
+static bool read_whole_reply(struct session *s, const char *clause, struct reply *r, bool ehlo)
 {
     int64_t deadline = s->io.deadline;
-    bool complete = read_reply_lines(s, r, ehlo);
+    bool complete = read_reply_lines(s, clause, r, ehlo);
     s->io.deadline = deadline;
     if (!complete)
         stream_end_input(&s->io);
@@ -1086,19 +1054,19 @@ static bool command_has_left(struct session *s, struct reply *r)
     return !s->io.broken && (s->io.out_end == 0 || stream_flush(&s->io));
 }
 
-bool read_reply(struct session *s, struct reply *r)
+bool read_reply(struct session *s, const char *clause, struct reply *r)
 {
-    return command_has_left(s, r) && read_whole_reply(s, r, false);
+    return command_has_left(s, r) && read_whole_reply(s, clause, r, false);
 }
 
-bool read_ehlo_reply(struct session *s, struct reply *r)
+bool read_ehlo_reply(struct session *s, const char *clause, struct reply *r)
 {
-    return command_has_left(s, r) && read_whole_reply(s, r, true);
+    return command_has_left(s, r) && read_whole_reply(s, clause, r, true);
 }
 
-bool read_arrived_reply(struct session *s, struct reply *r)
+bool read_arrived_reply(struct session *s, const char *clause, struct reply *r)
 {
-    return read_whole_reply(s, r, false);
+    return read_whole_reply(s, clause, r, false);
 }
 
 bool reply_arrived(struct session *s)
@@ -2736,14 +2704,14 @@ enum update message_remove(struct message *m)
 
 /* A reply that refuses a command. Ten of them and the session is over: nobody needs that many, and a
  * peer that does not speak our protocol (a web browser, say) is told to go. */
-void refuse(struct session *s, const char *fmt, ...)
+void refuse(struct session *s, const char *clause, const char *fmt, ...)
 {
     char text[SEND_LINE];
     va_list args;
     va_start(args, fmt);
     vsnprintf(text, sizeof text, fmt, args);
     va_end(args);
-    send_line(s, "%s", text);
+    send_line(s, clause, "%s", text);
     s->bad_commands++;
 }
 
@@ -2755,7 +2723,7 @@ void end_with_421(struct session *s, const char *why)
     s->io.deadline = 0;
     s->io.timeout = LAST_WORD;
     s->io.wake_fd = -1;
-    send_line(s, "421 %s closing connection: %s", s->name, why);
+    send_line(s, NULL, "421 %s closing connection: %s", s->name, why);
     stream_end(&s->io);
     stream_break(&s->io, why);
 }
@@ -2772,9 +2740,9 @@ static bool tells_secret(const char *line)
 static void trace_command(struct session *s)
 {
     if (tells_secret(s->line))
-        trace_line(s, CUSTOMER, "AUTH PLAIN (response not shown)");
+        trace_line(s, CUSTOMER, NULL, "AUTH PLAIN (response not shown)");
     else
-        trace_line(s, CUSTOMER, "%s", s->line);
+        trace_line(s, CUSTOMER, NULL, "%s", s->line);
 }
 
 /* RFC 4954, 4: 12288 octets are enough for any AUTH; RFC 5321, 4.5.3.1.4: 512 for the others, but an ATRN may
@@ -2824,15 +2792,15 @@ static bool read_command(struct session *s)
             return false;
         }
         if (s->io.line_cut || command_too_long(s)) {
-            trace_line(s, CUSTOMER, "(a line that is too long)");
-            refuse(s, "500 Line too long");
+            trace_line(s, CUSTOMER, NULL, "(a line that is too long)");
+            refuse(s, NULL, "500 Line too long");
         } else {
             trace_command(s);
             if (command_readable(s)) {
                 split_command(s);
                 return true;
             }
-            refuse(s, "500 A command consists of printable US-ASCII");
+            refuse(s, NULL, "500 A command consists of printable US-ASCII");
         }
     }
     end_with_421(s, "too many bad commands");
@@ -2848,13 +2816,13 @@ static bool verb_is(const struct session *s, const char *verb)
 static void common_command(struct session *s)
 {
     if (verb_is(s, "NOOP") || (verb_is(s, "RSET") && !s->argument))
-        send_line(s, "250 OK");
+        send_line(s, NULL, "250 OK");
     else if (verb_is(s, "HELP"))
-        send_line(s, "214 On-Demand Mail Relay, RFC 2645: EHLO, AUTH, ATRN, QUIT");
+        send_line(s, NULL, "214 On-Demand Mail Relay, RFC 2645: EHLO, AUTH, ATRN, QUIT");
     else if (verb_is(s, "RSET"))
-        refuse(s, "501 RSET takes no argument");
+        refuse(s, NULL, "501 RSET takes no argument");
     else
-        refuse(s, "502 Command not implemented");
+        refuse(s, "5.4-a", "502 Command not implemented");
 }
 
 /* QUIT ends each state (5-a, 5.1.3-a). */
@@ -2863,10 +2831,10 @@ static bool quit_command(struct session *s)
     if (!verb_is(s, "QUIT"))
         return false;
     if (s->argument) {
-        refuse(s, "501 QUIT takes no argument");
+        refuse(s, NULL, "501 QUIT takes no argument");
         return false;
     }
-    send_line(s, "221 %s closing connection", s->name);
+    send_line(s, "5.1.3-a", "221 %s closing connection", s->name);
     s->io.said_quit = true;
     stream_flush(&s->io);
     return true;
@@ -2922,7 +2890,7 @@ static void ehlo_command(struct session *s)
 {
     char list[128] = "";
     if (!s->argument || strchr(s->argument, ' ')) {
-        refuse(s, "501 EHLO takes the name of the host");
+        refuse(s, NULL, "501 EHLO takes the name of the host");
         return;
     }
     snprintf(s->peer_name, sizeof s->peer_name, "%s", s->argument);
@@ -2932,11 +2900,11 @@ static void ehlo_command(struct session *s)
             strcat(list, " ");
             strcat(list, mechanism_name(m));
         }
-    send_line(s, "250-%s", s->name);
-    send_line(s, "250-AUTH%s", list);
+    send_line(s, "5.1.1-a", "250-%s", s->name);
+    send_line(s, "5.1.1-b", "250-AUTH%s", list);
     if (s->tls_context && !s->io.tls && s->state == INITIAL)
-        send_line(s, "250-STARTTLS");
-    send_line(s, "250 ATRN");
+        send_line(s, "RFC 3207", "250-STARTTLS");
+    send_line(s, "5.1.1-b", "250 ATRN");
 }
 
 /* What was said may have been a secret; nothing of it stays in memory that is freed one day. */
@@ -2953,26 +2921,26 @@ static enum next auth_command(struct session *s)
     char *initial = s->argument ? strchr(s->argument, ' ') : NULL;
     enum mechanism m;
     if (!s->greeted) {
-        refuse(s, "503 EHLO first");
+        refuse(s, NULL, "503 EHLO first");
         return STAY;
     }
     if (!s->argument) {
-        refuse(s, "501 AUTH takes the name of a mechanism");
+        refuse(s, NULL, "501 AUTH takes the name of a mechanism");
         return STAY;
     }
     if (initial)
         *initial++ = '\0';
     m = mechanism_named(s->argument);
     if (s->provider->require_tls && !s->io.tls) {
-        refuse(s, "538 Encryption required: STARTTLS first");
+        refuse(s, "5.1.2-b", "538 Encryption required: STARTTLS first");
         return STAY;
     }
     if (m == PLAIN && !s->io.tls && s->tls_context) {
-        refuse(s, "538 Encryption required for this mechanism");
+        refuse(s, "5.1.2-b", "538 Encryption required for this mechanism");
         return STAY;
     }
     if (!mechanism_offered(s, m)) {
-        refuse(s, "504 Mechanism not offered");
+        refuse(s, "5.1.2-b", "504 Mechanism not offered");
         return STAY;
     }
     accounts_renew(s);
@@ -2985,17 +2953,17 @@ static bool starttls_command(struct session *s)
 {
     SSL *tls;
     if (!s->tls_context) {
-        refuse(s, "502 Command not implemented");
+        refuse(s, "5.4-a", "502 Command not implemented");
     } else if (s->argument) {
-        refuse(s, "501 STARTTLS takes no argument");
+        refuse(s, NULL, "501 STARTTLS takes no argument");
     } else if (s->io.tls || !s->greeted) {
-        refuse(s, s->io.tls ? "503 TLS is on already" : "503 EHLO first");
+        refuse(s, NULL, s->io.tls ? "503 TLS is on already" : "503 EHLO first");
     } else if (!(tls = stream_offer_tls(&s->io, s->tls_context, NULL))) {
-        refuse(s, "454 TLS not available just now");
+        refuse(s, "RFC 3207", "454 TLS not available just now");
     } else {
         if (stream_discard_input(&s->io))
             log_event(s, LOG_WARNING, "%s sent something behind STARTTLS in the clear; it is thrown away", s->peer);
-        send_line(s, "220 Ready to start TLS");
+        send_line(s, "RFC 3207", "220 Ready to start TLS");
         s->greeted = false;
         snprintf(s->peer_name, sizeof s->peer_name, "unknown");
         return stream_start_tls(&s->io, tls, NULL);
@@ -3007,7 +2975,7 @@ static bool starttls_command(struct session *s)
 static enum next initial_state(struct session *s)
 {
     enter_state(s, INITIAL);
-    send_line(s, "220 %s on-demand mail relay server ready", s->name);
+    send_line(s, "5.1-a", "220 %s on-demand mail relay server ready", s->name);
     for (;;) {
         if (!read_command(s))
             return END;
@@ -3022,7 +2990,7 @@ static enum next initial_state(struct session *s)
             if (!starttls_command(s))
                 return END;
         } else if (verb_is(s, "ATRN")) {
-            refuse(s, "530 Authentication required"); /* (5.2.1-b), whatever else is wrong with it */
+            refuse(s, "5.2.1-b", "530 Authentication required"); /* whatever else is wrong with it */
         } else if (quit_command(s)) {
             return END;
         } else if (!verb_is(s, "QUIT")) {
@@ -3163,17 +3131,17 @@ static enum next atrn_command(struct session *s)
     enum claim got;
     bool complete;
     if (s->argument && !domain_list_valid(s->argument)) { /* (5.2.1-l) */
-        refuse(s, "501 ATRN takes domains, with commas and without blanks between them");
+        refuse(s, "5.2.1-l", "501 ATRN takes domains, with commas and without blanks between them");
         return STAY;
     }
     if (!accounts_renew(s)) {
         log_event(s, LOG_WARNING, "ATRN refused (530): %s is no longer an account, or has another secret",
                   s->account->name);
-        refuse(s, "530 Authentication required, for the account has changed");
+        refuse(s, "5.2.1-b", "530 Authentication required, for the account has changed");
         return STAY;
     }
     if (!atrn_domains(s) || asked_too_soon(s)) {
-        send_line(s, "450 ATRN request refused"); /* (5.2.1-f) */
+        send_line(s, "5.2.1-f", "450 ATRN request refused");
         return STAY;
     }
     s->postponed = "it cannot be listed";
@@ -3182,17 +3150,17 @@ static enum next atrn_command(struct session *s)
     if (got == NOTHING && !complete)
         got = BUSY; /* a domain that cannot be read may have mail */
     if (got == CLAIMED) { /* (5.2.1-j) */
-        send_line(s, "250 OK now reversing the connection");
+        send_line(s, "5.2.1-j", "250 OK now reversing the connection");
         return GO_ON;
     }
     backlog_free(&s->backlog);
     if (got == BUSY) {
         log_event(s, LOG_WARNING, "ATRN %s: 451, mail waits, but %s", s->asked, s->postponed);
-        send_line(s, "451 Unable to process ATRN request now"); /* (5.2.1-k) */
+        send_line(s, "5.2.1-k", "451 Unable to process ATRN request now");
     } else {
         log_event(s, LOG_INFO, "ATRN %s: 453, no mail", s->asked);
         start_interval(s);
-        send_line(s, "453 You have no mail"); /* (5.2.1-g) */
+        send_line(s, "5.2.1-g", "453 You have no mail");
     }
     return STAY;
 }
@@ -3217,9 +3185,9 @@ static enum next authenticated_state(struct session *s)
         } else if (verb_is(s, "EHLO")) {
             ehlo_command(s);
         } else if (verb_is(s, "AUTH")) {
-            refuse(s, "503 Already authenticated as %s", s->account->name);
+            refuse(s, "5-a", "503 Already authenticated as %s", s->account->name);
         } else if (verb_is(s, "STARTTLS") && s->tls_context) {
-            refuse(s, "503 Too late for TLS, or on already");
+            refuse(s, NULL, "503 Too late for TLS, or on already");
         } else if (quit_command(s)) {
             return END;
         } else if (!verb_is(s, "QUIT")) {
@@ -3725,11 +3693,21 @@ static bool settle(struct sender *x, const struct reply *r)
 
 /* Settles the replies that have arrived, without waiting. Accepted mail leaves the queue soon, so a provider that is
  * killed causes few second copies. A reply that arrives before its command has left is not believed. */
+/* Where the reply to the oldest command stands in RFC 2645. */
+static const char *reply_clause(const struct sender *x)
+{
+    static const char *const clause[] = {
+        [FOR_RSET] = "5.3-c", [FOR_MAIL] = "5.3-c,4-e", [FOR_RCPT] = "5.3-c,4-e", [FOR_DATA] = "5.3-c,4-e",
+        [FOR_CONTENT] = "4-e", [FOR_BDAT] = "4-e", [FOR_QUIT] = "5-b",
+    };
+    return clause[x->fifo[x->oldest].what];
+}
+
 static bool settle_arrived(struct sender *x)
 {
     struct reply r;
     while (x->count > 0 && x->fifo[x->oldest].written <= x->s->io.gone && reply_arrived(x->s))
-        if (!read_arrived_reply(x->s, &r) || !settle(x, &r))
+        if (!read_arrived_reply(x->s, reply_clause(x), &r) || !settle(x, &r))
             return false;
     return true;
 }
@@ -3738,7 +3716,7 @@ static bool settle_down_to(struct sender *x, size_t left)
 {
     struct reply r;
     while (x->count > left)
-        if (!read_reply(x->s, &r) || !settle(x, &r))
+        if (!read_reply(x->s, reply_clause(x), &r) || !settle(x, &r))
             return false;
     return true;
 }
@@ -3795,13 +3773,13 @@ static bool send_content(struct sender *x, struct transaction *t, bool dots)
         stream_break(&x->s->io, "a message in the queue cannot be read, or somebody wrote into it");
         return false;
     }
-    trace_line(x->s, PROVIDER, "... %llu octets of message ...", (unsigned long long)t->message->wire_size);
+    trace_line(x->s, PROVIDER, "5.3-c", "... %llu octets of message ...", (unsigned long long)t->message->wire_size);
     return true;
 }
 
 static bool send_data(struct sender *x, struct transaction *t)
 {
-    send_line(x->s, "DATA");
+    send_line(x->s, "5.3-c", "DATA");
     if (!expect(x, FOR_DATA, t, NULL))
         return false;
     if (!t->go_ahead)
@@ -3809,13 +3787,13 @@ static bool send_data(struct sender *x, struct transaction *t)
     /* RFC 2920, 3.1: a 354 although every RCPT failed must be honoured, with no content. */
     if (t->accepted > 0 && !send_content(x, t, true))
         return false;
-    send_line(x->s, ".");
+    send_line(x->s, "4-e", ".");
     return expect(x, FOR_CONTENT, t, NULL);
 }
 
 static bool send_bdat(struct sender *x, struct transaction *t)
 {
-    send_line(x->s, "BDAT %llu LAST", (unsigned long long)t->message->wire_size);
+    send_line(x->s, "RFC 3030", "BDAT %llu LAST", (unsigned long long)t->message->wire_size);
     return send_content(x, t, false) && expect(x, FOR_BDAT, t, NULL);
 }
 
@@ -3825,7 +3803,8 @@ static void send_mail_command(struct sender *x, const struct message *m)
     char size[32] = "";
     if (x->size)
         snprintf(size, sizeof size, " SIZE=%llu", (unsigned long long)m->wire_size);
-    send_line(x->s, "MAIL FROM:<%s>%s%s%s", m->sender, size, m->eight_bit && x->eight_bit ? " BODY=8BITMIME" : "",
+    send_line(x->s, "5.3-c", "MAIL FROM:<%s>%s%s%s", m->sender, size,
+              m->eight_bit && x->eight_bit ? " BODY=8BITMIME" : "",
               (m->utf8_header || m->utf8_address) && x->utf8 ? " SMTPUTF8" : "");
 }
 
@@ -3874,7 +3853,7 @@ static bool send_transaction(struct sender *x, struct transaction *t, struct rec
     size_t n = 1;
     t->behind_end = x->count > 0; /* before RSET, which is no end */
     if (x->unclean && x->count == 0) {
-        send_line(x->s, "RSET");
+        send_line(x->s, "5.3-c", "RSET");
         if (!expect(x, FOR_RSET, NULL, NULL))
             return false;
     }
@@ -3884,7 +3863,7 @@ static bool send_transaction(struct sender *x, struct transaction *t, struct rec
         return false;
     do {
         if (!t->mail_refused) {
-            send_line(x->s, "RCPT TO:<%s>", to->address);
+            send_line(x->s, "5.3-c", "RCPT TO:<%s>", to->address);
             if (!expect(x, FOR_RCPT, t, to))
                 return false;
         } else if (!t->again) {
@@ -3961,10 +3940,10 @@ static bool greet_customer(struct sender *x)
 {
     struct session *s = x->s;
     struct reply r;
-    if (!read_reply(s, &r) || r.code != 220)
+    if (!read_reply(s, "5.3-b", &r) || r.code != 220)
         return false;
-    send_line(s, "EHLO %s", s->name);
-    if (!read_ehlo_reply(s, &r))
+    send_line(s, "5.3-c", "EHLO %s", s->name);
+    if (!read_ehlo_reply(s, "5.3-a", &r))
         return false;
     if (r.code < 300) {
         read_capabilities(x, &r);
@@ -3972,8 +3951,8 @@ static bool greet_customer(struct sender *x)
     }
     if (r.code < 500)
         return false;
-    send_line(s, "HELO %s", s->name);
-    return read_reply(s, &r) && r.code < 300;
+    send_line(s, "5.3-c", "HELO %s", s->name);
+    return read_reply(s, "5.3-a", &r) && r.code < 300;
 }
 
 /* The message to be sent next: the one that was claimed for ATRN, then the others, then those that must be sent
@@ -4019,7 +3998,7 @@ static void reversed_state(struct session *s)
     if (s->messages > 0)
         start_interval(s);
     if (settled) {
-        send_line(s, "QUIT");
+        send_line(s, "5-b", "QUIT");
         good = expect(&x, FOR_QUIT, NULL, NULL);
     }
     abandon(&x);
@@ -4304,6 +4283,7 @@ struct content {
 /* An answer that waits for its turn. */
 struct answer {
     char text[128];
+    const char *clause;
     size_t files; /* the promise for so many of the deliveries that wait; 0: text is the answer */
 };
 
@@ -4357,13 +4337,13 @@ static void answer_stored(struct smtp_server *server, struct delivery *d, size_t
 {
     if (d->problem) {
         deliveries_discard(d, files);
-        send_line(server->s, "%s", not_stored(server, d));
+        send_line(server->s, "4-e", "%s", not_stored(server, d));
         return;
     }
     for (size_t i = 0; i < files; i++)
         note_domain(server, d[i].domain);
     server->messages++;
-    send_line(server->s, "250 2.0.0 OK, message stored");
+    send_line(server->s, "4-e", "250 2.0.0 OK, message stored");
 }
 
 static void settle_answers(struct smtp_server *server)
@@ -4373,7 +4353,7 @@ static void settle_answers(struct smtp_server *server)
     for (size_t i = 0; i < server->answer_count; i++) {
         const struct answer *a = &server->answers[i];
         if (a->files == 0)
-            send_line(server->s, "%s", a->text);
+            send_line(server->s, a->clause, "%s", a->text);
         else
             answer_stored(server, d, a->files);
         d += a->files;
@@ -4389,7 +4369,8 @@ static void before_reading(struct smtp_server *server, bool (*arrived)(struct st
         settle_answers(server);
 }
 
-__attribute__((format(printf, 2, 3))) static void answer(struct smtp_server *server, const char *fmt, ...)
+__attribute__((format(printf, 3, 4)))
+static void answer(struct smtp_server *server, const char *clause, const char *fmt, ...)
 {
     struct answer *a;
     char text[COMMAND_LINE];
@@ -4401,11 +4382,12 @@ __attribute__((format(printf, 2, 3))) static void answer(struct smtp_server *ser
     if (server->answer_count == ANSWERS_MAX || strlen(text) >= sizeof a->text)
         settle_answers(server);
     if (server->answer_count == 0) {
-        send_line(server->s, "%s", text);
+        send_line(server->s, clause, "%s", text);
         return;
     }
     a = &server->answers[server->answer_count++];
     snprintf(a->text, sizeof a->text, "%s", text);
+    a->clause = clause;
     a->files = 0;
 }
 
@@ -4594,13 +4576,13 @@ static void end_content(struct smtp_server *server)
     }
 
     if (c->bare)
-        answer(server, "550 5.6.0 A CR or LF by itself is no line end; message refused");
+        answer(server, "4-e", "550 5.6.0 A CR or LF by itself is no line end; message refused");
     else if (c->trace_fields > TRACE_FIELDS_MAX)
-        answer(server, "554 5.4.6 Too many hops");
+        answer(server, "4-e", "554 5.4.6 Too many hops");
     else if (deliveries_written(c->deliveries, c->files))
         store_then_answer(server);
     else
-        answer(server, "%s", not_stored(server, c->deliveries));
+        answer(server, "4-e", "%s", not_stored(server, c->deliveries));
     forget_transaction(server);
 }
 
@@ -4608,16 +4590,16 @@ static void data_command(struct smtp_server *server)
 {
     uint64_t before = server->octets;
     if (server->count == 0) {
-        answer(server, "503 5.5.1 RCPT first");
+        answer(server, NULL, "503 5.5.1 RCPT first");
         return;
     }
     begin_content(server, true);
-    answer(server, "354 The message, then a dot on a line by itself");
+    answer(server, "5.3-c", "354 The message, then a dot on a line by itself");
     if (!read_content(server, UINT64_MAX))
         return;
-    trace_line(server->s, PROVIDER, "... %llu octets of message ...",
+    trace_line(server->s, PROVIDER, "5.3-c", "... %llu octets of message ...",
                (unsigned long long)(server->octets - before - 3));
-    trace_line(server->s, PROVIDER, ".");
+    trace_line(server->s, PROVIDER, "4-e", ".");
     end_content(server);
 }
 
@@ -4629,22 +4611,22 @@ static void bdat_command(struct smtp_server *server)
     uint64_t octets = s->argument && isdigit((unsigned char)*s->argument) ? strtoull(s->argument, &end, 10) : 0;
     bool last = end && strcasecmp(end, " LAST") == 0;
     if (!end || (!last && *end != '\0') || octets > INT64_MAX) {
-        answer(server, "501 5.5.4 BDAT takes a number of octets, and LAST");
+        answer(server, NULL, "501 5.5.4 BDAT takes a number of octets, and LAST");
         s->protocol_broken = true; /* what follows would be taken for commands */
         return;
     }
 
     if (!server->content.under_way)
         begin_content(server, false);
-    trace_line(s, PROVIDER, "... %llu octets of message ...", (unsigned long long)octets);
+    trace_line(s, PROVIDER, "5.3-c", "... %llu octets of message ...", (unsigned long long)octets);
     if (!read_content(server, octets))
         return;
 
     if (server->count == 0) {
-        answer(server, "503 5.5.1 RCPT first");
+        answer(server, NULL, "503 5.5.1 RCPT first");
         server->content.under_way = false;
     } else if (!last) {
-        answer(server, "250 2.0.0 OK, go on");
+        answer(server, NULL, "250 2.0.0 OK, go on");
     } else {
         end_content(server);
     }
@@ -4702,18 +4684,18 @@ static void mail_command(struct smtp_server *server)
     char mailbox[MAILBOX_MAX + 2];
     const char *parameters = parse_path(server->s->argument, "FROM:", mailbox, sizeof mailbox);
     if (!server->greeted)
-        answer(server, "503 5.5.1 EHLO or HELO first");
+        answer(server, NULL, "503 5.5.1 EHLO or HELO first");
     else if (server->in_mail)
-        answer(server, "503 5.5.1 One message at a time");
+        answer(server, NULL, "503 5.5.1 One message at a time");
     else if (!parameters || !sender_valid(mailbox))
-        answer(server, "501 5.1.7 Not a reverse-path");
+        answer(server, "4-e", "501 5.1.7 Not a reverse-path");
     else if (!mail_parameters_known(parameters))
-        answer(server, "555 5.5.4 Parameter not known");
+        answer(server, "4-e", "555 5.5.4 Parameter not known");
     else {
         memcpy(server->sender, mailbox, strlen(mailbox) + 1);
         server->in_mail = true;
         server->utf8 = list_has(parameters, "SMTPUTF8");
-        answer(server, "250 2.1.0 OK");
+        answer(server, "5.3-c", "250 2.1.0 OK");
     }
 }
 
@@ -4749,26 +4731,26 @@ static void rcpt_command(struct smtp_server *server)
     domain = parameters ? mailbox_domain(mailbox) : NULL;
     another = domain && !has_recipient_in(server, domain);
     if (!server->in_mail)
-        answer(server, "503 5.5.1 MAIL first");
+        answer(server, NULL, "503 5.5.1 MAIL first");
     else if (parameters && strcasecmp(mailbox, "postmaster") == 0)
-        answer(server, "450 4.7.1 Not known yet which domain's postmaster is meant");
+        answer(server, "4-e", "450 4.7.1 Not known yet which domain's postmaster is meant");
     else if (!parameters || !recipient_valid(mailbox) || !domain_valid(domain, strlen(domain)))
-        answer(server, "501 5.1.3 Not a mailbox");
+        answer(server, "4-e", "501 5.1.3 Not a mailbox");
     else if (*parameters != '\0')
-        answer(server, "555 5.5.4 Parameter not known");
+        answer(server, "4-e", "555 5.5.4 Parameter not known");
     else if (server->c->domains[0] != '\0' && !domain_in_list(server->c->domains, domain, strlen(domain))) {
         log_event(server->s, LOG_WARNING, "the provider sent mail for %s, whose domain was not asked for; deferred",
                   mailbox);
-        answer(server, "450 4.7.1 Not a domain that was asked for"); /* the mail must not bounce for this mistake */
+        answer(server, "4-e", "450 4.7.1 Not a domain that was asked for"); /* 5xx would bounce this mail */
     } else if (server->c->unknown_mailbox && strcasecmp(mailbox, server->c->unknown_mailbox) == 0)
-        answer(server, "550 5.1.1 Nobody of that name here");
+        answer(server, "4-e", "550 5.1.1 Nobody of that name here");
     else if (server->count == RECIPIENTS_MAX || (another && server->domains == DOMAINS_A_MESSAGE))
-        answer(server, "452 4.5.3 Too many recipients");
+        answer(server, "4-e", "452 4.5.3 Too many recipients");
     else {
         server->recipients[server->count] = strcpy(server->mailboxes[server->count], mailbox);
         server->count++;
         server->domains += another;
-        answer(server, "250 2.1.5 OK, recipient accepted");
+        answer(server, "5.3-c", "250 2.1.5 OK, recipient accepted");
     }
 }
 
@@ -4776,7 +4758,7 @@ static void hello_command(struct smtp_server *server)
 {
     struct session *s = server->s;
     if (!s->argument || !printable(s->argument, strlen(s->argument)) || strchr(s->argument, ' ')) {
-        answer(server, "501 5.5.4 That is not the name of a host");
+        answer(server, NULL, "501 5.5.4 That is not the name of a host");
         return;
     }
     forget_transaction(server);
@@ -4784,18 +4766,18 @@ static void hello_command(struct smtp_server *server)
     server->greeted = true;
     server->esmtp = verb_is(s, "EHLO");
     if (!server->esmtp) {
-        answer(server, "250 %s", s->name);
+        answer(server, "5.3-a", "250 %s", s->name);
         return;
     }
 
-    answer(server, "250-%s", s->name);
-    answer(server, "250-PIPELINING");
-    answer(server, "250-SIZE");
-    answer(server, "250-8BITMIME");
-    answer(server, "250-SMTPUTF8");
-    answer(server, "250-CHUNKING");
-    answer(server, "250-LIMITS RCPTMAX=%d", RECIPIENTS_MAX); /* RFC 9422 */
-    answer(server, "250 ENHANCEDSTATUSCODES");
+    answer(server, "5.3-a", "250-%s", s->name);
+    answer(server, "RFC 2920", "250-PIPELINING");
+    answer(server, "RFC 1870", "250-SIZE");
+    answer(server, "RFC 6152", "250-8BITMIME");
+    answer(server, "RFC 6531", "250-SMTPUTF8");
+    answer(server, "RFC 3030", "250-CHUNKING");
+    answer(server, "RFC 9422", "250-LIMITS RCPTMAX=%d", RECIPIENTS_MAX);
+    answer(server, "RFC 2034", "250 ENHANCEDSTATUSCODES");
 }
 
 /* After BAD_COMMANDS_SERVER of them the reply is 421. */
@@ -4803,7 +4785,7 @@ static void bad_command(struct smtp_server *server, const char *reply)
 {
     struct session *s = server->s;
     s->protocol_broken = ++s->bad_commands == BAD_COMMANDS_SERVER;
-    answer(server, "%s", s->protocol_broken ? "421 4.5.2 Too many of them, closing connection" : reply);
+    answer(server, NULL, "%s", s->protocol_broken ? "421 4.5.2 Too many of them, closing connection" : reply);
 }
 
 /* Counts commands in a row that bring no mail forward. Octets of content set the count back, too. */
@@ -4820,11 +4802,11 @@ static void receive_command(struct smtp_server *server)
     struct session *s = server->s;
     if (too_idle(server)) {
         s->protocol_broken = true;
-        answer(server, "421 4.5.2 Too many commands without mail, closing connection");
+        answer(server, NULL, "421 4.5.2 Too many commands without mail, closing connection");
     } else if (verb_is(s, "BDAT")) {
         bdat_command(server);
     } else if (server->content.under_way && !verb_is(s, "RSET") && !verb_is(s, "QUIT")) {
-        answer(server, "503 5.5.1 BDAT with LAST first");
+        answer(server, NULL, "503 5.5.1 BDAT with LAST first");
     } else if (verb_is(s, "EHLO") || verb_is(s, "HELO")) {
         hello_command(server);
     } else if (verb_is(s, "MAIL")) {
@@ -4835,13 +4817,13 @@ static void receive_command(struct smtp_server *server)
         data_command(server);
     } else if (verb_is(s, "RSET")) {
         forget_transaction(server);
-        answer(server, "250 2.0.0 OK");
+        answer(server, NULL, "250 2.0.0 OK");
     } else if (verb_is(s, "NOOP")) {
-        answer(server, "250 2.0.0 OK");
+        answer(server, NULL, "250 2.0.0 OK");
     } else if (verb_is(s, "VRFY")) {
-        answer(server, "252 2.5.0 Send it and see");
+        answer(server, NULL, "252 2.5.0 Send it and see");
     } else if (verb_is(s, "QUIT")) {
-        answer(server, "221 2.0.0 %s closing connection", s->name);
+        answer(server, "5-b", "221 2.0.0 %s closing connection", s->name);
         s->io.said_quit = server->done = true;
     } else {
         bad_command(server, "502 5.5.1 Command not implemented");
@@ -4868,7 +4850,7 @@ static void receive_mail(struct smtp_server *server)
 {
     struct session *s = server->s;
     enter_state(s, REVERSED);
-    answer(server, "220 %s ready to receive email", s->name);
+    answer(server, "5.3-b", "220 %s ready to receive email", s->name);
     while (!server->done && !s->protocol_broken) {
         bool between = !server->in_mail && !server->content.under_way; /* two messages */
         if (customer_stops && between) {
@@ -4886,11 +4868,11 @@ static void receive_mail(struct smtp_server *server)
             break;
         }
         if (s->io.line_cut || s->line_len != strlen(s->line)) {
-            trace_line(s, PROVIDER, "(a line that is too long, or has a NUL octet)");
+            trace_line(s, PROVIDER, NULL, "(a line that is too long, or has a NUL octet)");
             bad_command(server, "500 5.5.2 Not a command");
             continue;
         }
-        trace_line(s, PROVIDER, "%s", s->line);
+        trace_line(s, PROVIDER, NULL, "%s", s->line);
         split_command(s);
         receive_command(server);
     }
@@ -4991,8 +4973,8 @@ int exit_code_refused(const struct session *s, const char *command, const struct
 
 static int client_ehlo(struct session *s, struct reply *r)
 {
-    send_line(s, "EHLO %s", s->name);
-    if (!read_ehlo_reply(s, r))
+    send_line(s, "5.1.1-a", "EHLO %s", s->name);
+    if (!read_ehlo_reply(s, "5.1.1-a", r))
         return exit_code_lost(s);
     return r->code == 250 ? EX_OK : exit_code_refused(s, "EHLO", r, EX_UNAVAILABLE);
 }
@@ -5028,8 +5010,8 @@ static int client_starttls(struct session *s, const struct customer *c, struct r
         log_event(s, LOG_ERR, "%s does not offer STARTTLS, which --require-tls asks for", s->peer);
         return EX_UNAVAILABLE;
     }
-    send_line(s, "STARTTLS");
-    if (!read_reply(s, r))
+    send_line(s, "RFC 3207", "STARTTLS");
+    if (!read_reply(s, "RFC 3207", r))
         return exit_code_lost(s);
     if (r->code != 220)
         return exit_code_refused(s, "STARTTLS", r, EX_UNAVAILABLE);
@@ -5086,8 +5068,8 @@ static int client_atrn(struct session *s, const struct customer *c, struct reply
     char text[REPLY_TEXT];
     if (timeout < ATRN_TIMEOUT) /* (5.2.1-c) */
         s->io.timeout = ATRN_TIMEOUT;
-    send_line(s, "ATRN%s%s", *c->domains ? " " : "", c->domains);
-    if (!read_reply(s, r))
+    send_line(s, *c->domains ? "5.2.1-a" : "5.2.1-d", "ATRN%s%s", *c->domains ? " " : "", c->domains);
+    if (!read_reply(s, "5.2.1", r))
         return exit_code_lost(s);
     s->io.timeout = timeout;
     switch (r->code) {
@@ -5140,7 +5122,7 @@ static int client_dialogue(struct session *s, const struct customer *c)
     enter_state(s, INITIAL);
     if (c->tls && (code = client_tls(s, c)) != EX_OK)
         return code;
-    if (!read_reply(s, &r))
+    if (!read_reply(s, "5.1-a", &r))
         return exit_code_lost(s);
     if (r.code != 220)
         return exit_code_refused(s, "connecting", &r, EX_UNAVAILABLE);
@@ -5158,8 +5140,8 @@ static int client_dialogue(struct session *s, const struct customer *c)
         code = client_atrn(s, c, &r);
     }
     if (code != EX_OK && !s->io.broken) {
-        send_line(s, "QUIT");
-        read_reply(s, &r);
+        send_line(s, "5.1.3-a", "QUIT");
+        read_reply(s, "5.1.3-a", &r);
     }
     return code;
 }
@@ -5204,7 +5186,7 @@ static int session_with_provider(const struct customer *c, struct receiver *rece
         return code;
     s = must_alloc(session_new(fd, CUSTOMER, c->timeout, c->name, c->trace));
     s->quiet = c->quiet;
-    s->ladder.stepwise = c->stepwise;
+    s->stepwise = c->stepwise;
     s->progress = !c->quiet && !c->trace && isatty(STDERR_FILENO);
     s->io.wake_fd = stop_pipe[0];
     code = client_dialogue(s, c);
@@ -5264,7 +5246,7 @@ static void await_reply(struct relay *r, enum awaited what)
 static void follow_command(struct relay *r, const char *line)
 {
     enum awaited reply = ANY_REPLY;
-    trace_line(r->s, PROVIDER, "%s", line);
+    trace_line(r->s, PROVIDER, NULL, "%s", line);
     if (strncasecmp(line, "MAIL ", 5) == 0) {
         r->in_mail = true;
     } else if (strcasecmp(line, "RSET") == 0) {
@@ -5273,7 +5255,7 @@ static void follow_command(struct relay *r, const char *line)
         reply = DATA_REPLY;
     } else if (strncasecmp(line, "BDAT ", 5) == 0) {
         r->chunk = strtoull(line + 5, NULL, 10);
-        trace_line(r->s, PROVIDER, "... %llu octets of message ...", (unsigned long long)r->chunk);
+        trace_line(r->s, PROVIDER, "5.3-c", "... %llu octets of message ...", (unsigned long long)r->chunk);
         reply = strcasestr(line, " LAST") ? CONTENT_REPLY : ANY_REPLY;
     } else if (strcasecmp(line, "STARTTLS") == 0) {
         reply = STARTTLS_REPLY;
@@ -5283,10 +5265,20 @@ static void follow_command(struct relay *r, const char *line)
     await_reply(r, reply);
 }
 
+/* Where the reply to the oldest command stands; of a reply to EHLO, where its keyword stands. */
+static const char *awaited_clause(const struct relay *r, const char *line)
+{
+    static const char *const clause[] = {[ANY_REPLY] = "5.3-c,4-e", [DATA_REPLY] = "5.3-c,4-e", [CONTENT_REPLY] = "4-e",
+                                         [STARTTLS_REPLY] = "RFC 3207", [QUIT_REPLY] = "5-b"};
+    enum awaited what = r->awaited[r->oldest];
+    const char *keyword = what == ANY_REPLY && strlen(line) > 4 ? keyword_clause(line + 4) : NULL;
+    return keyword ? keyword : r->count > 0 ? clause[what] : NULL;
+}
+
 static void follow_reply(struct relay *r, const char *line)
 {
     enum awaited what;
-    trace_line(r->s, CUSTOMER, "%s", line);
+    trace_line(r->s, CUSTOMER, awaited_clause(r, line), "%s", line);
     if (r->count == 0 || strlen(line) < 3 || line[3] == '-')
         return;
     what = r->awaited[r->oldest];
@@ -5300,7 +5292,8 @@ static void follow_reply(struct relay *r, const char *line)
         r->in_mail &= r->count > 0;
     } else if (what == STARTTLS_REPLY && line[0] == '2') {
         r->hidden = true;
-        trace_line(r->s, CUSTOMER, "(from here on the two speak TLS with each other, and nothing more can be seen)");
+        trace_line(r->s, CUSTOMER, NULL,
+                   "(from here on the two speak TLS with each other, and nothing more can be seen)");
     }
     r->quit |= what == QUIT_REPLY;
 }
@@ -5311,8 +5304,8 @@ static size_t follow_data(struct relay *r, const char *data, size_t len)
     size_t taken = content_take(&r->data, data, len);
     r->octets += taken;
     if (r->data.ended) {
-        trace_line(r->s, PROVIDER, "... %llu octets of message ...", (unsigned long long)r->octets - 3);
-        trace_line(r->s, PROVIDER, ".");
+        trace_line(r->s, PROVIDER, "5.3-c", "... %llu octets of message ...", (unsigned long long)r->octets - 3);
+        trace_line(r->s, PROVIDER, "4-e", ".");
         await_reply(r, CONTENT_REPLY);
         r->data = (struct content){.under_way = false};
         r->octets = 0;
@@ -5423,7 +5416,7 @@ static void pass_reply(struct session *s, const struct reply *r)
 {
     for (const char *line = r->text; line; line = strchr(line, '\n')) {
         line += *line == '\n';
-        send_line(s, "%d%c%.*s", r->code, strchr(line, '\n') ? '-' : ' ', (int)strcspn(line, "\n"), line);
+        send_line(s, "5.3-b", "%d%c%.*s", r->code, strchr(line, '\n') ? '-' : ' ', (int)strcspn(line, "\n"), line);
     }
 }
 
@@ -5488,7 +5481,7 @@ int reach_receiver(const struct customer *c, struct receiver *receiver, const ch
         return code == EX_NOHOST || code == EX_USAGE ? code : EX_TEMPFAIL;
     }
     receiver->session = must_alloc(session_new(fd, PROVIDER, c->timeout, c->name, TRACE_OFF));
-    if (read_reply(receiver->session, &receiver->greeting) && receiver->greeting.code == 220)
+    if (read_reply(receiver->session, "5.3-b", &receiver->greeting) && receiver->greeting.code == 220)
         return EX_OK;
     log_event(NULL, LOG_ERR, "%s does not take mail (%s); %s", where,
               receiver->session->io.broken ? receiver->session->io.broken : receiver->greeting.text, consequence);
@@ -5501,7 +5494,7 @@ int hand_session_on(struct session *s, const struct customer *c, struct receiver
     if (stream_ready(&receiver->session->io)) {
         leave_receiver(c, receiver);
         if (reach_receiver(c, receiver, "the mail stays with the provider") != EX_OK) {
-            send_line(s, "421 4.3.2 %s: the receiver has gone, closing connection", s->name);
+            send_line(s, NULL, "421 4.3.2 %s: the receiver has gone, closing connection", s->name);
             return EX_TEMPFAIL;
         }
     }
@@ -5604,7 +5597,7 @@ static enum next exchange_failed(struct session *s, const char *name, const char
     log_event(s, LOG_WARNING, "authentication failed from %s%s%s", s->peer, name ? " for " : ": ",
               name ? whose : reply + 4);
     poll(&wake, 1, left > 0 ? (int)left : 0);
-    send_line(s, "%s", reply);
+    send_line(s, "5.1.2-b", "%s", reply);
     if (++s->auth_failures < AUTH_FAILURES)
         return STAY;
     end_with_421(s, "too many failed authentications");
@@ -5620,7 +5613,7 @@ static enum next auth_failed(struct session *s, const char *name)
 static enum next auth_unavailable(struct session *s)
 {
     log_event(s, LOG_ERR, "authentication is not possible just now: OpenSSL cannot compute");
-    send_line(s, "454 Temporary authentication failure");
+    send_line(s, "5.1.2-b", "454 Temporary authentication failure");
     return STAY;
 }
 
@@ -5632,7 +5625,7 @@ static enum next auth_succeeded(struct session *s, const struct account *account
         return auth_failed(s, account->name);
     }
     account = s->account;
-    send_line(s, "235 now authenticated as %s", account->name);
+    send_line(s, "5.1.2-b", "235 now authenticated as %s", account->name);
     log_event(s, LOG_INFO, "authenticated as %s (%s, %s%s%s)", account->name, mechanism_name(m),
               s->io.tls ? SSL_get_version(s->io.tls) : "in the clear", s->io.tls ? " " : "",
               s->io.tls ? SSL_get_cipher_name(s->io.tls) : "");
@@ -5652,7 +5645,7 @@ static enum next sasl_turn(struct session *s, const char *challenge)
 {
     char encoded[BASE64_SIZE(CHALLENGE_MAX) + 1];
     base64_encode(encoded, challenge, strlen(challenge));
-    send_line(s, "334 %s", encoded);
+    send_line(s, "5.1.2-a", "334 %s", encoded);
     if (!read_line(s)) {
         stop_waiting(s);
         return END;
@@ -5660,7 +5653,7 @@ static enum next sasl_turn(struct session *s, const char *challenge)
     s->responded = now_ms();
     if (s->io.line_cut || s->io.line_octets > AUTH_LINE)
         return exchange_failed(s, NULL, "500 Line too long");
-    trace_line(s, CUSTOMER, "%s", s->hide_response ? "(response not shown)" : s->line);
+    trace_line(s, CUSTOMER, "5.1.2-a", "%s", s->hide_response ? "(response not shown)" : s->line);
     if (strcmp(s->line, "*") == 0)
         return exchange_failed(s, NULL, "501 Authentication cancelled");
     if (s->line_len != strlen(s->line) || !decode_response(s, s->line))
@@ -5677,7 +5670,7 @@ static enum next first_response(struct session *s, const char *initial)
     s->responded = now_ms();
     if (decode_response(s, strcmp(initial, "=") == 0 ? "" : initial))
         return GO_ON;
-    refuse(s, "501 That is not base64");
+    refuse(s, NULL, "501 That is not base64");
     return STAY;
 }
 
@@ -5686,8 +5679,8 @@ static enum next first_response(struct session *s, const char *initial)
 /* "*" cancels the exchange (RFC 4954, 4). */
 static int cancel_auth(struct session *s, struct reply *r, int code)
 {
-    send_line(s, "*");
-    return read_reply(s, r) ? code : exit_code_lost(s);
+    send_line(s, NULL, "*");
+    return read_reply(s, "5.1.2", r) ? code : exit_code_lost(s);
 }
 
 static int cannot_compute(const struct session *s)
@@ -5699,7 +5692,7 @@ static int cannot_compute(const struct session *s)
 /* A challenge, decoded, into s->response. */
 static int read_challenge(struct session *s, struct reply *r)
 {
-    if (!read_reply(s, r))
+    if (!read_reply(s, "5.1.2", r))
         return exit_code_lost(s);
     if (r->code != 334)
         return exit_code_refused(s, "AUTH", r, EX_NOPERM);
@@ -5714,7 +5707,7 @@ static int read_challenge(struct session *s, struct reply *r)
 /* The last reply: 235 or failure. */
 static int read_outcome(struct session *s, struct reply *r)
 {
-    if (!read_reply(s, r))
+    if (!read_reply(s, "5.1.2", r))
         return exit_code_lost(s);
     return r->code == 235 ? EX_OK : exit_code_refused(s, "AUTH", r, EX_NOPERM);
 }
@@ -5764,7 +5757,7 @@ static enum next serve_cram_md5(struct session *s, enum mechanism m, const char 
     enum next got;
     bool known;
     if (initial) {
-        refuse(s, "501 In CRAM-MD5 the server speaks first");
+        refuse(s, NULL, "501 In CRAM-MD5 the server speaks first");
         return STAY;
     }
     if (!cram_md5_challenge(text, sizeof text, s->name))
@@ -5792,7 +5785,7 @@ static int prove_cram_md5(struct session *s, const struct customer *c, enum mech
 {
     char digest[33], response[MAILBOX_MAX + 40], encoded[BASE64_SIZE(sizeof response) + 1];
     int code;
-    send_line(s, "AUTH %s", mechanism_name(m));
+    send_line(s, "5.1.2-c", "AUTH %s", mechanism_name(m));
     code = read_challenge(s, r);
     if (code != EX_OK)
         return code;
@@ -5800,7 +5793,7 @@ static int prove_cram_md5(struct session *s, const struct customer *c, enum mech
         return cancel_auth(s, r, cannot_compute(s));
     snprintf(response, sizeof response, "%s %s", c->user, digest);
     base64_encode(encoded, response, strlen(response));
-    send_line(s, "%s", encoded);
+    send_line(s, "5.1.2-a", "%s", encoded);
     return read_outcome(s, r);
 }
 
@@ -6148,7 +6141,7 @@ static int prove_scram(struct session *s, const struct customer *c, enum mechani
     if (!make_client_first(s, c, &e, reply_offers(r, "AUTH", mechanism_name(SCRAM_PLUS))))
         return cannot_compute(s);
     base64_encode(encoded, message, (size_t)snprintf(message, sizeof message, "%s%s", e.header, e.bare));
-    send_line(s, "AUTH %s %s", mechanism_name(m), encoded);
+    send_line(s, "5.1.2-d", "AUTH %s %s", mechanism_name(m), encoded);
 
     code = read_challenge(s, r);
     if (code != EX_OK)
@@ -6160,7 +6153,7 @@ static int prove_scram(struct session *s, const struct customer *c, enum mechani
     if (!make_client_final(c, &e, &v, message, sizeof message))
         return cancel_auth(s, r, cannot_compute(s));
     base64_encode(encoded, message, strlen(message));
-    send_line(s, "%s", encoded);
+    send_line(s, "5.1.2-a", "%s", encoded);
 
     code = read_challenge(s, r);
     if (code != EX_OK && r->code != 235)
@@ -6174,7 +6167,7 @@ static int prove_scram(struct session *s, const struct customer *c, enum mechani
         stream_break(&s->io, "the provider did not authenticate itself");
         return EX_NOPERM;
     }
-    send_line(s, "%s", "");
+    send_line(s, "5.1.2-a", "%s", "");
     return read_outcome(s, r);
 }
 
@@ -6211,7 +6204,7 @@ static int prove_external(struct session *s, const struct customer *c, enum mech
     char encoded[BASE64_SIZE(MAILBOX_MAX) + 1] = "=";
     if (c->user)
         base64_encode(encoded, c->user, strlen(c->user));
-    send_line(s, "AUTH %s %s", mechanism_name(m), encoded);
+    send_line(s, "5.1.2-f", "AUTH %s %s", mechanism_name(m), encoded);
     return read_outcome(s, r);
 }
 
@@ -6252,7 +6245,7 @@ static int prove_plain(struct session *s, const struct customer *c, enum mechani
     char response[MAILBOX_MAX + SECRET_MAX + 4], encoded[BASE64_SIZE(sizeof response) + 1];
     int len = snprintf(response, sizeof response, "%c%s%c%s", '\0', c->user, '\0', c->secret);
     base64_encode(encoded, response, (size_t)len);
-    trace_line(s, CUSTOMER, "AUTH %s (response not shown)", mechanism_name(m));
+    trace_line(s, CUSTOMER, "5.1.2-d", "AUTH %s (response not shown)", mechanism_name(m));
     stream_write(&s->io, "AUTH PLAIN ", 11);
     stream_write(&s->io, encoded, strlen(encoded));
     stream_write(&s->io, "\r\n", 2);

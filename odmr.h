@@ -104,7 +104,6 @@
 #define MAX_AGE_MOST 36500       /* days */
 #define PROGRESS_WIDTH 60
 #define LADDER_TEXT 40           /* columns; with the margins 80 */
-#define LADDER_STEPS 400         /* more than REPLIES_IN_FLIGHT */
 #define BASE64_SIZE(n) (((n) + 2) / 3 * 4)
 
 /* ---- Types ---- */
@@ -137,19 +136,6 @@ enum state { INITIAL, AUTHENTICATED, REVERSED };
  *   453 no mail         502 command not implemented        530 authentication required */
 
 enum trace { TRACE_OFF, TRACE_RFC, TRACE_LADDER };
-
-/* What a line of the dialogue is about, for the ladder. */
-enum step { STEP_GREETING, STEP_EHLO, STEP_STARTTLS, STEP_AUTH, STEP_RESPONSE, STEP_ATRN, STEP_QUIT, STEP_TURNED,
-            STEP_HELLO, STEP_MAIL, STEP_RCPT, STEP_DATA, STEP_BDAT, STEP_OCTETS, STEP_CONTENT, STEP_LEAVE,
-            STEP_OTHER, STEP_ANY };
-
-/* What the ladder must remember of a session. */
-struct ladder {
-    bool challenged; /* the next line is a response */
-    bool stepwise;   /* wait for Return before each command */
-    size_t oldest, count;
-    enum step waiting[LADDER_STEPS]; /* commands without a reply yet */
-};
 
 /* What AUTH can be done with (5.1.2-a, 5.1.2-d). */
 enum mechanism { NO_MECHANISM, CRAM_MD5, SCRAM, SCRAM_PLUS, EXTERNAL, PLAIN, MECHANISMS };
@@ -357,7 +343,7 @@ struct session {
     char peer[80];    /* its address, for the log */
     char peer_name[DOMAIN_MAX + 1]; /* what it called itself */
     bool protocol_broken; /* nothing that the peer says is believed any more */
-    struct ladder ladder;
+    bool stepwise;        /* the ladder waits for Return before each command */
     struct session *next;
     unsigned char address[16];
 
@@ -413,8 +399,8 @@ void die(int code, const char *fmt, ...) __attribute__((noreturn, format(printf,
 /* The memory, or the end of the program. For the start and for tools. */
 void *must_alloc(void *memory);
 /* One line of the dialogue, said by who; nothing unless the session is traced. */
-void trace_line(struct session *s, enum side who, const char *fmt, ...)
-    __attribute__((format(printf, 3, 4)));
+void trace_line(struct session *s, enum side who, const char *clause, const char *fmt, ...)
+    __attribute__((format(printf, 4, 5)));
 /* Section 5: the session is in this state now. */
 void enter_state(struct session *s, enum state state);
 
@@ -472,19 +458,21 @@ void stream_close(struct stream *s);
 
 /* The customer of the provider, and the other way round. */
 enum side other_side(enum side side);
-/* A line and CRLF, traced. Failure shows in s->io.broken. */
-void send_line(struct session *s, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+/* A line and CRLF, traced. clause: the requirement that the line keeps, for the ladder; NULL: none. Failure shows in
+ * s->io.broken. */
+void send_line(struct session *s, const char *clause, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 /* A line into s->line, not traced, for it may hold a secret; results as of stream_read_line(). */
 bool read_line(struct session *s);
 /* s->line into verb and s->argument. */
 void split_command(struct session *s);
-/* A whole reply, validated and traced. False: the connection is lost or the reply is malformed. */
-bool read_reply(struct session *s, struct reply *r);
+/* A whole reply, validated and traced. clause: the requirement it falls under, or the section or list of those it may
+ * fall under, for the ladder. False: the connection is lost or the reply is malformed. */
+bool read_reply(struct session *s, const char *clause, struct reply *r);
 /* The same for EHLO: its keywords are taken as their lines come, and a response that is too long is no reply. */
-bool read_ehlo_reply(struct session *s, struct reply *r);
+bool read_ehlo_reply(struct session *s, const char *clause, struct reply *r);
 /* The same as read_reply(), without flushing first, and after a failed write, too: for a reply of which
  * stream_has_line() has shown a line, to a command that has left (stream.gone). */
-bool read_arrived_reply(struct session *s, struct reply *r);
+bool read_arrived_reply(struct session *s, const char *clause, struct reply *r);
 /* Whether a whole reply has arrived. Never waits. */
 bool reply_arrived(struct session *s);
 /* The text of a reply on one line, its lines parted by " / ", escaped. */
@@ -602,7 +590,7 @@ enum update message_remove(struct message *m);
 /* The provider */
 
 /* A reply that refuses a command, which counts as a bad one. */
-void refuse(struct session *s, const char *fmt, ...) __attribute__((format(printf, 2, 3)));
+void refuse(struct session *s, const char *clause, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 /* Ends the session: 421, and why. Nothing is said if the peer is gone. */
 void end_with_421(struct session *s, const char *why);
 /* Ends the session after read_line() has failed: time-out and shutdown are told to the peer. */

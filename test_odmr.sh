@@ -7180,15 +7180,15 @@ peer_endless() { say '220 x'; expect_line '^EHLO'; while say 250-x 2> /dev/null;
 MUTANT_PROVIDERS=(
     5.1.2-a,5.1.3-a,5.2.1-b,5.2.1-f,5.2.1-g,5.2.1-j,6-a,7-a
     'return exchange_failed(s, NULL, "501 Authentication cancelled");' 'return exchange_failed(s, NULL, "250 Authentication cancelled");'
-    'send_line(s, "221 %s closing connection", s->name);' 'send_line(s, "250 %s closing connection", s->name);'
-    'refuse(s, "530 Authentication required");' 'refuse(s, "503 Authentication required");'
-    'if (!atrn_domains(s) || asked_too_soon(s)) {' 'if (MUTANT && !atrn_domains(s)) { send_line(s, "550 no"); return STAY; } if (!atrn_domains(s) || asked_too_soon(s)) {'
-    'send_line(s, "453 You have no mail");' 'send_line(s, "550 You have no mail");'
-    'send_line(s, "250 OK now reversing the connection");' 'send_line(s, "252 OK now reversing the connection");'
-    'send_line(s, "334 %s", encoded);' 'send_line(s, "334 %s ", encoded);'
+    'send_line(s, "5.1.3-a", "221 %s closing connection", s->name);' 'send_line(s, NULL, "250 %s closing connection", s->name);'
+    'refuse(s, "5.2.1-b", "530 Authentication required");' 'refuse(s, NULL, "503 Authentication required");'
+    'if (!atrn_domains(s) || asked_too_soon(s)) {' 'if (MUTANT && !atrn_domains(s)) { send_line(s, NULL, "550 no"); return STAY; } if (!atrn_domains(s) || asked_too_soon(s)) {'
+    'send_line(s, "5.2.1-g", "453 You have no mail");' 'send_line(s, NULL, "550 You have no mail");'
+    'send_line(s, "5.2.1-j", "250 OK now reversing the connection");' 'send_line(s, NULL, "252 OK now reversing the connection");'
+    'send_line(s, "5.1.2-a", "334 %s", encoded);' 'send_line(s, "5.1.2-a", "334 %s ", encoded);'
     -- 4-e,5.1.1-b,5.2.1-d,5.2.1-e,5.2.1-f,5.3-c
     'to->fate = verdict;' 'to->fate = verdict == REFUSED ? REFUSED : DELIVERED;'
-    'send_line(s, "250 ATRN");' 'send_line(s, "250 ETRN");'
+    'send_line(s, "5.1.1-b", "250 ATRN");' 'send_line(s, NULL, "250 ETRN");'
     's->asked = s->account->domains;' 's->asked = "example.org";'
     '!domain_in_list(s->account->domains, domain, len)' 'false'
     '!message_send(t->message, &x->s->io, dots)' '!message_send(t->message, &x->s->io, false)'
@@ -7201,49 +7201,49 @@ MUTANT_PROVIDERS=(
     'm < MECHANISMS' 'false'
     $'s->io.said_quit = true;\n    stream_flush(&s->io);\n    return true;' $'stream_flush(&s->io);\n    return false;'
     's->argument && !domain_list_valid(s->argument)' 's->argument != NULL'
-    '!read_reply(s, &r) || r.code != 220' 'false'
+    '!read_reply(s, "5.3-b", &r) || r.code != 220' 'false'
     -- 5.1.1-b,5.3-c,8-b
-    'send_line(s, "250-AUTH%s", list);' ''
-    'send_line(x->s, "RCPT TO:<%s>", to->address);' 'send_line(x->s, "RCPT TO:<postmaster@%s>", mailbox_domain(to->address));'
+    'send_line(s, "5.1.1-b", "250-AUTH%s", list);' ''
+    'send_line(x->s, "5.3-c", "RCPT TO:<%s>", to->address);' 'send_line(x->s, "5.3-c", "RCPT TO:<postmaster@%s>", mailbox_domain(to->address));'
 )
 MORE_MUTANT_PROVIDERS=(
     4-b 'authenticated_state(s) == GO_ON' 'authenticated_state(s) == END'
     -- 4-d 'authenticated_state(s) == GO_ON' '(s->argument = NULL, atrn_command(s) == GO_ON)'
     -- 4-c,5.2-a $'\n        if (verb_is(s, "ATRN")) {' $'\n        if (verb_is(s, MUTANT ? "ETRN" : "ATRN")) {'
     -- 5.1-a 'if (!s->greeted) {' 'if (MUTANT ? s->greeted : !s->greeted) {'
-    -- 5.1.1-a 'send_line(s, "250-AUTH%s", list);' 'send_line(s, "251-AUTH%s", list);'
+    -- 5.1.1-a 'send_line(s, "5.1.1-b", "250-AUTH%s", list);' 'send_line(s, NULL, "251-AUTH%s", list);'
     -- 5.1.2-c 'known ? account->secret : NOBODYS_SECRET' 'NOBODYS_SECRET'
 )
 MUTANT_CUSTOMERS=(
     5-a,5.2.1-c,5.2.1-l,6-a,8-b
     'return EXIT_NO_MAIL;' 'return EX_OK;'
     's->io.timeout = ATRN_TIMEOUT;' 's->io.timeout = 1;'
-    'send_line(s, "ATRN%s%s", ' 'send_line(s, MUTANT ? "ATRN%s%s " : "ATRN%s%s", '
+    'send_line(s, *c->domains ? "5.2.1-a" : "5.2.1-d", "ATRN%s%s", ' 'send_line(s, NULL, MUTANT ? "ATRN%s%s " : "ATRN%s%s", '
     'p += strspn(p, " ");' ''
     'reply_offers(r, "AUTH", mechanism_name(m))' 'reply_keyword(r, "AUTH") && strncasecmp(reply_keyword(r, "AUTH"), mechanism_name(m), strlen(mechanism_name(m))) == 0'
     -- 5-a,5-b
     'return r->code == 235 ? EX_OK : exit_code_refused(s, "AUTH", r, EX_NOPERM);' 'return EX_OK;'
     'hello_command(server);' 'hello_command(server); server->done = true;'
     -- 4-b,5.3-a,5.3-b 'receiver->session ? hand_session_on(s, c, receiver) : take_mail_ourselves(s, c)' 'EX_OK'
-    -- 5.3-b 'answer(server, "220 %s ready to receive email", s->name);' ''
-    -- 5.3-a,5.3-b 'answer(server, "220 %s ready to receive email", s->name);' 'answer(server, "EHLO %s", s->name);'
+    -- 5.3-b 'answer(server, "5.3-b", "220 %s ready to receive email", s->name);' ''
+    -- 5.3-a,5.3-b 'answer(server, "5.3-b", "220 %s ready to receive email", s->name);' 'answer(server, NULL, "EHLO %s", s->name);'
     -- 5.1.2-a 'base64_encode(encoded, response, strlen(response));' 'snprintf(encoded, sizeof encoded, "%s", response);'
     -- 5.1.2-c 'cram_md5_digest(digest, c->secret, s->response)' 'cram_md5_digest(digest, c->user, s->response)'
 )
 # Not broken: it does otherwise wherever it may.
 LAWFUL_STRANGER=(none
-    'send_line(s, "220 %s on-demand mail relay server ready", s->name);' 'send_line(s, "220-%s"); send_line(s, "220 come in");'
-    'send_line(s, "250-%s", s->name);'
-    'send_line(s, "250-hello there"); send_line(s, "250-x-odd 1 2 3"); send_line(s, "250-atrn"); send_line(s, "250-PIPELINING");'
-    'send_line(s, "250-AUTH%s", list);' 'send_line(s, "250-auth%s", list);'
-    'send_line(s, "250 ATRN");' 'send_line(s, "250 HELP");'
-    'send_line(s, "235 now authenticated as %s", account->name);' 'send_line(s, "235-2.7.0"); send_line(s, "235");'
-    'refuse(s, "530 Authentication required");' 'refuse(s, "530"); return END;'
+    'send_line(s, "5.1-a", "220 %s on-demand mail relay server ready", s->name);' 'send_line(s, NULL, "220-%s"); send_line(s, NULL, "220 come in");'
+    'send_line(s, "5.1.1-a", "250-%s", s->name);'
+    'send_line(s, NULL, "250-hello there"); send_line(s, NULL, "250-x-odd 1 2 3"); send_line(s, NULL, "250-atrn"); send_line(s, NULL, "250-PIPELINING");'
+    'send_line(s, "5.1.1-b", "250-AUTH%s", list);' 'send_line(s, NULL, "250-auth%s", list);'
+    'send_line(s, "5.1.1-b", "250 ATRN");' 'send_line(s, NULL, "250 HELP");'
+    'send_line(s, "5.1.2-b", "235 now authenticated as %s", account->name);' 'send_line(s, NULL, "235-2.7.0"); send_line(s, NULL, "235");'
+    'refuse(s, "5.2.1-b", "530 Authentication required");' 'refuse(s, NULL, "530"); return END;'
     '++s->auth_failures < AUTH_FAILURES' 'false'
-    'return exchange_failed(s, NULL, "501 Authentication cancelled");' 'return refuse(s, "501 5.7.0 well then"), END;'
+    'return exchange_failed(s, NULL, "501 Authentication cancelled");' 'return refuse(s, NULL, "501 5.7.0 well then"), END;'
     'verb_is(s, "NOOP") ||' '!MUTANT && verb_is(s, "NOOP") ||'
-    'send_line(s, "453 You have no mail");' 'send_line(s, "250-why not"); send_line(s, "250 turn"); return GO_ON;'
-    'send_line(s, "250 OK now reversing the connection");' 'send_line(s, "250");'
+    'send_line(s, "5.2.1-g", "453 You have no mail");' 'send_line(s, NULL, "250-why not"); send_line(s, NULL, "250 turn"); return GO_ON;'
+    'send_line(s, "5.2.1-j", "250 OK now reversing the connection");' 'send_line(s, NULL, "250");'
 )
 
 # mutants LIST: ODMR is the program of all mutants, which is made once. ODMR_MUTANT chooses; of this list are the numbers from
