@@ -50,6 +50,9 @@ extern char **environ;
  * Whatever a peer sent may be in a line, so every line is escaped as a whole, here and nowhere else:
  * a terminal never sees a control character that came from the network. */
 
+#define PROGRESS_WIDTH 60
+#define LADDER_TEXT 40           /* columns; with the margins 80 */
+
 void escape(char *out, size_t size, const char *text)
 {
     static const char hex[] = "0123456789abcdef";
@@ -400,6 +403,13 @@ void enter_state(struct session *s, enum state state)
  *     every call fails at once, so callers may check once, at the end of what they do.
  *
  * Whatever was written is flushed before any wait for input: two peers never wait for each other. */
+
+#define ENDLESS_LINE (64 << 20)  /* a peer that sends so much without a line end is not one of ours */
+#define EMPTY_RECORDS 16         /* of TLS, without application data, that are taken in one after the other */
+#define LINGER_READS 64          /* of what is thrown away before TLS */
+#define LINGER_MS 1000           /* when closing: so long in all we read on, and throw away what comes */
+#define PATIENCE_OCTETS 16384    /* a peer that has taken so many has its whole time for the next */
+#define TLS_OUT (STREAM_OUT + 4096) /* as TLS records, 16 kB each */
 
 static const char closed_by_peer[] = "the peer closed the connection";
 
@@ -876,6 +886,8 @@ void stream_close(struct stream *s)
  * What is run besides us: sendmail for notices, --exec's command. No shell stands between unless it was
  * asked for, and nothing that a peer sent is ever a part of a command but an address behind "--". */
 
+#define KILL_AFTER_MS 5000       /* a program that we end has so long between SIGTERM and SIGKILL */
+
 /* Starts argv[0], in a process group of its own, with these as its standard input and output (-1: ours). 0, or an
  * errno. */
 static int start_program(char *const argv[], int in, int out, pid_t *pid)
@@ -932,6 +944,10 @@ static int finish_program(pid_t pid, int seconds)
  *
  * The dialogue is made of lines, ours and theirs. send_line() and read_line() are the only way they
  * come and go, so the trace sees each. A reply is validated before it is believed. */
+
+#define REPLY_LINE 2046          /* RFC 5321, 4.5.3.1.5 says 512 with CRLF; some servers say more */
+#define REPLY_LINES 128          /* no reply needs more lines */
+#define REPLY_TIMEOUT 600        /* seconds: at most so long for a whole reply once its first line is there */
 
 enum side other_side(enum side side)
 {
@@ -1155,6 +1171,8 @@ bool list_has(const char *list, const char *wanted)
  *
  * What may be named in ATRN, in an envelope and in a path. A domain that passed domain_valid() has no
  * slash, no dot at either end and no empty label, so it is safe as the name of a directory. */
+
+#define LABEL_MAX 63             /* RFC 1035, 2.3.4 */
 
 bool domain_valid(const char *domain, size_t len)
 {
@@ -1483,6 +1501,8 @@ size_t channel_binding(SSL *tls, bool server, const char *type, unsigned char ou
  * sessions hold a share in the table they use, so a new one can replace it at any time. AUTH and ATRN
  * look into the newest. */
 
+#define ACCOUNTS_STEP 64
+
 static void account_free(struct account *a)
 {
     if (a->secret)
@@ -1735,6 +1755,8 @@ struct accounts *accounts_load(const char *path, char *why, size_t why_size)
  * else. That block is its envelope. It is read once, when the message is claimed, into an array of
  * recipients. Each entry knows where the @ of its address is in the file, because a recipient is struck out
  * there once he is served or the sender was told: the @ becomes "=". An address without @ is no recipient. */
+
+#define ENVELOPE_RECIPIENTS_MAX 100000 /* of one file in the queue: a hundred octets of memory each */
 
 static const struct {
     const char *name;
@@ -2000,6 +2022,11 @@ const struct reason *message_reason(struct message *m, int code, const char *tex
  * there is complete and never changes. That is all the locking that reading needs. What must not happen
  * is that two sessions send the same message: so it is claimed with flock(2) on its own file. A claim
  * needs no clean-up, for it dies with its holder, be that a session, a process or a machine. */
+
+#define MESSAGE_TOP 65536        /* so much of a message is kept in memory until it is sent */
+#define FIRST_SECOND 100000000   /* 1973: a file's name that starts with less is no Maildir's */
+#define LAST_SECOND 9999999999   /* 2286 */
+#define TMP_AGE (36 * 3600)      /* seconds: Maildir's rule for files in tmp */
 
 static bool sync_directory(int queue, const char *path)
 {
@@ -2702,6 +2729,9 @@ enum update message_remove(struct message *m)
  * them leads out of it; what every state answers alike stands in common_command(). EHLO, AUTH, ATRN and
  * QUIT are all the server that ODMR asks for (4-c); no mail is taken in here. */
 
+#define BAD_COMMANDS 10          /* then 421 */
+#define LAST_WORD 5              /* seconds for a 421 to leave */
+
 /* A reply that refuses a command. Ten of them and the session is over: nobody needs that many, and a
  * peer that does not speak our protocol (a web browser, say) is told to go. */
 void refuse(struct session *s, const char *clause, const char *fmt, ...)
@@ -3205,6 +3235,9 @@ static enum next authenticated_state(struct session *s)
  * aside in the folder .Undeliverable of its domain, for a person to see.
  */
 
+#define TEXT_LINE 998            /* RFC 5322, 2.1.1: octets of a line without CRLF */
+#define NOTICE_HEADER_MAX 65536  /* octets of a returned header */
+
 /* A file without a name, which no program that is run inherits: tmpfile(3) would leave a moment for that. */
 static FILE *scratch_file(void)
 {
@@ -3421,6 +3454,10 @@ static bool message_settle(const struct provider *p, struct session *s, struct m
  *
  * RFC 2920 and RFC 3030 rest on the order of replies. When that can no longer be trusted, the connection
  * is broken, and nothing that comes after is believed. */
+
+#define RECIPIENTS_A_TRANSACTION 100 /* RFC 5321, 4.5.3.1.8: what every server must take */
+#define REPLIES_IN_FLIGHT 320    /* times 512 octets: under RECEIVE_BUFFER, see the sender */
+#define REFUSED_MESSAGES_MAX 10  /* when so many were refused and none was taken, the session ends */
 
 struct transaction {
     struct message *message;
@@ -4045,6 +4082,8 @@ void provider_session(struct session *s)
  * A thread that looks through the queue now and then: debris goes, and so does what nobody has collected
  * for --max-age days, back to its sender. It never delivers anything: 4-d, that is done on request only. */
 
+#define CARE_INTERVAL 3600       /* seconds between two looks through the queue */
+
 /* Returns one message, if it is too old and no session has claimed it. False: no other need be tried now. */
 static bool expire_message(struct provider *p, const char *path)
 {
@@ -4261,6 +4300,10 @@ bool deliveries_store(struct delivery *d, size_t count)
  *
  * A small SMTP server that trusts no input. What it has answered 250 for is on disk. */
 
+#define BAD_COMMANDS_SERVER 100  /* the customer allows its provider more */
+#define RECIPIENTS_MAX 1000      /* what our customer takes */
+#define DOMAINS_A_MESSAGE 32     /* and in how many domains */
+#define TRACE_FIELDS_MAX 100     /* RFC 5321, 6.3: more Received fields mean a loop */
 #define DELIVERIES_MAX 96 /* files that go to disk together */
 #define ANSWERS_MAX 512   /* that wait for them */
 #define STORED_SIZE 512   /* octets of the domains that the summary names */
@@ -4891,6 +4934,8 @@ static void receive_mail(struct smtp_server *server)
  * Greeting, EHLO, AUTH, ATRN, each reply checked; then the roles turn. The result is an exit code of
  * sysexits(3), because a script that polls needs to know: mail, no mail, try later, or a permanent error. */
 
+#define ATRN_TIMEOUT 600         /* 5.2.1-c: seconds; at least ten minutes */
+#define REPLY_TEXT 512           /* octets of a reply in the log */
 #define EXIT_NO_MAIL 1 /* the reply to ATRN was 453, or 250 and then no mail */
 
 bool split_host_port(const char *text, const char *default_port, char *host, size_t host_size, char *port,
@@ -5215,6 +5260,9 @@ int customer_session(const struct customer *c)
  * octet passes unchanged. The relay follows the dialogue for the trace, for the count of messages and to recognise a
  * proper end. If the provider takes the receiver's STARTTLS, the rest is hidden from it. */
 
+#define FINAL_REPLY_TIMEOUT 600  /* RFC 5321, 4.5.3.2.6: seconds for the reply to the last octet of a message */
+#define PASSING_MAX 1024         /* replies that the relay of --smtp and --exec can await */
+
 /* What a reply decides. */
 enum awaited { ANY_REPLY, DATA_REPLY, CONTENT_REPLY, STARTTLS_REPLY, QUIT_REPLY };
 
@@ -5515,6 +5563,14 @@ int hand_session_on(struct session *s, const struct customer *c, struct receiver
  * An initial response "=" is an empty one; a response "*" cancels the exchange, and the reply is 501. Each mechanism
  * stands below once: its exchange, what both halves need, the server's half, the client's half. A new one takes these
  * two functions, a row in the table at the end, and a rank in choose_mechanism() (8-b). */
+
+#define AUTH_FAILURES 3          /* then 421 */
+#define AUTH_FAILURE_MS 1000     /* what a guess costs */
+#define CHALLENGE_MAX 1024
+#define NONCE_MAX 512            /* the client's half of a SCRAM nonce */
+#define SCRAM_ITERATIONS_LEAST 4096
+#define SCRAM_ITERATIONS_MOST 1000000 /* a server that asks for more only wants to keep us busy */
+#define NOBODYS_SECRET "a secret that no account has, for names that no account has"
 
 static enum next serve_cram_md5(struct session *s, enum mechanism m, const char *initial);
 static enum next serve_plain(struct session *s, enum mechanism m, const char *initial);
@@ -6258,6 +6314,8 @@ static int prove_plain(struct session *s, const struct customer *c, enum mechani
  *
  * enqueue puts a message into the queue, queue shows what waits, demo runs a whole session here. */
 
+#define SECRET_LONGEST (SECRET_MAX - 2)
+
 int open_queue(const char *dir, bool make)
 {
     bool made = make && mkdir(dir, 0700) == 0;
@@ -6571,6 +6629,12 @@ int print_account(const char *name, const char *domains, bool scram)
  * One thread accepts, one thread a connection serves. Threads share what struct provider names as shared,
  * under its lock or as an atomic, and nothing else. Signals come to the accepting thread alone, and only between
  * two connections: no other thread is ever interrupted by one. */
+
+#define LISTEN_BACKLOG 1024
+#define ACCEPT_PAUSE_MS 100
+#define REFUSALS_MS 5000         /* one line of the log for the connections refused in so long */
+#define THREAD_STACK (1 << 20)  /* octets; only what is touched is used */
+#define CERTIFICATE_DAYS 14      /* a certificate that expires in less is warned of */
 
 static volatile sig_atomic_t told_to_stop, told_to_reload, told_to_report;
 
@@ -7129,6 +7193,9 @@ int provider_run(struct provider *p)
  * A provider and a customer, two threads of this process, over a real socket, with a queue made for the
  * occasion. The customer's side draws the ladder. */
 
+#define DEMO_TIMEOUT 30
+#define DEMO_UNKNOWN_MAILBOX "nobody@example.com"
+
 static const struct {
     const char *sender, *recipient, *other, *content;
 } demo_mail[] = {
@@ -7343,6 +7410,8 @@ int demo(bool stepwise, bool tls, enum mechanism mechanism)
 
 /* ==== Main ============================================================================================ */
 
+#define POLL_MOST 3600           /* seconds between two --polls that the provider does not let in */
+#define MAX_AGE_MOST 36500       /* days */
 #define QUEUE_DIR "/var/spool/odmr"
 #define OPTIONS_MAX 32
 #define FIRST_LONG 256 /* what getopt_long() returns for the first row of a table, above every letter */

@@ -25,85 +25,33 @@
 /* ---- Numbers, each with its reason ---- */
 
 #define ODMR_PORT "366"          /* 4-a: reserved for On-Demand Mail Relay */
-#define ATRN_TIMEOUT 600         /* 5.2.1-c: seconds; at least ten minutes */
 #define COMMAND_LINE 512         /* RFC 5321, 4.5.3.1.4: octets with CRLF */
 #define ATRN_LINE 8192           /* our own: ATRN may name many domains */
 #define AUTH_LINE 12288          /* RFC 4954, 4 */
-#define REPLY_LINE 2046          /* RFC 5321, 4.5.3.1.5 says 512 with CRLF; some servers say more */
-#define REPLY_LINES 128          /* no reply needs more lines */
-#define REPLY_TIMEOUT 600        /* seconds: at most so long for a whole reply once its first line is there */
-#define REPLY_TEXT 512           /* octets of a reply in the log */
 #define SEND_LINE (AUTH_LINE + 64)
-#define ENDLESS_LINE (64 << 20)  /* a peer that sends so much without a line end is not one of ours */
-#define BAD_COMMANDS 10          /* then 421 */
-#define BAD_COMMANDS_SERVER 100  /* the customer allows its provider more */
 #define IDLE_COMMANDS 100        /* in a row, that bring no mail forward: then 421, on both sides */
-#define AUTH_FAILURES 3          /* then 421 */
-#define AUTH_FAILURE_MS 1000     /* what a guess costs */
-#define FINAL_REPLY_TIMEOUT 600  /* RFC 5321, 4.5.3.2.6: seconds for the reply to the last octet of a message */
-#define KILL_AFTER_MS 5000       /* a program that we end has so long between SIGTERM and SIGKILL */
-#define LAST_WORD 5              /* seconds for a 421 to leave */
-#define EMPTY_RECORDS 16         /* of TLS, without application data, that are taken in one after the other */
-#define LINGER_READS 64          /* of what is thrown away before TLS */
-#define LINGER_MS 1000           /* when closing: so long in all we read on, and throw away what comes */
-#define POLL_MOST 3600           /* seconds between two --polls that the provider does not let in */
-#define LABEL_MAX 63             /* RFC 1035, 2.3.4 */
 #define DOMAIN_MAX 255           /* RFC 5321, 4.5.3.1.2 */
 #define MAILBOX_MAX 320          /* 64 + @ + 255 (RFC 5321, 4.5.3.1) */
-#define RECIPIENTS_A_TRANSACTION 100 /* RFC 5321, 4.5.3.1.8: what every server must take */
-#define RECIPIENTS_MAX 1000      /* what our customer takes */
-#define ENVELOPE_RECIPIENTS_MAX 100000 /* of one file in the queue: a hundred octets of memory each */
 #define MESSAGE_ID_MAX 256       /* octets of a Message-ID in the log */
-#define DOMAINS_A_MESSAGE 32     /* and in how many domains */
-#define TRACE_FIELDS_MAX 100     /* RFC 5321, 6.3: more Received fields mean a loop */
-#define REPLIES_IN_FLIGHT 320    /* times 512 octets: under RECEIVE_BUFFER, see the sender */
 #define RECEIVE_BUFFER 212992    /* octets: what Linux grants by default (net.core.rmem_max) */
-#define REFUSED_MESSAGES_MAX 10  /* when so many were refused and none was taken, the session ends */
-#define PASSING_MAX 1024         /* replies that the relay of --smtp and --exec can await */
-#define PATIENCE_OCTETS 16384    /* a peer that has taken so many has its whole time for the next */
 #define STREAM_IN 16384
 #define STREAM_OUT 131072
-#define TLS_OUT (STREAM_OUT + 4096) /* as TLS records, 16 kB each */
 #define COPY_SIZE 131072
 #define WIRE_PART 4096           /* content becomes its wire form in such parts, twice as long at most */
-#define MESSAGE_TOP 65536        /* so much of a message is kept in memory until it is sent */
 #define LOG_LINE 1024            /* longer lines of the log are cut */
-#define CHALLENGE_MAX 1024
-#define NONCE_MAX 512            /* the client's half of a SCRAM nonce */
 #define SALT_MAX 64
 #define SCRAM_SCHEME "{SCRAM-SHA-256}"
 #define SCRAM_ITERATIONS 4096    /* RFC 7677, 4: at least; what we ask of others and use ourselves */
-#define SCRAM_ITERATIONS_LEAST 4096
-#define SCRAM_ITERATIONS_MOST 1000000 /* a server that asks for more only wants to keep us busy */
-#define NOBODYS_SECRET "a secret that no account has, for names that no account has"
 #define SECRET_MAX 1024          /* room for a secret with a line end */
-#define SECRET_LONGEST (SECRET_MAX - 2)
 #define BYTE_ORDER_MARK "\xef\xbb\xbf" /* of UTF-8, as some editors write it */
-#define ACCOUNTS_STEP 64
 #define LISTENERS_MAX 32
 #define NETWORKS_MAX 64
-#define LISTEN_BACKLOG 1024
-#define ACCEPT_PAUSE_MS 100
-#define REFUSALS_MS 5000         /* one line of the log for the connections refused in so long */
-#define THREAD_STACK (1 << 20)  /* octets; only what is touched is used */
 #define TIMEOUT_MAX 86400
-#define DEMO_TIMEOUT 30
-#define DEMO_UNKNOWN_MAILBOX "nobody@example.com"
 #define NAME_SIZE 128            /* of a file in a Maildir, when the name is ours */
 #define UNDELIVERABLE ".Undeliverable" /* a Maildir++ folder */
 #define MAILDIR_PATH (DOMAIN_MAX + 32) /* of a domain's Maildir or a folder of it, box included */
 #define REFUSAL_SIZE 512         /* octets of a reply that a notice shows */
-#define TEXT_LINE 998            /* RFC 5322, 2.1.1: octets of a line without CRLF */
-#define NOTICE_HEADER_MAX 65536  /* octets of a returned header */
 #define NOTICE_TIMEOUT 60        /* seconds for sendmail to take a notice */
-#define FIRST_SECOND 100000000   /* 1973: a file's name that starts with less is no Maildir's */
-#define LAST_SECOND 9999999999   /* 2286 */
-#define TMP_AGE (36 * 3600)      /* seconds: Maildir's rule for files in tmp */
-#define CERTIFICATE_DAYS 14      /* a certificate that expires in less is warned of */
-#define CARE_INTERVAL 3600       /* seconds between two looks through the queue */
-#define MAX_AGE_MOST 36500       /* days */
-#define PROGRESS_WIDTH 60
-#define LADDER_TEXT 40           /* columns; with the margins 80 */
 #define BASE64_SIZE(n) (((n) + 2) / 3 * 4)
 
 /* ---- Types ---- */
