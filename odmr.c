@@ -4429,7 +4429,7 @@ static void answer(struct smtp_server *server, const char *clause, const char *f
         return;
     }
     a = &server->answers[server->answer_count++];
-    snprintf(a->text, sizeof a->text, "%s", text);
+    memcpy(a->text, text, strlen(text) + 1);
     a->clause = clause;
     a->files = 0;
 }
