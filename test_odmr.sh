@@ -1044,7 +1044,7 @@ t_5.2.1-c_patience_for_atrn() {
     serve peer_slow_atrn
     customer 1 --timeout 3 "127.0.0.1:$PORT"
     peer_ok
-    has "$here/odmr.h" '^#define ATRN_TIMEOUT 600 '
+    has "$here/odmr.c" '^#define ATRN_TIMEOUT 600 '
 }
 peer_slow_atrn() {
     say '220 x'; expect_line '^EHLO'; say '250-x'; say '250-AUTH CRAM-MD5'; say '250 ATRN'; expect_line '^AUTH'
@@ -3678,7 +3678,7 @@ t_relay_waits_for_the_final_reply() {
     printf 'NOOP\r\n' > "$T/batch"
     relay 75 "$SERVER" --timeout 2
     has "$T/err" 'both sides were silent too long'
-    has "$here/odmr.h" '^#define FINAL_REPLY_TIMEOUT 600 '
+    has "$here/odmr.c" '^#define FINAL_REPLY_TIMEOUT 600 '
 }
 
 peer_with_trailing_blanks() {
@@ -5297,8 +5297,8 @@ t_a_clock_that_is_years_ahead() {
     local n
     for n in 1 2 3; do put_letter "$n" "$((1000000000 + n)).M1.a" sender@example.edu eva@example.org; done
     mkdir "$T/eager"
-    sed 's/^#define CARE_INTERVAL 3600 /#define CARE_INTERVAL 2 /' "$here/odmr.h" > "$T/eager/odmr.h"
-    cp "$here/odmr.c" "$T/eager"
+    sed 's/^#define CARE_INTERVAL 3600 /#define CARE_INTERVAL 2 /' "$here/odmr.c" > "$T/eager/odmr.c"
+    cp "$here/odmr.h" "$T/eager"
     ${CC:-cc} -std=gnu11 -O1 -w -o "$T/eager/odmr" "$T/eager/odmr.c" -lssl -lcrypto -pthread || fail 'it does not compile'
     ODMR=$T/eager/odmr provider --max-age 3
     until_true shows "$LOG" 'all mail of example.org is older than 3 days; none is returned in the next hour: is the clock right'
@@ -5814,9 +5814,9 @@ t_systemd_unit_reloads_with_privileges() {
 ids() { perl -ne 'print "$1\n" while /(?<![a-z0-9.-])([4-8](?:\.[0-9])*-[a-z])(?![a-z0-9-])/g' | sort -u; }
 # named FIELD: every name behind "code:" or "test:" in the guide, once.
 named() { sed -n "s/^    $1: //p" "$here/RFC2645.txt" | tr ',' '\n' | tr -d ' ' | sort -u; }
-# Functions and tables of odmr.c, constants of odmr.h.
+# Functions and tables of odmr.c, constants of odmr.h and odmr.c.
 defined() {
-    { sed -nE 's/^(__attribute__[^_]* )?[a-z][^[(]*[ *]([a-z_0-9]+)[[(].*[^;]$/\2/p' "$here/odmr.c"; sed -n 's/^#define \([A-Z_0-9]*\).*/\1/p' "$here/odmr.h"; } | sort -u
+    { sed -nE 's/^(__attribute__[^_]* )?[a-z][^[(]*[ *]([a-z_0-9]+)[[(].*[^;]$/\2/p' "$here/odmr.c"; sed -n 's/^#define \([A-Z_0-9]*\).*/\1/p' "$here/odmr.h" "$here/odmr.c"; } | sort -u
 }
 
 # typed HEADING...: README's commands under these headings as a script; what should come of the n-th is
