@@ -4296,6 +4296,341 @@ bool deliveries_store(struct delivery *d, size_t count)
     return all;
 }
 
+/* ==== The customer, before the reversal: the client ===================================================
+ *
+ * Greeting, EHLO, AUTH, ATRN, each reply checked; then the roles turn. The result is an exit code of
+ * sysexits(3), because a script that polls needs to know: mail, no mail, try later, or a permanent error. */
+
+#define ATRN_TIMEOUT 600         /* 5.2.1-c: seconds; at least ten minutes */
+#define REPLY_TEXT 512           /* octets of a reply in the log */
+#define EXIT_NO_MAIL 1 /* the reply to ATRN was 453, or 250 and then no mail */
+
+/* After SIGTERM the customer takes the message under way, then says 421. An octet in the pipe ends a wait for a
+ * command. A second signal ends the program at once. */
+static int stop_pipe[2] = {-1, -1};
+static volatile sig_atomic_t customer_stops;
+
+static int session_with_provider(const struct customer *c, struct receiver *receiver);
+static int client_dialogue(struct session *s, const struct customer *c);
+static int client_ehlo(struct session *s, struct reply *r);
+static int client_starttls(struct session *s, const struct customer *c, struct reply *r);
+static int client_tls(struct session *s, const struct customer *c);
+static int client_authenticate(struct session *s, const struct customer *c, struct reply *r);
+static int client_atrn(struct session *s, const struct customer *c, struct reply *r);
+
+int customer_session(const struct customer *c)
+{
+    struct receiver receiver = {.session = NULL};
+    int code = EX_OK;
+    if (c->smtp || c->exec)
+        code = reach_receiver(c, &receiver, "no ATRN is sent");
+    if (code == EX_OK)
+        code = session_with_provider(c, &receiver);
+    leave_receiver(c, &receiver);
+    return code;
+}
+
+static int session_with_provider(const struct customer *c, struct receiver *receiver)
+{
+    struct session *s;
+    int code, fd = connect_to(c->provider, ODMR_PORT, c->timeout, &code);
+    if (fd < 0)
+        return code;
+    s = must_alloc(session_new(fd, CUSTOMER, c->timeout, c->name, c->trace));
+    s->quiet = c->quiet;
+    s->stepwise = c->stepwise;
+    s->progress = !c->quiet && !c->trace && isatty(STDERR_FILENO);
+    s->io.wake_fd = stop_pipe[0];
+    code = client_dialogue(s, c);
+    if (code == EX_OK)
+        code = receiver->session ? hand_session_on(s, c, receiver) : take_mail_ourselves(s, c);
+    stream_close(&s->io);
+    free(s);
+    return code;
+}
+
+/* From the connection to the reversal (4-b): the transcript of section 6, from the customer's side. */
+static int client_dialogue(struct session *s, const struct customer *c)
+{
+    struct reply r;
+    int code;
+    enter_state(s, INITIAL);
+    if (c->tls && (code = client_tls(s, c)) != EX_OK)
+        return code;
+    if (!read_reply(s, "5.1-a", &r))
+        return exit_code_lost(s);
+    if (r.code != 220)
+        return exit_code_refused(s, "connecting", &r, EX_UNAVAILABLE);
+    code = client_ehlo(s, &r);
+    if (code == EX_OK)
+        code = client_starttls(s, c, &r);
+    if (code == EX_OK && !reply_keyword(&r, "ATRN")) {
+        log_event(s, LOG_ERR, "%s does not offer ATRN", s->peer);
+        code = EX_UNAVAILABLE;
+    }
+    if (code == EX_OK)
+        code = client_authenticate(s, c, &r);
+    if (code == EX_OK) {
+        enter_state(s, AUTHENTICATED);
+        code = client_atrn(s, c, &r);
+    }
+    if (code != EX_OK && !s->io.broken) {
+        send_line(s, "5.1.3-a", "QUIT");
+        read_reply(s, "5.1.3-a", &r);
+    }
+    return code;
+}
+
+static int client_ehlo(struct session *s, struct reply *r)
+{
+    send_line(s, "5.1.1-a", "EHLO %s", s->name);
+    if (!read_ehlo_reply(s, "5.1.1-a", r))
+        return exit_code_lost(s);
+    return r->code == 250 ? EX_OK : exit_code_refused(s, "EHLO", r, EX_UNAVAILABLE);
+}
+
+/* RFC 3207: STARTTLS is used whenever it is offered. What the provider said before is forgotten, so EHLO is sent again.
+ * Without the offer, which an attacker may have removed, the session goes on in the clear unless --require-tls. */
+static int client_starttls(struct session *s, const struct customer *c, struct reply *r)
+{
+    int code;
+    if (s->io.tls)
+        return EX_OK;
+    if (!reply_keyword(r, "STARTTLS")) {
+        if (!c->require_tls)
+            return EX_OK;
+        log_event(s, LOG_ERR, "%s does not offer STARTTLS, which --require-tls asks for", s->peer);
+        return EX_UNAVAILABLE;
+    }
+    send_line(s, "RFC 3207", "STARTTLS");
+    if (!read_reply(s, "RFC 3207", r))
+        return exit_code_lost(s);
+    if (r->code != 220)
+        return exit_code_refused(s, "STARTTLS", r, EX_UNAVAILABLE);
+    if (stream_discard_input(&s->io))
+        log_event(s, LOG_WARNING, "%s sent something behind its reply to STARTTLS; it is thrown away", s->peer);
+    code = client_tls(s, c);
+    return code == EX_OK ? client_ehlo(s, r) : code;
+}
+
+/* The handshake. The certificate must be valid, and for the host that was asked for. */
+static int client_tls(struct session *s, const struct customer *c)
+{
+    char host[256], port[32];
+    SSL *tls;
+    if (!split_host_port(c->provider, ODMR_PORT, host, sizeof host, port, sizeof port) ||
+        !(tls = stream_offer_tls(&s->io, c->tls_context, host))) {
+        log_event(s, LOG_ERR, "%s: TLS cannot be set up", s->peer);
+        return EX_SOFTWARE;
+    }
+    if (stream_start_tls(&s->io, tls, host))
+        return EX_OK;
+    log_event(s, LOG_ERR, "%s: %s; no credentials were sent", s->peer, s->io.broken);
+    if (SSL_get_verify_result(tls) != X509_V_OK && !c->insecure)
+        return EX_NOPERM;
+    return s->io.tls_failed ? EX_PROTOCOL : EX_TEMPFAIL;
+}
+
+/* ---- AUTH: which mechanism ---- */
+
+/* Whether the customer has what the mechanism needs, and the connection allows it. */
+static bool mechanism_usable(const struct session *s, const struct customer *c, enum mechanism m)
+{
+    unsigned char binding[EVP_MAX_MD_SIZE];
+    switch (m) {
+    case SCRAM_PLUS:
+        return c->secret && channel_binding(s->io.tls, false, "tls-server-end-point", binding) > 0;
+    case EXTERNAL:
+        return c->cert && s->io.tls && (!c->secret || c->mechanism == EXTERNAL);
+    case PLAIN:
+        return c->secret && certificate_verified(s->io.tls);
+    default:
+        return c->secret != NULL;
+    }
+}
+
+/* The strongest mechanism that the provider offers and the customer can use, or the one that --mechanism names. */
+static enum mechanism choose_mechanism(const struct session *s, const struct customer *c, const struct reply *r)
+{
+    static const enum mechanism by_strength[] = {SCRAM_PLUS, SCRAM, EXTERNAL, CRAM_MD5, PLAIN};
+    for (size_t i = 0; i < sizeof by_strength / sizeof *by_strength; i++) {
+        enum mechanism m = by_strength[i];
+        if ((c->mechanism == NO_MECHANISM || c->mechanism == m) && mechanism_usable(s, c, m) &&
+            reply_offers(r, "AUTH", mechanism_name(m)))
+            return m;
+    }
+    return NO_MECHANISM;
+}
+
+static int client_authenticate(struct session *s, const struct customer *c, struct reply *r)
+{
+    enum mechanism m = choose_mechanism(s, c, r);
+    if (m != NO_MECHANISM)
+        return sasl_prove(s, c, m, r);
+    log_event(s, LOG_ERR, "%s offers no mechanism that we can use here%s%s", s->peer, c->mechanism ? "; wanted: " : "",
+              mechanism_name(c->mechanism));
+    return EX_NOPERM;
+}
+
+/* ---- ATRN, and the exit codes ---- */
+
+static int client_atrn(struct session *s, const struct customer *c, struct reply *r)
+{
+    int timeout = s->io.timeout;
+    char text[REPLY_TEXT];
+    if (timeout < ATRN_TIMEOUT) /* (5.2.1-c) */
+        s->io.timeout = ATRN_TIMEOUT;
+    send_line(s, *c->domains ? "5.2.1-a" : "5.2.1-d", "ATRN%s%s", *c->domains ? " " : "", c->domains);
+    if (!read_reply(s, "5.2.1", r))
+        return exit_code_lost(s);
+    s->io.timeout = timeout;
+    switch (r->code) {
+    case 250:
+        return EX_OK;
+    case 453:
+        join_lines(r, text, sizeof text);
+        if (!s->quiet)
+            log_event(s, LOG_INFO, "%s: %d %s", s->peer, r->code, text);
+        return EXIT_NO_MAIL;
+    case 530:
+        return exit_code_refused(s, "ATRN", r, EX_NOPERM);
+    default:
+        return exit_code_refused(s, "ATRN", r, EX_UNAVAILABLE);
+    }
+}
+
+/* A provider without mail may answer ATRN with 250 and say QUIT right after EHLO (5.2.1-h). That is no error. */
+int session_outcome(struct session *s, bool ended, size_t messages, size_t unwritten)
+{
+    if (!ended)
+        return exit_code_lost(s);
+    if (unwritten > 0)
+        return EX_CANTCREAT;
+    return messages > 0 ? EX_OK : EXIT_NO_MAIL;
+}
+
+int exit_code_lost(const struct session *s)
+{
+    log_event(s, LOG_ERR, "%s: %s", s->peer, s->io.broken ? s->io.broken : "the connection was lost");
+    return s->protocol_broken ? EX_PROTOCOL : EX_TEMPFAIL;
+}
+
+int exit_code_refused(const struct session *s, const char *command, const struct reply *r, int permanent)
+{
+    char text[REPLY_TEXT];
+    join_lines(r, text, sizeof text);
+    log_event(s, LOG_ERR, "%s: the reply to %s was %d %s", s->peer, command, r->code, text);
+    return r->code >= 500 ? permanent : r->code >= 400 ? EX_TEMPFAIL : EX_PROTOCOL;
+}
+
+/* ---- Connect, and stop ---- */
+
+/* For `return`: no socket. */
+static int not_connected(const char *where, const char *why, int *code, int exit_code)
+{
+    log_event(NULL, LOG_ERR, "%s: %s", where, why);
+    *code = exit_code;
+    return -1;
+}
+
+int connect_to(const char *where, const char *default_port, int timeout, int *code)
+{
+    char host[256], port[32];
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *list = NULL;
+    struct timeval limit = {.tv_sec = timeout};
+    int fd = -1, problem;
+    if (!split_host_port(where, default_port, host, sizeof host, port, sizeof port))
+        return not_connected(where, "not HOST:PORT", code, EX_USAGE);
+    problem = getaddrinfo(host, port, &hints, &list);
+    if (problem == EAI_AGAIN || problem == EAI_MEMORY || problem == EAI_SYSTEM)
+        return not_connected(where, gai_strerror(problem), code, EX_TEMPFAIL);
+    if (problem)
+        return not_connected(where, gai_strerror(problem), code, EX_NOHOST);
+
+    for (struct addrinfo *a = list; a && fd < 0; a = a->ai_next) {
+        fd = socket(a->ai_family, a->ai_socktype | SOCK_CLOEXEC, a->ai_protocol);
+        if (fd < 0) {
+            problem = problem ? problem : errno; /* what connect() said of another address tells more */
+            continue;
+        }
+        setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit); /* bounds connect() */
+        if (connect(fd, a->ai_addr, a->ai_addrlen) < 0) {
+            problem = errno;
+            close(fd);
+            fd = -1;
+        }
+    }
+    freeaddrinfo(list);
+    if (fd < 0)
+        return not_connected(where, strerror(problem == EINPROGRESS ? ETIMEDOUT : problem), code,
+                             problem == ECONNREFUSED ? EX_UNAVAILABLE : EX_TEMPFAIL);
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
+    return fd;
+}
+
+bool split_host_port(const char *text, const char *default_port, char *host, size_t host_size, char *port,
+                     size_t port_size)
+{
+    bool bracket = *text == '[', bare_ipv6 = strchr(text, ':') != strrchr(text, ':');
+    const char *start = text + bracket;
+    size_t len = strcspn(start, bracket ? "]" : bare_ipv6 ? "" : ":");
+    const char *rest = start + len, *wanted;
+    if (bracket && *rest++ != ']')
+        return false;
+
+    wanted = *rest == ':' ? rest + 1 : default_port;
+    if ((*rest != ':' && *rest != '\0') || len >= host_size || !wanted || !*wanted || strlen(wanted) >= port_size)
+        return false;
+    if (isdigit((unsigned char)*wanted) && strtoul(wanted, NULL, 10) > UINT16_MAX)
+        return false; /* getaddrinfo() would take it modulo 65536 */
+    memcpy(host, start, len);
+    host[len] = '\0';
+    snprintf(port, port_size, "%s", wanted);
+    return true;
+}
+
+/* The address as text for the log: 127.0.0.1:366, [::1]:366. */
+static void address_text(char *out, size_t size, const struct sockaddr_storage *a, socklen_t len)
+{
+    char host[64], port[16];
+    if ((a->ss_family != AF_INET && a->ss_family != AF_INET6) ||
+        getnameinfo((const struct sockaddr *)a, len, host, sizeof host, port, sizeof port,
+                    NI_NUMERICHOST | NI_NUMERICSERV) != 0)
+        snprintf(out, size, "local program");
+    else
+        snprintf(out, size, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
+}
+
+struct session *session_new(int fd, enum side self, int timeout, const char *name, enum trace trace)
+{
+    static atomic_ulong numbers[2]; /* of each side's sessions */
+    struct sockaddr_storage address = {.ss_family = AF_UNSPEC};
+    socklen_t len = sizeof address;
+    struct session *s = malloc(sizeof *s);
+    if (!s)
+        return NULL;
+    memset(s, 0, offsetof(struct session, io)); /* the buffers behind are left alone: untouched, they cost nothing */
+    stream_init(&s->io, fd, timeout);
+    s->number = atomic_fetch_add(&numbers[self], 1) + 1;
+    s->self = self;
+    s->name = name;
+    s->trace = trace;
+    snprintf(s->peer_name, sizeof s->peer_name, "unknown");
+    getpeername(fd, (struct sockaddr *)&address, &len);
+    address_text(s->peer, sizeof s->peer, &address, len);
+    return s;
+}
+
+static void stop_customer(int number)
+{
+    int problem = errno;
+    (void)number;
+    customer_stops = 1;
+    if (write(stop_pipe[1], "", 1) < 0)
+        _exit(EX_TEMPFAIL);
+    errno = problem;
+}
+
 /* ==== The customer, after the reversal: the server ====================================================
  *
  * A small SMTP server that trusts no input. What it has answered 250 for is on disk. */
@@ -4351,331 +4686,162 @@ struct smtp_server {
     unsigned idle;              /* commands in a row that brought no mail forward */
 };
 
-/* ---- Answers that wait for the disk ----
- *
- * 250 to the last octet of a message is a promise: the message is on disk (RFC 5321, 6.1). Writing takes time, and a
- * provider that pipelines has sent more meanwhile. So the server reads on as long as there is something to read.
- * Answers wait in a list, in their order, from the first promise on. Before the server would have to wait for the
- * provider, all messages received so far go to disk together, and then their answers leave. If the connection is lost
- * before that, the messages are discarded: the provider has no answer, keeps them, and sends them again.
- *
- * answer() says a reply in its turn. store_then_answer() promises the message under way. */
-
-/* Logs why a message cannot be stored, and counts it. Returns the reply. */
-static const char *not_stored(struct smtp_server *server, const struct delivery *d)
-{
-    log_event(server->s, LOG_ERR, "cannot write the message (%s); it stays with the provider", strerror(d->problem));
-    server->unwritten++;
-    return "452 4.3.1 Cannot write the message now";
-}
-
-static void note_domain(struct smtp_server *server, const char *domain)
-{
-    size_t used = strlen(server->stored);
-    if (used + strlen(domain) + 2 < sizeof server->stored && !domain_in_list(server->stored, domain, strlen(domain)))
-        snprintf(server->stored + used, sizeof server->stored - used, "%s%s", used ? "," : "", domain);
-}
-
-static void answer_stored(struct smtp_server *server, struct delivery *d, size_t files)
-{
-    if (d->problem) {
-        deliveries_discard(d, files);
-        send_line(server->s, "4-e", "%s", not_stored(server, d));
-        return;
-    }
-    for (size_t i = 0; i < files; i++)
-        note_domain(server, d[i].domain);
-    server->messages++;
-    send_line(server->s, "4-e", "250 2.0.0 OK, message stored");
-}
-
-static void settle_answers(struct smtp_server *server)
-{
-    struct delivery *d = server->waiting;
-    deliveries_store(d, server->waiting_count);
-    for (size_t i = 0; i < server->answer_count; i++) {
-        const struct answer *a = &server->answers[i];
-        if (a->files == 0)
-            send_line(server->s, a->clause, "%s", a->text);
-        else
-            answer_stored(server, d, a->files);
-        d += a->files;
-    }
-    server->answer_count = server->waiting_count = 0;
-}
-
-/* To be called before anything is read: the provider may be waiting for one of these answers, even when it has sent
- * half a command. At the end of the connection it no longer waits. */
-static void before_reading(struct smtp_server *server, bool (*arrived)(struct stream *))
-{
-    if (server->answer_count > 0 && !arrived(&server->s->io) && !server->s->io.ended)
-        settle_answers(server);
-}
-
+static void receive_mail(struct smtp_server *server);
+static void receive_command(struct smtp_server *server);
+static void bad_command(struct smtp_server *server, const char *reply);
+static void hello_command(struct smtp_server *server);
+static void mail_command(struct smtp_server *server);
+static void rcpt_command(struct smtp_server *server);
+static void data_command(struct smtp_server *server);
+static void bdat_command(struct smtp_server *server);
+static void forget_transaction(struct smtp_server *server);
+static void begin_content(struct smtp_server *server, bool dots);
+static bool read_content(struct smtp_server *server, uint64_t left);
+static void end_content(struct smtp_server *server);
+static void show_progress(struct session *s, size_t messages, uint64_t octets);
+static void show_summary(const struct session *s, const char *what, size_t messages, uint64_t octets);
+static const char *not_stored(struct smtp_server *server, const struct delivery *d);
+static void settle_answers(struct smtp_server *server);
+static void before_reading(struct smtp_server *server, bool (*arrived)(struct stream *));
 __attribute__((format(printf, 3, 4)))
-static void answer(struct smtp_server *server, const char *clause, const char *fmt, ...)
-{
-    struct answer *a;
-    char text[COMMAND_LINE];
-    va_list args;
-    va_start(args, fmt);
-    vsnprintf(text, sizeof text, fmt, args);
-    va_end(args);
+static void answer(struct smtp_server *server, const char *clause, const char *fmt, ...);
+static void store_then_answer(struct smtp_server *server);
 
-    if (server->answer_count == ANSWERS_MAX || strlen(text) >= sizeof a->text)
-        settle_answers(server);
-    if (server->answer_count == 0) {
-        send_line(server->s, clause, "%s", text);
-        return;
-    }
-    a = &server->answers[server->answer_count++];
-    memcpy(a->text, text, strlen(text) + 1);
-    a->clause = clause;
-    a->files = 0;
+int take_mail_ourselves(struct session *s, const struct customer *c)
+{
+    struct smtp_server *server = must_alloc(calloc(1, sizeof *server));
+    char what[STORED_SIZE + 16] = "received";
+    int code;
+    server->s = s;
+    server->c = c;
+    for_each_domain(c->queue, clean_domain, NULL);
+    receive_mail(server);
+    code = session_outcome(s, server->done, server->messages, server->unwritten);
+    if (!*c->domains && *server->stored)
+        snprintf(what, sizeof what, "received for %s", server->stored);
+    show_summary(s, what, server->messages, server->octets);
+    free(server);
+    return code;
 }
 
-static void store_then_answer(struct smtp_server *server)
+/* 5.3 on the customer's side, now the server (5.3-a): a greeting line (5.3-b), then commands until QUIT. */
+static void receive_mail(struct smtp_server *server)
 {
-    struct content *c = &server->content;
-    if (server->answer_count == ANSWERS_MAX || server->waiting_count + c->files > DELIVERIES_MAX)
-        settle_answers(server);
-    memcpy(server->waiting + server->waiting_count, c->deliveries, c->files * sizeof *c->deliveries);
-    server->waiting_count += c->files;
-    server->answers[server->answer_count++].files = c->files;
-    c->files = 0;
-}
-
-/* ---- The content of a message ----
- *
- * Line ends become LF, and DATA's dots are undone. Only CRLF ends a line: a bare CR or LF is how one peer's end of
- * message is smuggled into the middle of another's (RFC 5321, 2.3.8 and 4.1.1.4). */
-
-static void content_write(struct content *c, const char *data, size_t len)
-{
-    for (size_t i = 0; i < c->files; i++)
-        fwrite(data, 1, len, c->deliveries[i].file);
-}
-
-/* Text of one line, without its end. A first line that starts with a blank would continue our Received field, so an
- * empty line is put before it. */
-static void content_text(struct content *c, const char *data, size_t len)
-{
-    if (!c->begun && len > 0 && (*data == ' ' || *data == '\t')) {
-        c->in_body = true;
-        content_write(c, "\n", 1);
-    }
-    c->begun |= len > 0;
-    if (!c->in_body && c->column < sizeof c->name - 1) {
-        size_t part = sizeof c->name - 1 - c->column;
-        memcpy(c->name + c->column, data, len < part ? len : part);
-    }
-    c->column += len;
-    content_write(c, data, len);
-}
-
-/* Counts Received fields. Blanks are allowed before the colon (RFC 5322, 4.5). */
-static void content_line_end(struct content *c)
-{
-    c->name[c->column < sizeof c->name ? c->column : sizeof c->name - 1] = '\0';
-    if (!c->in_body && strncasecmp(c->name, "Received", 8) == 0 && c->name[8 + strspn(c->name + 8, " \t")] == ':')
-        c->trace_fields++;
-    c->begun = true;
-    if (c->column == 0)
-        c->in_body = true;
-    c->column = 0;
-    content_write(c, "\n", 1);
-}
-
-/* Takes content from the peer's octets. Returns their number: after the lone dot no more are taken. */
-static size_t content_take(struct content *c, const char *data, size_t len)
-{
-    size_t i = 0;
-    while (i < len && !c->ended) {
-        bool cr = data[i] == '\r', lf = data[i] == '\n';
-        if (c->after_cr != lf) { /* a CR without LF, or an LF without CR */
-            c->bare = true;
-            c->state = IN_TEXT;
-        }
-
-        if (c->after_cr && lf) {
-            c->ended = c->state == AFTER_DOT;
-            if (!c->ended)
-                content_line_end(c);
-            c->state = AT_LINE_START;
-            i++;
-        } else if (cr || lf) {
-            c->state = c->state == AT_LINE_START ? IN_TEXT : c->state;
-            i++;
-        } else {
-            bool dot = c->dots && c->state == AT_LINE_START && data[i] == '.'; /* is dropped (RFC 5321, 4.5.2) */
-            size_t start = i + dot;
-            for (i = start; i < len && data[i] != '\r' && data[i] != '\n';)
-                i++;
-            c->state = dot && i == start ? AFTER_DOT : IN_TEXT;
-            content_text(c, data + start, i - start);
-        }
-        c->after_cr = cr;
-    }
-    return i;
-}
-
-/* The name from EHLO; "unknown" if it could be other syntax in the field, a comment for example. */
-static const char *name_for_received(const char *name)
-{
-    size_t literal = name[0] == '[' ? 1 + strspn(name + 1, "0123456789abcdefABCDEFIPv.:") : 0;
-    bool fit = literal ? strcmp(name + literal, "]") == 0
-                       : isalnum((unsigned char)name[0]) && name[strspn(name, "abcdefghijklmnopqrstuvwxyz"
-                                                                     "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-")] == '\0';
-    return fit ? name : "unknown";
-}
-
-/* Who received it, how (a keyword of RFC 3848 or RFC 6531) and when (RFC 5321, 4.4). */
-static void write_received_field(const struct smtp_server *server, FILE *file)
-{
-    const struct session *s = server->s;
-    fprintf(file, "Received: from %s (%s)\n\tby %s with %s%s (odmr, RFC 2645);\n", name_for_received(s->peer_name),
-            s->peer, s->name, server->utf8 ? "UTF8SMTP" : server->esmtp ? "ESMTP" : "SMTP",
-            server->esmtp && s->io.tls ? "S" : "");
-    write_date(file, "\t", time(NULL));
-}
-
-/* Opens the files. When there are too many open files, those that wait for the disk are settled first. */
-static void begin_content(struct smtp_server *server, bool dots)
-{
-    struct content *c = &server->content;
-    int problem;
-    *c = (struct content){.under_way = true, .dots = dots};
-    do {
-        c->files = deliveries_open(c->deliveries, server->c->queue, server->sender, server->recipients, server->count);
-        problem = c->files == 0 && server->waiting_count > 0 ? c->deliveries->problem : 0;
-        if (problem == EMFILE || problem == ENFILE)
+    struct session *s = server->s;
+    enter_state(s, REVERSED);
+    answer(server, "5.3-b", "220 %s ready to receive email", s->name);
+    while (!server->done && !s->protocol_broken) {
+        bool between = !server->in_mail && !server->content.under_way; /* two messages */
+        if (customer_stops && between) {
             settle_answers(server);
-    } while (problem == EMFILE || problem == ENFILE);
-    for (size_t i = 0; i < c->files; i++)
-        write_received_field(server, c->deliveries[i].file);
-}
-
-/* On a terminal, a line that tells how far the session is. */
-static void show_progress(struct session *s, size_t messages, uint64_t octets)
-{
-    int64_t now = s->progress ? now_ms() : 0;
-    if (!s->progress || now - s->last_progress < PROGRESS_MS)
-        return;
-    s->last_progress = now;
-    atomic_store(&progress_shown, true);
-    fprintf(stderr, "\rodmr: %zu message%s, %llu octets ", messages, plural(messages), (unsigned long long)octets);
-}
-
-/* Ends the line of progress, and logs the summary. */
-static void show_summary(const struct session *s, const char *what, size_t messages, uint64_t octets)
-{
-    clear_progress();
-    if (!s->quiet)
-        log_event(s, LOG_INFO, "%zu message%s, %llu octets %s", messages, plural(messages), (unsigned long long)octets,
-                  what);
-}
-
-/* Reads so many octets of content, or up to the lone dot. False: the connection is lost. */
-static bool read_content(struct smtp_server *server, uint64_t left)
-{
-    struct session *s = server->s;
-    struct content *c = &server->content;
-    s->io.wake_fd = -1;
-    while (left > 0 && !c->ended) {
-        const char *data;
-        size_t len;
-        before_reading(server, stream_ready);
-        if (!stream_peek(&s->io, &data, &len)) {
-            stream_end_input(&s->io); /* what comes later would be content, not a command */
-            return false;
+            server->done = true;
+            end_with_421(s, "this server is shutting down");
+            break;
         }
-        len = content_take(c, data, len < left ? len : (size_t)left);
-        stream_skip(&s->io, len);
-        left -= len;
-        server->octets += len;
-        server->idle = 0;
-        show_progress(s, server->messages, server->octets);
-    }
-    return true;
-}
 
-static void forget_transaction(struct smtp_server *server)
-{
-    deliveries_discard(server->content.deliveries, server->content.files);
-    server->content.files = 0;
-    server->content.under_way = false;
-    server->count = server->domains = 0;
-    server->in_mail = false;
-}
-
-/* The end of the content: the only place that takes responsibility for a message. If the disk is full, the files are
- * removed at once, which makes room for others. */
-static void end_content(struct smtp_server *server)
-{
-    struct content *c = &server->content;
-    if (!c->dots && c->state != AT_LINE_START) { /* BDAT need not end with a line end; a file does */
-        c->bare |= c->after_cr;
-        content_line_end(c);
+        s->io.wake_fd = between ? stop_pipe[0] : -1;
+        before_reading(server, stream_has_line);
+        if (!read_line(s)) {
+            if (s->io.woken)
+                continue;
+            break;
+        }
+        if (s->io.line_cut || s->line_len != strlen(s->line)) {
+            trace_line(s, PROVIDER, NULL, "(a line that is too long, or has a NUL octet)");
+            bad_command(server, "500 5.5.2 Not a command");
+            continue;
+        }
+        trace_line(s, PROVIDER, NULL, "%s", s->line);
+        split_command(s);
+        receive_command(server);
     }
 
-    if (c->bare)
-        answer(server, "4-e", "550 5.6.0 A CR or LF by itself is no line end; message refused");
-    else if (c->trace_fields > TRACE_FIELDS_MAX)
-        answer(server, "4-e", "554 5.4.6 Too many hops");
-    else if (deliveries_written(c->deliveries, c->files))
-        store_then_answer(server);
-    else
-        answer(server, "4-e", "%s", not_stored(server, c->deliveries));
+    if (!s->io.broken)
+        settle_answers(server);
+    deliveries_discard(server->waiting, server->waiting_count); /* they were not settled, so not promised */
     forget_transaction(server);
+    stream_flush(&s->io);
+    if (s->protocol_broken)
+        stream_break(&s->io, "that is not SMTP as a server could follow it");
 }
 
-static void data_command(struct smtp_server *server)
+/* Counts commands in a row that bring no mail forward. Octets of content set the count back, too. */
+static bool too_idle(struct smtp_server *server)
 {
-    uint64_t before = server->octets;
-    if (server->count == 0) {
-        answer(server, NULL, "503 5.5.1 RCPT first");
-        return;
-    }
-    begin_content(server, true);
-    answer(server, "5.3-c", "354 The message, then a dot on a line by itself");
-    if (!read_content(server, UINT64_MAX))
-        return;
-    trace_line(server->s, PROVIDER, "5.3-c", "... %llu octets of message ...",
-               (unsigned long long)(server->octets - before - 3));
-    trace_line(server->s, PROVIDER, "4-e", ".");
-    end_content(server);
+    if (server->in_mail && verb_is(server->s, "RCPT"))
+        server->idle = 0;
+    return !verb_is(server->s, "QUIT") && ++server->idle >= IDLE_COMMANDS;
 }
 
-/* RFC 3030: the octets follow in any case, so they are read before the answer, even if the answer is no. */
-static void bdat_command(struct smtp_server *server)
+/* One command of the provider, answered. */
+static void receive_command(struct smtp_server *server)
 {
     struct session *s = server->s;
-    char *end = NULL;
-    uint64_t octets = s->argument && isdigit((unsigned char)*s->argument) ? strtoull(s->argument, &end, 10) : 0;
-    bool last = end && strcasecmp(end, " LAST") == 0;
-    if (!end || (!last && *end != '\0') || octets > INT64_MAX) {
-        answer(server, NULL, "501 5.5.4 BDAT takes a number of octets, and LAST");
-        s->protocol_broken = true; /* what follows would be taken for commands */
-        return;
-    }
-
-    if (!server->content.under_way)
-        begin_content(server, false);
-    trace_line(s, PROVIDER, "5.3-c", "... %llu octets of message ...", (unsigned long long)octets);
-    if (!read_content(server, octets))
-        return;
-
-    if (server->count == 0) {
-        answer(server, NULL, "503 5.5.1 RCPT first");
-        server->content.under_way = false;
-    } else if (!last) {
-        answer(server, NULL, "250 2.0.0 OK, go on");
+    if (too_idle(server)) {
+        s->protocol_broken = true;
+        answer(server, NULL, "421 4.5.2 Too many commands without mail, closing connection");
+    } else if (verb_is(s, "BDAT")) {
+        bdat_command(server);
+    } else if (server->content.under_way && !verb_is(s, "RSET") && !verb_is(s, "QUIT")) {
+        answer(server, NULL, "503 5.5.1 BDAT with LAST first");
+    } else if (verb_is(s, "EHLO") || verb_is(s, "HELO")) {
+        hello_command(server);
+    } else if (verb_is(s, "MAIL")) {
+        mail_command(server);
+    } else if (verb_is(s, "RCPT")) {
+        rcpt_command(server);
+    } else if (verb_is(s, "DATA")) {
+        data_command(server);
+    } else if (verb_is(s, "RSET")) {
+        forget_transaction(server);
+        answer(server, NULL, "250 2.0.0 OK");
+    } else if (verb_is(s, "NOOP")) {
+        answer(server, NULL, "250 2.0.0 OK");
+    } else if (verb_is(s, "VRFY")) {
+        answer(server, NULL, "252 2.5.0 Send it and see");
+    } else if (verb_is(s, "QUIT")) {
+        answer(server, "5-b", "221 2.0.0 %s closing connection", s->name);
+        s->io.said_quit = server->done = true;
     } else {
-        end_content(server);
+        bad_command(server, "502 5.5.1 Command not implemented");
     }
+}
+
+/* After BAD_COMMANDS_SERVER of them the reply is 421. */
+static void bad_command(struct smtp_server *server, const char *reply)
+{
+    struct session *s = server->s;
+    s->protocol_broken = ++s->bad_commands == BAD_COMMANDS_SERVER;
+    answer(server, NULL, "%s", s->protocol_broken ? "421 4.5.2 Too many of them, closing connection" : reply);
 }
 
 /* ---- Commands ---- */
+
+static void hello_command(struct smtp_server *server)
+{
+    struct session *s = server->s;
+    if (!s->argument || !printable(s->argument, strlen(s->argument)) || strchr(s->argument, ' ')) {
+        answer(server, NULL, "501 5.5.4 That is not the name of a host");
+        return;
+    }
+    forget_transaction(server);
+    snprintf(s->peer_name, sizeof s->peer_name, "%s", s->argument);
+    server->greeted = true;
+    server->esmtp = verb_is(s, "EHLO");
+    if (!server->esmtp) {
+        answer(server, "5.3-a", "250 %s", s->name);
+        return;
+    }
+
+    answer(server, "5.3-a", "250-%s", s->name);
+    answer(server, "RFC 2920", "250-PIPELINING");
+    answer(server, "RFC 1870", "250-SIZE");
+    answer(server, "RFC 6152", "250-8BITMIME");
+    answer(server, "RFC 6531", "250-SMTPUTF8");
+    answer(server, "RFC 3030", "250-CHUNKING");
+    answer(server, "RFC 9422", "250-LIMITS RCPTMAX=%d", RECIPIENTS_MAX);
+    answer(server, "RFC 2034", "250 ENHANCEDSTATUSCODES");
+}
 
 /* Reads `FROM:<path> parameters`. A blank before the bracket is against RFC 5321 but in RFC 2645's own example (6-a).
  * A source route is dropped, as RFC 5321 (4.1.1.3) allows. Returns the parameters; NULL: the syntax is wrong. */
@@ -4797,461 +4963,329 @@ static void rcpt_command(struct smtp_server *server)
     }
 }
 
-static void hello_command(struct smtp_server *server)
+static void data_command(struct smtp_server *server)
 {
-    struct session *s = server->s;
-    if (!s->argument || !printable(s->argument, strlen(s->argument)) || strchr(s->argument, ' ')) {
-        answer(server, NULL, "501 5.5.4 That is not the name of a host");
+    uint64_t before = server->octets;
+    if (server->count == 0) {
+        answer(server, NULL, "503 5.5.1 RCPT first");
         return;
     }
-    forget_transaction(server);
-    snprintf(s->peer_name, sizeof s->peer_name, "%s", s->argument);
-    server->greeted = true;
-    server->esmtp = verb_is(s, "EHLO");
-    if (!server->esmtp) {
-        answer(server, "5.3-a", "250 %s", s->name);
+    begin_content(server, true);
+    answer(server, "5.3-c", "354 The message, then a dot on a line by itself");
+    if (!read_content(server, UINT64_MAX))
+        return;
+    trace_line(server->s, PROVIDER, "5.3-c", "... %llu octets of message ...",
+               (unsigned long long)(server->octets - before - 3));
+    trace_line(server->s, PROVIDER, "4-e", ".");
+    end_content(server);
+}
+
+/* RFC 3030: the octets follow in any case, so they are read before the answer, even if the answer is no. */
+static void bdat_command(struct smtp_server *server)
+{
+    struct session *s = server->s;
+    char *end = NULL;
+    uint64_t octets = s->argument && isdigit((unsigned char)*s->argument) ? strtoull(s->argument, &end, 10) : 0;
+    bool last = end && strcasecmp(end, " LAST") == 0;
+    if (!end || (!last && *end != '\0') || octets > INT64_MAX) {
+        answer(server, NULL, "501 5.5.4 BDAT takes a number of octets, and LAST");
+        s->protocol_broken = true; /* what follows would be taken for commands */
         return;
     }
 
-    answer(server, "5.3-a", "250-%s", s->name);
-    answer(server, "RFC 2920", "250-PIPELINING");
-    answer(server, "RFC 1870", "250-SIZE");
-    answer(server, "RFC 6152", "250-8BITMIME");
-    answer(server, "RFC 6531", "250-SMTPUTF8");
-    answer(server, "RFC 3030", "250-CHUNKING");
-    answer(server, "RFC 9422", "250-LIMITS RCPTMAX=%d", RECIPIENTS_MAX);
-    answer(server, "RFC 2034", "250 ENHANCEDSTATUSCODES");
-}
+    if (!server->content.under_way)
+        begin_content(server, false);
+    trace_line(s, PROVIDER, "5.3-c", "... %llu octets of message ...", (unsigned long long)octets);
+    if (!read_content(server, octets))
+        return;
 
-/* After BAD_COMMANDS_SERVER of them the reply is 421. */
-static void bad_command(struct smtp_server *server, const char *reply)
-{
-    struct session *s = server->s;
-    s->protocol_broken = ++s->bad_commands == BAD_COMMANDS_SERVER;
-    answer(server, NULL, "%s", s->protocol_broken ? "421 4.5.2 Too many of them, closing connection" : reply);
-}
-
-/* Counts commands in a row that bring no mail forward. Octets of content set the count back, too. */
-static bool too_idle(struct smtp_server *server)
-{
-    if (server->in_mail && verb_is(server->s, "RCPT"))
-        server->idle = 0;
-    return !verb_is(server->s, "QUIT") && ++server->idle >= IDLE_COMMANDS;
-}
-
-/* One command of the provider, answered. */
-static void receive_command(struct smtp_server *server)
-{
-    struct session *s = server->s;
-    if (too_idle(server)) {
-        s->protocol_broken = true;
-        answer(server, NULL, "421 4.5.2 Too many commands without mail, closing connection");
-    } else if (verb_is(s, "BDAT")) {
-        bdat_command(server);
-    } else if (server->content.under_way && !verb_is(s, "RSET") && !verb_is(s, "QUIT")) {
-        answer(server, NULL, "503 5.5.1 BDAT with LAST first");
-    } else if (verb_is(s, "EHLO") || verb_is(s, "HELO")) {
-        hello_command(server);
-    } else if (verb_is(s, "MAIL")) {
-        mail_command(server);
-    } else if (verb_is(s, "RCPT")) {
-        rcpt_command(server);
-    } else if (verb_is(s, "DATA")) {
-        data_command(server);
-    } else if (verb_is(s, "RSET")) {
-        forget_transaction(server);
-        answer(server, NULL, "250 2.0.0 OK");
-    } else if (verb_is(s, "NOOP")) {
-        answer(server, NULL, "250 2.0.0 OK");
-    } else if (verb_is(s, "VRFY")) {
-        answer(server, NULL, "252 2.5.0 Send it and see");
-    } else if (verb_is(s, "QUIT")) {
-        answer(server, "5-b", "221 2.0.0 %s closing connection", s->name);
-        s->io.said_quit = server->done = true;
+    if (server->count == 0) {
+        answer(server, NULL, "503 5.5.1 RCPT first");
+        server->content.under_way = false;
+    } else if (!last) {
+        answer(server, NULL, "250 2.0.0 OK, go on");
     } else {
-        bad_command(server, "502 5.5.1 Command not implemented");
+        end_content(server);
     }
 }
 
-/* After SIGTERM the customer takes the message under way, then says 421. An octet in the pipe ends a wait for a
- * command. A second signal ends the program at once. */
-static int stop_pipe[2] = {-1, -1};
-static volatile sig_atomic_t customer_stops;
-
-static void stop_customer(int number)
+static void forget_transaction(struct smtp_server *server)
 {
-    int problem = errno;
-    (void)number;
-    customer_stops = 1;
-    if (write(stop_pipe[1], "", 1) < 0)
-        _exit(EX_TEMPFAIL);
-    errno = problem;
+    deliveries_discard(server->content.deliveries, server->content.files);
+    server->content.files = 0;
+    server->content.under_way = false;
+    server->count = server->domains = 0;
+    server->in_mail = false;
 }
 
-/* 5.3 on the customer's side, now the server (5.3-a): a greeting line (5.3-b), then commands until QUIT. */
-static void receive_mail(struct smtp_server *server)
+/* ---- The content of a message ----
+ *
+ * Line ends become LF, and DATA's dots are undone. Only CRLF ends a line: a bare CR or LF is how one peer's end of
+ * message is smuggled into the middle of another's (RFC 5321, 2.3.8 and 4.1.1.4). */
+
+/* The name from EHLO; "unknown" if it could be other syntax in the field, a comment for example. */
+static const char *name_for_received(const char *name)
+{
+    size_t literal = name[0] == '[' ? 1 + strspn(name + 1, "0123456789abcdefABCDEFIPv.:") : 0;
+    bool fit = literal ? strcmp(name + literal, "]") == 0
+                       : isalnum((unsigned char)name[0]) && name[strspn(name, "abcdefghijklmnopqrstuvwxyz"
+                                                                     "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-")] == '\0';
+    return fit ? name : "unknown";
+}
+
+/* Who received it, how (a keyword of RFC 3848 or RFC 6531) and when (RFC 5321, 4.4). */
+static void write_received_field(const struct smtp_server *server, FILE *file)
+{
+    const struct session *s = server->s;
+    fprintf(file, "Received: from %s (%s)\n\tby %s with %s%s (odmr, RFC 2645);\n", name_for_received(s->peer_name),
+            s->peer, s->name, server->utf8 ? "UTF8SMTP" : server->esmtp ? "ESMTP" : "SMTP",
+            server->esmtp && s->io.tls ? "S" : "");
+    write_date(file, "\t", time(NULL));
+}
+
+/* Opens the files. When there are too many open files, those that wait for the disk are settled first. */
+static void begin_content(struct smtp_server *server, bool dots)
+{
+    struct content *c = &server->content;
+    int problem;
+    *c = (struct content){.under_way = true, .dots = dots};
+    do {
+        c->files = deliveries_open(c->deliveries, server->c->queue, server->sender, server->recipients, server->count);
+        problem = c->files == 0 && server->waiting_count > 0 ? c->deliveries->problem : 0;
+        if (problem == EMFILE || problem == ENFILE)
+            settle_answers(server);
+    } while (problem == EMFILE || problem == ENFILE);
+    for (size_t i = 0; i < c->files; i++)
+        write_received_field(server, c->deliveries[i].file);
+}
+
+static void content_write(struct content *c, const char *data, size_t len)
+{
+    for (size_t i = 0; i < c->files; i++)
+        fwrite(data, 1, len, c->deliveries[i].file);
+}
+
+/* Text of one line, without its end. A first line that starts with a blank would continue our Received field, so an
+ * empty line is put before it. */
+static void content_text(struct content *c, const char *data, size_t len)
+{
+    if (!c->begun && len > 0 && (*data == ' ' || *data == '\t')) {
+        c->in_body = true;
+        content_write(c, "\n", 1);
+    }
+    c->begun |= len > 0;
+    if (!c->in_body && c->column < sizeof c->name - 1) {
+        size_t part = sizeof c->name - 1 - c->column;
+        memcpy(c->name + c->column, data, len < part ? len : part);
+    }
+    c->column += len;
+    content_write(c, data, len);
+}
+
+/* Counts Received fields. Blanks are allowed before the colon (RFC 5322, 4.5). */
+static void content_line_end(struct content *c)
+{
+    c->name[c->column < sizeof c->name ? c->column : sizeof c->name - 1] = '\0';
+    if (!c->in_body && strncasecmp(c->name, "Received", 8) == 0 && c->name[8 + strspn(c->name + 8, " \t")] == ':')
+        c->trace_fields++;
+    c->begun = true;
+    if (c->column == 0)
+        c->in_body = true;
+    c->column = 0;
+    content_write(c, "\n", 1);
+}
+
+/* Takes content from the peer's octets. Returns their number: after the lone dot no more are taken. */
+static size_t content_take(struct content *c, const char *data, size_t len)
+{
+    size_t i = 0;
+    while (i < len && !c->ended) {
+        bool cr = data[i] == '\r', lf = data[i] == '\n';
+        if (c->after_cr != lf) { /* a CR without LF, or an LF without CR */
+            c->bare = true;
+            c->state = IN_TEXT;
+        }
+
+        if (c->after_cr && lf) {
+            c->ended = c->state == AFTER_DOT;
+            if (!c->ended)
+                content_line_end(c);
+            c->state = AT_LINE_START;
+            i++;
+        } else if (cr || lf) {
+            c->state = c->state == AT_LINE_START ? IN_TEXT : c->state;
+            i++;
+        } else {
+            bool dot = c->dots && c->state == AT_LINE_START && data[i] == '.'; /* is dropped (RFC 5321, 4.5.2) */
+            size_t start = i + dot;
+            for (i = start; i < len && data[i] != '\r' && data[i] != '\n';)
+                i++;
+            c->state = dot && i == start ? AFTER_DOT : IN_TEXT;
+            content_text(c, data + start, i - start);
+        }
+        c->after_cr = cr;
+    }
+    return i;
+}
+
+/* Reads so many octets of content, or up to the lone dot. False: the connection is lost. */
+static bool read_content(struct smtp_server *server, uint64_t left)
 {
     struct session *s = server->s;
-    enter_state(s, REVERSED);
-    answer(server, "5.3-b", "220 %s ready to receive email", s->name);
-    while (!server->done && !s->protocol_broken) {
-        bool between = !server->in_mail && !server->content.under_way; /* two messages */
-        if (customer_stops && between) {
-            settle_answers(server);
-            server->done = true;
-            end_with_421(s, "this server is shutting down");
-            break;
+    struct content *c = &server->content;
+    s->io.wake_fd = -1;
+    while (left > 0 && !c->ended) {
+        const char *data;
+        size_t len;
+        before_reading(server, stream_ready);
+        if (!stream_peek(&s->io, &data, &len)) {
+            stream_end_input(&s->io); /* what comes later would be content, not a command */
+            return false;
         }
-
-        s->io.wake_fd = between ? stop_pipe[0] : -1;
-        before_reading(server, stream_has_line);
-        if (!read_line(s)) {
-            if (s->io.woken)
-                continue;
-            break;
-        }
-        if (s->io.line_cut || s->line_len != strlen(s->line)) {
-            trace_line(s, PROVIDER, NULL, "(a line that is too long, or has a NUL octet)");
-            bad_command(server, "500 5.5.2 Not a command");
-            continue;
-        }
-        trace_line(s, PROVIDER, NULL, "%s", s->line);
-        split_command(s);
-        receive_command(server);
+        len = content_take(c, data, len < left ? len : (size_t)left);
+        stream_skip(&s->io, len);
+        left -= len;
+        server->octets += len;
+        server->idle = 0;
+        show_progress(s, server->messages, server->octets);
     }
-
-    if (!s->io.broken)
-        settle_answers(server);
-    deliveries_discard(server->waiting, server->waiting_count); /* they were not settled, so not promised */
-    forget_transaction(server);
-    stream_flush(&s->io);
-    if (s->protocol_broken)
-        stream_break(&s->io, "that is not SMTP as a server could follow it");
-}
-
-/* ==== The customer, before the reversal: the client ===================================================
- *
- * Greeting, EHLO, AUTH, ATRN, each reply checked; then the roles turn. The result is an exit code of
- * sysexits(3), because a script that polls needs to know: mail, no mail, try later, or a permanent error. */
-
-#define ATRN_TIMEOUT 600         /* 5.2.1-c: seconds; at least ten minutes */
-#define REPLY_TEXT 512           /* octets of a reply in the log */
-#define EXIT_NO_MAIL 1 /* the reply to ATRN was 453, or 250 and then no mail */
-
-bool split_host_port(const char *text, const char *default_port, char *host, size_t host_size, char *port,
-                     size_t port_size)
-{
-    bool bracket = *text == '[', bare_ipv6 = strchr(text, ':') != strrchr(text, ':');
-    const char *start = text + bracket;
-    size_t len = strcspn(start, bracket ? "]" : bare_ipv6 ? "" : ":");
-    const char *rest = start + len, *wanted;
-    if (bracket && *rest++ != ']')
-        return false;
-
-    wanted = *rest == ':' ? rest + 1 : default_port;
-    if ((*rest != ':' && *rest != '\0') || len >= host_size || !wanted || !*wanted || strlen(wanted) >= port_size)
-        return false;
-    if (isdigit((unsigned char)*wanted) && strtoul(wanted, NULL, 10) > UINT16_MAX)
-        return false; /* getaddrinfo() would take it modulo 65536 */
-    memcpy(host, start, len);
-    host[len] = '\0';
-    snprintf(port, port_size, "%s", wanted);
     return true;
 }
 
-/* For `return`: no socket. */
-static int not_connected(const char *where, const char *why, int *code, int exit_code)
+/* The end of the content: the only place that takes responsibility for a message. If the disk is full, the files are
+ * removed at once, which makes room for others. */
+static void end_content(struct smtp_server *server)
 {
-    log_event(NULL, LOG_ERR, "%s: %s", where, why);
-    *code = exit_code;
-    return -1;
-}
-
-int connect_to(const char *where, const char *default_port, int timeout, int *code)
-{
-    char host[256], port[32];
-    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *list = NULL;
-    struct timeval limit = {.tv_sec = timeout};
-    int fd = -1, problem;
-    if (!split_host_port(where, default_port, host, sizeof host, port, sizeof port))
-        return not_connected(where, "not HOST:PORT", code, EX_USAGE);
-    problem = getaddrinfo(host, port, &hints, &list);
-    if (problem == EAI_AGAIN || problem == EAI_MEMORY || problem == EAI_SYSTEM)
-        return not_connected(where, gai_strerror(problem), code, EX_TEMPFAIL);
-    if (problem)
-        return not_connected(where, gai_strerror(problem), code, EX_NOHOST);
-
-    for (struct addrinfo *a = list; a && fd < 0; a = a->ai_next) {
-        fd = socket(a->ai_family, a->ai_socktype | SOCK_CLOEXEC, a->ai_protocol);
-        if (fd < 0) {
-            problem = problem ? problem : errno; /* what connect() said of another address tells more */
-            continue;
-        }
-        setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit); /* bounds connect() */
-        if (connect(fd, a->ai_addr, a->ai_addrlen) < 0) {
-            problem = errno;
-            close(fd);
-            fd = -1;
-        }
+    struct content *c = &server->content;
+    if (!c->dots && c->state != AT_LINE_START) { /* BDAT need not end with a line end; a file does */
+        c->bare |= c->after_cr;
+        content_line_end(c);
     }
-    freeaddrinfo(list);
-    if (fd < 0)
-        return not_connected(where, strerror(problem == EINPROGRESS ? ETIMEDOUT : problem), code,
-                             problem == ECONNREFUSED ? EX_UNAVAILABLE : EX_TEMPFAIL);
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
-    return fd;
-}
 
-int exit_code_lost(const struct session *s)
-{
-    log_event(s, LOG_ERR, "%s: %s", s->peer, s->io.broken ? s->io.broken : "the connection was lost");
-    return s->protocol_broken ? EX_PROTOCOL : EX_TEMPFAIL;
-}
-
-int exit_code_refused(const struct session *s, const char *command, const struct reply *r, int permanent)
-{
-    char text[REPLY_TEXT];
-    join_lines(r, text, sizeof text);
-    log_event(s, LOG_ERR, "%s: the reply to %s was %d %s", s->peer, command, r->code, text);
-    return r->code >= 500 ? permanent : r->code >= 400 ? EX_TEMPFAIL : EX_PROTOCOL;
-}
-
-static int client_ehlo(struct session *s, struct reply *r)
-{
-    send_line(s, "5.1.1-a", "EHLO %s", s->name);
-    if (!read_ehlo_reply(s, "5.1.1-a", r))
-        return exit_code_lost(s);
-    return r->code == 250 ? EX_OK : exit_code_refused(s, "EHLO", r, EX_UNAVAILABLE);
-}
-
-/* The handshake. The certificate must be valid, and for the host that was asked for. */
-static int client_tls(struct session *s, const struct customer *c)
-{
-    char host[256], port[32];
-    SSL *tls;
-    if (!split_host_port(c->provider, ODMR_PORT, host, sizeof host, port, sizeof port) ||
-        !(tls = stream_offer_tls(&s->io, c->tls_context, host))) {
-        log_event(s, LOG_ERR, "%s: TLS cannot be set up", s->peer);
-        return EX_SOFTWARE;
-    }
-    if (stream_start_tls(&s->io, tls, host))
-        return EX_OK;
-    log_event(s, LOG_ERR, "%s: %s; no credentials were sent", s->peer, s->io.broken);
-    if (SSL_get_verify_result(tls) != X509_V_OK && !c->insecure)
-        return EX_NOPERM;
-    return s->io.tls_failed ? EX_PROTOCOL : EX_TEMPFAIL;
-}
-
-/* RFC 3207: STARTTLS is used whenever it is offered. What the provider said before is forgotten, so EHLO is sent again.
- * Without the offer, which an attacker may have removed, the session goes on in the clear unless --require-tls. */
-static int client_starttls(struct session *s, const struct customer *c, struct reply *r)
-{
-    int code;
-    if (s->io.tls)
-        return EX_OK;
-    if (!reply_keyword(r, "STARTTLS")) {
-        if (!c->require_tls)
-            return EX_OK;
-        log_event(s, LOG_ERR, "%s does not offer STARTTLS, which --require-tls asks for", s->peer);
-        return EX_UNAVAILABLE;
-    }
-    send_line(s, "RFC 3207", "STARTTLS");
-    if (!read_reply(s, "RFC 3207", r))
-        return exit_code_lost(s);
-    if (r->code != 220)
-        return exit_code_refused(s, "STARTTLS", r, EX_UNAVAILABLE);
-    if (stream_discard_input(&s->io))
-        log_event(s, LOG_WARNING, "%s sent something behind its reply to STARTTLS; it is thrown away", s->peer);
-    code = client_tls(s, c);
-    return code == EX_OK ? client_ehlo(s, r) : code;
-}
-
-/* ---- AUTH: which mechanism ---- */
-
-/* Whether the customer has what the mechanism needs, and the connection allows it. */
-static bool mechanism_usable(const struct session *s, const struct customer *c, enum mechanism m)
-{
-    unsigned char binding[EVP_MAX_MD_SIZE];
-    switch (m) {
-    case SCRAM_PLUS:
-        return c->secret && channel_binding(s->io.tls, false, "tls-server-end-point", binding) > 0;
-    case EXTERNAL:
-        return c->cert && s->io.tls && (!c->secret || c->mechanism == EXTERNAL);
-    case PLAIN:
-        return c->secret && certificate_verified(s->io.tls);
-    default:
-        return c->secret != NULL;
-    }
-}
-
-/* The strongest mechanism that the provider offers and the customer can use, or the one that --mechanism names. */
-static enum mechanism choose_mechanism(const struct session *s, const struct customer *c, const struct reply *r)
-{
-    static const enum mechanism by_strength[] = {SCRAM_PLUS, SCRAM, EXTERNAL, CRAM_MD5, PLAIN};
-    for (size_t i = 0; i < sizeof by_strength / sizeof *by_strength; i++) {
-        enum mechanism m = by_strength[i];
-        if ((c->mechanism == NO_MECHANISM || c->mechanism == m) && mechanism_usable(s, c, m) &&
-            reply_offers(r, "AUTH", mechanism_name(m)))
-            return m;
-    }
-    return NO_MECHANISM;
-}
-
-static int client_authenticate(struct session *s, const struct customer *c, struct reply *r)
-{
-    enum mechanism m = choose_mechanism(s, c, r);
-    if (m != NO_MECHANISM)
-        return sasl_prove(s, c, m, r);
-    log_event(s, LOG_ERR, "%s offers no mechanism that we can use here%s%s", s->peer, c->mechanism ? "; wanted: " : "",
-              mechanism_name(c->mechanism));
-    return EX_NOPERM;
-}
-
-static int client_atrn(struct session *s, const struct customer *c, struct reply *r)
-{
-    int timeout = s->io.timeout;
-    char text[REPLY_TEXT];
-    if (timeout < ATRN_TIMEOUT) /* (5.2.1-c) */
-        s->io.timeout = ATRN_TIMEOUT;
-    send_line(s, *c->domains ? "5.2.1-a" : "5.2.1-d", "ATRN%s%s", *c->domains ? " " : "", c->domains);
-    if (!read_reply(s, "5.2.1", r))
-        return exit_code_lost(s);
-    s->io.timeout = timeout;
-    switch (r->code) {
-    case 250:
-        return EX_OK;
-    case 453:
-        join_lines(r, text, sizeof text);
-        if (!s->quiet)
-            log_event(s, LOG_INFO, "%s: %d %s", s->peer, r->code, text);
-        return EXIT_NO_MAIL;
-    case 530:
-        return exit_code_refused(s, "ATRN", r, EX_NOPERM);
-    default:
-        return exit_code_refused(s, "ATRN", r, EX_UNAVAILABLE);
-    }
-}
-
-/* A provider without mail may answer ATRN with 250 and say QUIT right after EHLO (5.2.1-h). That is no error. */
-int session_outcome(struct session *s, bool ended, size_t messages, size_t unwritten)
-{
-    if (!ended)
-        return exit_code_lost(s);
-    if (unwritten > 0)
-        return EX_CANTCREAT;
-    return messages > 0 ? EX_OK : EXIT_NO_MAIL;
-}
-
-static int take_mail_ourselves(struct session *s, const struct customer *c)
-{
-    struct smtp_server *server = must_alloc(calloc(1, sizeof *server));
-    char what[STORED_SIZE + 16] = "received";
-    int code;
-    server->s = s;
-    server->c = c;
-    for_each_domain(c->queue, clean_domain, NULL);
-    receive_mail(server);
-    code = session_outcome(s, server->done, server->messages, server->unwritten);
-    if (!*c->domains && *server->stored)
-        snprintf(what, sizeof what, "received for %s", server->stored);
-    show_summary(s, what, server->messages, server->octets);
-    free(server);
-    return code;
-}
-
-/* From the connection to the reversal (4-b): the transcript of section 6, from the customer's side. */
-static int client_dialogue(struct session *s, const struct customer *c)
-{
-    struct reply r;
-    int code;
-    enter_state(s, INITIAL);
-    if (c->tls && (code = client_tls(s, c)) != EX_OK)
-        return code;
-    if (!read_reply(s, "5.1-a", &r))
-        return exit_code_lost(s);
-    if (r.code != 220)
-        return exit_code_refused(s, "connecting", &r, EX_UNAVAILABLE);
-    code = client_ehlo(s, &r);
-    if (code == EX_OK)
-        code = client_starttls(s, c, &r);
-    if (code == EX_OK && !reply_keyword(&r, "ATRN")) {
-        log_event(s, LOG_ERR, "%s does not offer ATRN", s->peer);
-        code = EX_UNAVAILABLE;
-    }
-    if (code == EX_OK)
-        code = client_authenticate(s, c, &r);
-    if (code == EX_OK) {
-        enter_state(s, AUTHENTICATED);
-        code = client_atrn(s, c, &r);
-    }
-    if (code != EX_OK && !s->io.broken) {
-        send_line(s, "5.1.3-a", "QUIT");
-        read_reply(s, "5.1.3-a", &r);
-    }
-    return code;
-}
-
-/* The address as text for the log: 127.0.0.1:366, [::1]:366. */
-static void address_text(char *out, size_t size, const struct sockaddr_storage *a, socklen_t len)
-{
-    char host[64], port[16];
-    if ((a->ss_family != AF_INET && a->ss_family != AF_INET6) ||
-        getnameinfo((const struct sockaddr *)a, len, host, sizeof host, port, sizeof port,
-                    NI_NUMERICHOST | NI_NUMERICSERV) != 0)
-        snprintf(out, size, "local program");
+    if (c->bare)
+        answer(server, "4-e", "550 5.6.0 A CR or LF by itself is no line end; message refused");
+    else if (c->trace_fields > TRACE_FIELDS_MAX)
+        answer(server, "4-e", "554 5.4.6 Too many hops");
+    else if (deliveries_written(c->deliveries, c->files))
+        store_then_answer(server);
     else
-        snprintf(out, size, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
+        answer(server, "4-e", "%s", not_stored(server, c->deliveries));
+    forget_transaction(server);
 }
 
-struct session *session_new(int fd, enum side self, int timeout, const char *name, enum trace trace)
+/* ---- Progress and summary ---- */
+
+/* On a terminal, a line that tells how far the session is. */
+static void show_progress(struct session *s, size_t messages, uint64_t octets)
 {
-    static atomic_ulong numbers[2]; /* of each side's sessions */
-    struct sockaddr_storage address = {.ss_family = AF_UNSPEC};
-    socklen_t len = sizeof address;
-    struct session *s = malloc(sizeof *s);
-    if (!s)
-        return NULL;
-    memset(s, 0, offsetof(struct session, io)); /* the buffers behind are left alone: untouched, they cost nothing */
-    stream_init(&s->io, fd, timeout);
-    s->number = atomic_fetch_add(&numbers[self], 1) + 1;
-    s->self = self;
-    s->name = name;
-    s->trace = trace;
-    snprintf(s->peer_name, sizeof s->peer_name, "unknown");
-    getpeername(fd, (struct sockaddr *)&address, &len);
-    address_text(s->peer, sizeof s->peer, &address, len);
-    return s;
+    int64_t now = s->progress ? now_ms() : 0;
+    if (!s->progress || now - s->last_progress < PROGRESS_MS)
+        return;
+    s->last_progress = now;
+    atomic_store(&progress_shown, true);
+    fprintf(stderr, "\rodmr: %zu message%s, %llu octets ", messages, plural(messages), (unsigned long long)octets);
 }
 
-static int session_with_provider(const struct customer *c, struct receiver *receiver)
+/* Ends the line of progress, and logs the summary. */
+static void show_summary(const struct session *s, const char *what, size_t messages, uint64_t octets)
 {
-    struct session *s;
-    int code, fd = connect_to(c->provider, ODMR_PORT, c->timeout, &code);
-    if (fd < 0)
-        return code;
-    s = must_alloc(session_new(fd, CUSTOMER, c->timeout, c->name, c->trace));
-    s->quiet = c->quiet;
-    s->stepwise = c->stepwise;
-    s->progress = !c->quiet && !c->trace && isatty(STDERR_FILENO);
-    s->io.wake_fd = stop_pipe[0];
-    code = client_dialogue(s, c);
-    if (code == EX_OK)
-        code = receiver->session ? hand_session_on(s, c, receiver) : take_mail_ourselves(s, c);
-    stream_close(&s->io);
-    free(s);
-    return code;
+    clear_progress();
+    if (!s->quiet)
+        log_event(s, LOG_INFO, "%zu message%s, %llu octets %s", messages, plural(messages), (unsigned long long)octets,
+                  what);
 }
 
-int customer_session(const struct customer *c)
+/* ==== Answers that wait for the disk =================================================================
+ *
+ * 250 to the last octet of a message is a promise: the message is on disk (RFC 5321, 6.1). Writing takes time, and a
+ * provider that pipelines has sent more meanwhile. So the server reads on as long as there is something to read.
+ * Answers wait in a list, in their order, from the first promise on. Before the server would have to wait for the
+ * provider, all messages received so far go to disk together, and then their answers leave. If the connection is lost
+ * before that, the messages are discarded: the provider has no answer, keeps them, and sends them again.
+ *
+ * answer() says a reply in its turn. store_then_answer() promises the message under way. */
+
+/* Logs why a message cannot be stored, and counts it. Returns the reply. */
+static const char *not_stored(struct smtp_server *server, const struct delivery *d)
 {
-    struct receiver receiver = {.session = NULL};
-    int code = EX_OK;
-    if (c->smtp || c->exec)
-        code = reach_receiver(c, &receiver, "no ATRN is sent");
-    if (code == EX_OK)
-        code = session_with_provider(c, &receiver);
-    leave_receiver(c, &receiver);
-    return code;
+    log_event(server->s, LOG_ERR, "cannot write the message (%s); it stays with the provider", strerror(d->problem));
+    server->unwritten++;
+    return "452 4.3.1 Cannot write the message now";
+}
+
+static void note_domain(struct smtp_server *server, const char *domain)
+{
+    size_t used = strlen(server->stored);
+    if (used + strlen(domain) + 2 < sizeof server->stored && !domain_in_list(server->stored, domain, strlen(domain)))
+        snprintf(server->stored + used, sizeof server->stored - used, "%s%s", used ? "," : "", domain);
+}
+
+static void answer_stored(struct smtp_server *server, struct delivery *d, size_t files)
+{
+    if (d->problem) {
+        deliveries_discard(d, files);
+        send_line(server->s, "4-e", "%s", not_stored(server, d));
+        return;
+    }
+    for (size_t i = 0; i < files; i++)
+        note_domain(server, d[i].domain);
+    server->messages++;
+    send_line(server->s, "4-e", "250 2.0.0 OK, message stored");
+}
+
+static void settle_answers(struct smtp_server *server)
+{
+    struct delivery *d = server->waiting;
+    deliveries_store(d, server->waiting_count);
+    for (size_t i = 0; i < server->answer_count; i++) {
+        const struct answer *a = &server->answers[i];
+        if (a->files == 0)
+            send_line(server->s, a->clause, "%s", a->text);
+        else
+            answer_stored(server, d, a->files);
+        d += a->files;
+    }
+    server->answer_count = server->waiting_count = 0;
+}
+
+/* To be called before anything is read: the provider may be waiting for one of these answers, even when it has sent
+ * half a command. At the end of the connection it no longer waits. */
+static void before_reading(struct smtp_server *server, bool (*arrived)(struct stream *))
+{
+    if (server->answer_count > 0 && !arrived(&server->s->io) && !server->s->io.ended)
+        settle_answers(server);
+}
+
+static void answer(struct smtp_server *server, const char *clause, const char *fmt, ...)
+{
+    struct answer *a;
+    char text[COMMAND_LINE];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(text, sizeof text, fmt, args);
+    va_end(args);
+
+    if (server->answer_count == ANSWERS_MAX || strlen(text) >= sizeof a->text)
+        settle_answers(server);
+    if (server->answer_count == 0) {
+        send_line(server->s, clause, "%s", text);
+        return;
+    }
+    a = &server->answers[server->answer_count++];
+    memcpy(a->text, text, strlen(text) + 1);
+    a->clause = clause;
+    a->files = 0;
+}
+
+static void store_then_answer(struct smtp_server *server)
+{
+    struct content *c = &server->content;
+    if (server->answer_count == ANSWERS_MAX || server->waiting_count + c->files > DELIVERIES_MAX)
+        settle_answers(server);
+    memcpy(server->waiting + server->waiting_count, c->deliveries, c->files * sizeof *c->deliveries);
+    server->waiting_count += c->files;
+    server->answers[server->answer_count++].files = c->files;
+    c->files = 0;
 }
 
 /* ==== Handing the session on: --smtp and --exec ========================================================
@@ -5285,10 +5319,139 @@ struct relay {
     uint64_t passed; /* octets from the provider to the receiver */
 };
 
+static int relay_mail(struct session *s, struct receiver *receiver);
+static void join_streams(struct relay *r);
+static bool pass_on(struct relay *r, enum side side);
+static void follow(struct relay *r, enum side side, const char *data, size_t len);
+
+/* If the receiver has gone since its greeting, or has said 421, it is reached again before anything is passed on. */
+int hand_session_on(struct session *s, const struct customer *c, struct receiver *receiver)
+{
+    if (stream_ready(&receiver->session->io)) {
+        leave_receiver(c, receiver);
+        if (reach_receiver(c, receiver, "the mail stays with the provider") != EX_OK) {
+            send_line(s, NULL, "421 4.3.2 %s: the receiver has gone, closing connection", s->name);
+            return EX_TEMPFAIL;
+        }
+    }
+    return relay_mail(s, receiver);
+}
+
+/* Passes on a reply of the receiver that the customer has read. */
+static void pass_reply(struct session *s, const struct reply *r)
+{
+    for (const char *line = r->text; line; line = strchr(line, '\n')) {
+        line += *line == '\n';
+        send_line(s, "5.3-b", "%d%c%.*s", r->code, strchr(line, '\n') ? '-' : ' ', (int)strcspn(line, "\n"), line);
+    }
+}
+
+static int relay_mail(struct session *s, struct receiver *receiver)
+{
+    struct relay *r = must_alloc(calloc(1, sizeof *r));
+    struct session *gone; /* to be named if the session had no proper end */
+    int code;
+    r->s = s;
+    r->from[PROVIDER] = &s->io;
+    r->from[CUSTOMER] = &receiver->session->io;
+    pass_reply(s, &receiver->greeting); /* it came before ATRN was sent; now it is the customer's first line (5.3-b) */
+    join_streams(r);
+
+    gone = r->first_over == PROVIDER ? s : receiver->session;
+    if (r->hidden) {
+        r->quit = s->io.ended == closed_by_peer && receiver->session->io.ended == closed_by_peer;
+        log_event(s, LOG_INFO, "the provider took the receiver's STARTTLS: how many messages it sent cannot be known");
+    }
+    if (gone->io.ended)
+        stream_break(&gone->io, gone->io.ended);
+    code = session_outcome(gone, r->quit, r->hidden ? 1 : r->messages, 0);
+    show_summary(s, "handed on", r->messages, r->passed);
+    free(r);
+    return code;
+}
+
+/* Waits until something arrives or a signal comes. The reply to the last octet of a message has FINAL_REPLY_TIMEOUT
+ * and, if the dialogue is hidden, so has everything. False: since then both sides have been silent too long. */
+static bool wait_for_either(const struct relay *r, int64_t since)
+{
+    struct pollfd p[3] = {[2] = {.fd = customer_stops ? -1 : stop_pipe[0], .events = POLLIN}};
+    bool final = r->hidden || (r->count > 0 && r->awaited[r->oldest] == CONTENT_REPLY);
+    int seconds = final && r->s->io.timeout < FINAL_REPLY_TIMEOUT ? FINAL_REPLY_TIMEOUT : r->s->io.timeout;
+    int64_t left = since + (int64_t)seconds * 1000 - now_ms();
+    for (int side = 0; side < 2; side++)
+        p[side] = (struct pollfd){.fd = r->over[side] ? -1 : r->from[side]->fd, .events = POLLIN};
+    if (left > 0)
+        poll(p, 3, (int)left);
+    return left > 0;
+}
+
+/* Joins the two connections until both are over, or one of them after QUIT was answered. */
+static void join_streams(struct relay *r)
+{
+    int64_t since = now_ms();
+    enter_state(r->s, REVERSED);
+    r->s->io.wake_fd = -1;
+    while (r->over[PROVIDER] + r->over[CUSTOMER] < (r->quit ? 1 : 2)) {
+        bool moved;
+        if (customer_stops && (r->hidden || (!r->in_mail && r->count == 0))) {
+            r->quit = true;
+            end_with_421(r->s, "this server is shutting down");
+            break;
+        }
+        moved = pass_on(r, CUSTOMER);
+        moved |= pass_on(r, PROVIDER);
+        if (moved) {
+            since = now_ms();
+        } else if (!wait_for_either(r, since)) {
+            stream_break(&r->s->io, "both sides were silent too long");
+            r->first_over = PROVIDER;
+            break;
+        }
+    }
+}
+
+/* Passes on what has arrived from one side, then its end: the other side may still send its replies. If the receiver
+ * takes no more, the provider's side is over too. False: there was nothing. */
+static bool pass_on(struct relay *r, enum side side)
+{
+    struct stream *from = r->from[side], *to = r->from[other_side(side)];
+    size_t passed = 0, len;
+    const char *data;
+    if (r->over[side])
+        return false;
+    while (passed < STREAM_OUT && stream_ready(from) && !stream_over(from) && stream_peek(from, &data, &len)) {
+        follow(r, side, data, len);
+        stream_write(to, data, len);
+        stream_skip(from, len);
+        passed += len;
+    }
+    stream_flush(to);
+    r->passed += side == PROVIDER ? passed : 0;
+    show_progress(r->s, r->messages, r->passed);
+
+    r->over[side] = stream_over(from) || (side == PROVIDER && to->broken);
+    if (r->over[side]) {
+        if (!r->over[other_side(side)])
+            r->first_over = r->from[CUSTOMER]->broken ? CUSTOMER : side;
+        stream_end(to);
+    }
+    return passed > 0 || r->over[side];
+}
+
 static void await_reply(struct relay *r, enum awaited what)
 {
     if (r->count < PASSING_MAX)
         r->awaited[(r->oldest + r->count++) % PASSING_MAX] = what;
+}
+
+/* Where the reply to the oldest command stands; of a reply to EHLO, where its keyword stands. */
+static const char *awaited_clause(const struct relay *r, const char *line)
+{
+    static const char *const clause[] = {[ANY_REPLY] = "5.3-c,4-e", [DATA_REPLY] = "5.3-c,4-e", [CONTENT_REPLY] = "4-e",
+                                         [STARTTLS_REPLY] = "RFC 3207", [QUIT_REPLY] = "5-b"};
+    enum awaited what = r->awaited[r->oldest];
+    const char *keyword = what == ANY_REPLY && strlen(line) > 4 ? keyword_clause(line + 4) : NULL;
+    return keyword ? keyword : r->count > 0 ? clause[what] : NULL;
 }
 
 static void follow_command(struct relay *r, const char *line)
@@ -5311,16 +5474,6 @@ static void follow_command(struct relay *r, const char *line)
         reply = QUIT_REPLY;
     }
     await_reply(r, reply);
-}
-
-/* Where the reply to the oldest command stands; of a reply to EHLO, where its keyword stands. */
-static const char *awaited_clause(const struct relay *r, const char *line)
-{
-    static const char *const clause[] = {[ANY_REPLY] = "5.3-c,4-e", [DATA_REPLY] = "5.3-c,4-e", [CONTENT_REPLY] = "4-e",
-                                         [STARTTLS_REPLY] = "RFC 3207", [QUIT_REPLY] = "5-b"};
-    enum awaited what = r->awaited[r->oldest];
-    const char *keyword = what == ANY_REPLY && strlen(line) > 4 ? keyword_clause(line + 4) : NULL;
-    return keyword ? keyword : r->count > 0 ? clause[what] : NULL;
 }
 
 static void follow_reply(struct relay *r, const char *line)
@@ -5391,106 +5544,7 @@ static void follow(struct relay *r, enum side side, const char *data, size_t len
     }
 }
 
-/* Passes on what has arrived from one side, then its end: the other side may still send its replies. If the receiver
- * takes no more, the provider's side is over too. False: there was nothing. */
-static bool pass_on(struct relay *r, enum side side)
-{
-    struct stream *from = r->from[side], *to = r->from[other_side(side)];
-    size_t passed = 0, len;
-    const char *data;
-    if (r->over[side])
-        return false;
-    while (passed < STREAM_OUT && stream_ready(from) && !stream_over(from) && stream_peek(from, &data, &len)) {
-        follow(r, side, data, len);
-        stream_write(to, data, len);
-        stream_skip(from, len);
-        passed += len;
-    }
-    stream_flush(to);
-    r->passed += side == PROVIDER ? passed : 0;
-    show_progress(r->s, r->messages, r->passed);
-
-    r->over[side] = stream_over(from) || (side == PROVIDER && to->broken);
-    if (r->over[side]) {
-        if (!r->over[other_side(side)])
-            r->first_over = r->from[CUSTOMER]->broken ? CUSTOMER : side;
-        stream_end(to);
-    }
-    return passed > 0 || r->over[side];
-}
-
-/* Waits until something arrives or a signal comes. The reply to the last octet of a message has FINAL_REPLY_TIMEOUT
- * and, if the dialogue is hidden, so has everything. False: since then both sides have been silent too long. */
-static bool wait_for_either(const struct relay *r, int64_t since)
-{
-    struct pollfd p[3] = {[2] = {.fd = customer_stops ? -1 : stop_pipe[0], .events = POLLIN}};
-    bool final = r->hidden || (r->count > 0 && r->awaited[r->oldest] == CONTENT_REPLY);
-    int seconds = final && r->s->io.timeout < FINAL_REPLY_TIMEOUT ? FINAL_REPLY_TIMEOUT : r->s->io.timeout;
-    int64_t left = since + (int64_t)seconds * 1000 - now_ms();
-    for (int side = 0; side < 2; side++)
-        p[side] = (struct pollfd){.fd = r->over[side] ? -1 : r->from[side]->fd, .events = POLLIN};
-    if (left > 0)
-        poll(p, 3, (int)left);
-    return left > 0;
-}
-
-/* Joins the two connections until both are over, or one of them after QUIT was answered. */
-static void join_streams(struct relay *r)
-{
-    int64_t since = now_ms();
-    enter_state(r->s, REVERSED);
-    r->s->io.wake_fd = -1;
-    while (r->over[PROVIDER] + r->over[CUSTOMER] < (r->quit ? 1 : 2)) {
-        bool moved;
-        if (customer_stops && (r->hidden || (!r->in_mail && r->count == 0))) {
-            r->quit = true;
-            end_with_421(r->s, "this server is shutting down");
-            break;
-        }
-        moved = pass_on(r, CUSTOMER);
-        moved |= pass_on(r, PROVIDER);
-        if (moved) {
-            since = now_ms();
-        } else if (!wait_for_either(r, since)) {
-            stream_break(&r->s->io, "both sides were silent too long");
-            r->first_over = PROVIDER;
-            break;
-        }
-    }
-}
-
-/* Passes on a reply of the receiver that the customer has read. */
-static void pass_reply(struct session *s, const struct reply *r)
-{
-    for (const char *line = r->text; line; line = strchr(line, '\n')) {
-        line += *line == '\n';
-        send_line(s, "5.3-b", "%d%c%.*s", r->code, strchr(line, '\n') ? '-' : ' ', (int)strcspn(line, "\n"), line);
-    }
-}
-
-static int relay_mail(struct session *s, struct receiver *receiver)
-{
-    struct relay *r = must_alloc(calloc(1, sizeof *r));
-    struct session *gone; /* to be named if the session had no proper end */
-    int code;
-    r->s = s;
-    r->from[PROVIDER] = &s->io;
-    r->from[CUSTOMER] = &receiver->session->io;
-    pass_reply(s, &receiver->greeting); /* it came before ATRN was sent; now it is the customer's first line (5.3-b) */
-    join_streams(r);
-
-    gone = r->first_over == PROVIDER ? s : receiver->session;
-    if (r->hidden) {
-        r->quit = s->io.ended == closed_by_peer && receiver->session->io.ended == closed_by_peer;
-        log_event(s, LOG_INFO, "the provider took the receiver's STARTTLS: how many messages it sent cannot be known");
-    }
-    if (gone->io.ended)
-        stream_break(&gone->io, gone->io.ended);
-    code = session_outcome(gone, r->quit, r->hidden ? 1 : r->messages, 0);
-    show_summary(s, "handed on", r->messages, r->passed);
-    free(r);
-    return code;
-}
+/* ---- The receiver ---- */
 
 /* Starts COMMAND with one end of a socket pair as its standard input and output; the other end is returned.
  * Its buffer must hold all the replies that a provider leaves unread while it writes; see the sender. */
@@ -5506,17 +5560,6 @@ static int start_receiver(const char *command, pid_t *pid)
     if (problem)
         close(pair[0]);
     return problem ? -1 : pair[0];
-}
-
-void leave_receiver(const struct customer *c, struct receiver *receiver)
-{
-    bool greeted = receiver->session && receiver->greeting.code == 220;
-    if (receiver->session)
-        stream_close(&receiver->session->io);
-    free(receiver->session);
-    if (receiver->child > 0)
-        finish_program(receiver->child, greeted && !customer_stops ? c->timeout : 0);
-    *receiver = (struct receiver){.session = NULL};
 }
 
 int reach_receiver(const struct customer *c, struct receiver *receiver, const char *consequence)
@@ -5536,17 +5579,15 @@ int reach_receiver(const struct customer *c, struct receiver *receiver, const ch
     return EX_TEMPFAIL;
 }
 
-/* If the receiver has gone since its greeting, or has said 421, it is reached again before anything is passed on. */
-int hand_session_on(struct session *s, const struct customer *c, struct receiver *receiver)
+void leave_receiver(const struct customer *c, struct receiver *receiver)
 {
-    if (stream_ready(&receiver->session->io)) {
-        leave_receiver(c, receiver);
-        if (reach_receiver(c, receiver, "the mail stays with the provider") != EX_OK) {
-            send_line(s, NULL, "421 4.3.2 %s: the receiver has gone, closing connection", s->name);
-            return EX_TEMPFAIL;
-        }
-    }
-    return relay_mail(s, receiver);
+    bool greeted = receiver->session && receiver->greeting.code == 220;
+    if (receiver->session)
+        stream_close(&receiver->session->io);
+    free(receiver->session);
+    if (receiver->child > 0)
+        finish_program(receiver->child, greeted && !customer_stops ? c->timeout : 0);
+    *receiver = (struct receiver){.session = NULL};
 }
 
 /* ==== SASL ============================================================================================

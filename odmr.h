@@ -566,32 +566,37 @@ bool deliveries_written(struct delivery *d, size_t count);
  * file of each message whether it failed, and why. Discard those that did. */
 bool deliveries_store(struct delivery *d, size_t count);
 
-/* The customer */
+/* The customer, before the reversal */
 
-/* "HOST", "HOST:PORT", "[ADDRESS]:PORT" taken apart. False: none of them, or too long. default_port may be NULL. */
-bool split_host_port(const char *text, const char *default_port, char *host, size_t host_size, char *port,
-                     size_t port_size);
-/* Connects to the first address that answers. Returns the socket, or -1 and an exit code in *code. */
-int connect_to(const char *where, const char *default_port, int timeout, int *code);
+/* One session from connect to close; an exit code. */
+int customer_session(const struct customer *c);
+/* The exit code of the reversed session; ended: it had a proper end. */
+int session_outcome(struct session *s, bool ended, size_t messages, size_t unwritten);
 /* Why a session failed, to the log, and its exit code: the connection was lost; this was the reply to a command. */
 int exit_code_lost(const struct session *s);
 int exit_code_refused(const struct session *s, const char *command, const struct reply *r, int permanent);
-/* The exit code of the reversed session; ended: it had a proper end. */
-int session_outcome(struct session *s, bool ended, size_t messages, size_t unwritten);
+/* Connects to the first address that answers. Returns the socket, or -1 and an exit code in *code. */
+int connect_to(const char *where, const char *default_port, int timeout, int *code);
+/* "HOST", "HOST:PORT", "[ADDRESS]:PORT" taken apart. False: none of them, or too long. default_port may be NULL. */
+bool split_host_port(const char *text, const char *default_port, char *host, size_t host_size, char *port,
+                     size_t port_size);
 /* A session over a connected socket, its numbers and names set; free() it. NULL: out of memory. */
 struct session *session_new(int fd, enum side self, int timeout, const char *name, enum trace trace);
-/* One session from connect to close; an exit code. */
-int customer_session(const struct customer *c);
+
+/* The customer, after the reversal */
+
+/* The reversed session, with the mail into the Maildir. An exit code. */
+int take_mail_ourselves(struct session *s, const struct customer *c);
 
 /* Handing the session on */
 
-/* Closes the connection to the receiver and ends the program. */
-void leave_receiver(const struct customer *c, struct receiver *receiver);
+/* Joins the session with the receiver, which is reached again, once, if it has gone. An exit code. */
+int hand_session_on(struct session *s, const struct customer *c, struct receiver *receiver);
 /* Connects to the receiver or starts it, and reads its greeting. An exit code; if it is not EX_OK, the log says why,
  * and the consequence. */
 int reach_receiver(const struct customer *c, struct receiver *receiver, const char *consequence);
-/* Joins the session with the receiver, which is reached again, once, if it has gone. An exit code. */
-int hand_session_on(struct session *s, const struct customer *c, struct receiver *receiver);
+/* Closes the connection to the receiver and ends the program. */
+void leave_receiver(const struct customer *c, struct receiver *receiver);
 
 /* SASL */
 
