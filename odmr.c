@@ -55,20 +55,12 @@ extern char **environ;
 
 void escape(char *out, size_t size, const char *text)
 {
-    static const char hex[] = "0123456789abcdef";
     size_t n = 0;
+    out[0] = '\0';
     for (; *text && n + 5 < size; text++) {
         unsigned char c = (unsigned char)*text;
-        if (c >= 0x20 && c < 0x7f) {
-            out[n++] = (char)c;
-        } else {
-            out[n++] = '\\';
-            out[n++] = 'x';
-            out[n++] = hex[c >> 4];
-            out[n++] = hex[c & 15];
-        }
+        n += (size_t)snprintf(out + n, size - n, c >= 0x20 && c < 0x7f ? "%c" : "\\x%02x", c);
     }
-    out[n] = '\0';
 }
 
 /* A word of the peer in quotes, cut to size: backslash and quote are escaped, so that in a line of the log it cannot
@@ -169,12 +161,6 @@ void *must_alloc(void *memory)
 static const char *plural(uint64_t count)
 {
     return count == 1 ? "" : "s";
-}
-
-/* P: is the provider's line and C: the customer's, whichever of the two is writing the trace. */
-static char letter_of(enum side side)
-{
-    return side == PROVIDER ? 'P' : 'C';
 }
 
 /* ---- The ladder: the same dialogue as a picture ----
@@ -358,9 +344,10 @@ static void ladder_state(const struct session *s)
     funlockfile(out);
 }
 
+/* P: is the provider's line and C: the customer's, whichever of the two writes the trace. */
 void trace_line(struct session *s, enum side who, const char *clause, const char *fmt, ...)
 {
-    char prefix[48], plain[LOG_LINE], safe[LOG_LINE * 2];
+    char plain[LOG_LINE], safe[LOG_LINE * 2];
     va_list args;
     if (!s->trace)
         return;
@@ -368,11 +355,10 @@ void trace_line(struct session *s, enum side who, const char *clause, const char
     vsnprintf(plain, sizeof plain, fmt, args);
     va_end(args);
     escape(safe, sizeof safe, plain);
-    snprintf(prefix, sizeof prefix, "[%lu] %c: ", s->number, letter_of(who));
     if (s->trace == TRACE_LADDER)
         ladder_line(s, who, clause, safe);
     else
-        fprintf(stderr, "%s%s\n", prefix, safe);
+        fprintf(stderr, "[%lu] %c: %s\n", s->number, who == PROVIDER ? 'P' : 'C', safe);
 }
 
 void enter_state(struct session *s, enum state state)
@@ -6823,12 +6809,12 @@ static bool address_allowed(const struct provider *p, const unsigned char addres
 static void session_free(struct session *s)
 {
     struct provider *p = s->provider;
+    struct session **at = &p->sessions;
     pthread_mutex_lock(&p->lock);
-    for (struct session **at = &p->sessions; *at; at = &(*at)->next)
-        if (*at == s) {
-            *at = s->next;
-            break;
-        }
+    while (*at && *at != s)
+        at = &(*at)->next;
+    if (*at)
+        *at = s->next;
     pthread_mutex_unlock(&p->lock);
     accounts_release(s->accounts);
     SSL_CTX_free(s->tls_context);
@@ -7201,10 +7187,8 @@ int provider_run(struct provider *p)
         check_access(p);
     }
     warn_of_configuration(p, p->accounts, p->tls_context);
-    if (pipe(wake) < 0)
+    if (pipe2(wake, O_CLOEXEC) < 0)
         die(EX_OSERR, "cannot make a pipe: %s", strerror(errno));
-    fcntl(wake[0], F_SETFD, FD_CLOEXEC);
-    fcntl(wake[1], F_SETFD, FD_CLOEXEC);
     p->wake_fd = wake[0];
     pthread_mutex_init(&p->lock, NULL);
     pthread_cond_init(&p->session_ended, NULL);
