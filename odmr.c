@@ -2407,8 +2407,9 @@ static void count_octets(struct tally *t, char data[COPY_SIZE], size_t len)
 }
 
 /* Reads the content once before it is sent: BDAT, SIZE and 8BITMIME must be told beforehand. A line ends
- * with LF, CRLF or a stray CR and leaves with CRLF, so: octets that are neither, plus two a line. */
-bool message_scan(struct message *m)
+ * with LF, CRLF or a stray CR and leaves with CRLF, so: octets that are neither, plus two a line. False: it could not
+ * be read, or it grows or shrinks; errno. */
+static bool message_scan(struct message *m)
 {
     char data[COPY_SIZE];
     struct tally t = {0};
@@ -5651,7 +5652,8 @@ size_t base64_encode(char *out, const void *data, size_t len)
     return (size_t)EVP_EncodeBlock((unsigned char *)out, data, (int)len);
 }
 
-ssize_t base64_decode(char *out, size_t size, const char *text)
+/* Returns the length, -1 unless text is strict base64 that fits; ended by NUL. */
+static ssize_t base64_decode(char *out, size_t size, const char *text)
 {
     size_t len = strlen(text);
     size_t body = strspn(text, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/");
@@ -6788,7 +6790,7 @@ static void address_bytes(unsigned char out[16], const struct sockaddr_storage *
 }
 
 /* A prefix too short to be one of IPv4 in its IPv6 form is of IPv6 alone: ::/0 has no IPv4 address. */
-bool network_has(const struct network *n, const unsigned char address[16])
+static bool network_has(const struct network *n, const unsigned char address[16])
 {
     int whole = n->bits / 8, rest = n->bits % 8;
     return !(n->bits < 96 && is_ipv4(address)) && memcmp(n->address, address, (size_t)whole) == 0 &&

@@ -519,9 +519,6 @@ ssize_t message_octets(const struct message *m, char *data, size_t size, off_t a
 enum claim message_open(struct message *m, int queue, const char *path, int access);
 /* Reads the envelope of a message that is open. Results as of envelope_read(). */
 enum claim message_read(struct message *m);
-/* Fills in wire_size, lf_only, eight_bit, utf8_header and id. False: it could not be read, or it grows or shrinks;
- * errno. */
-bool message_scan(struct message *m);
 /* Opens, claims, reads and scans. Close it in any case. */
 enum claim message_claim(struct message *m, int queue, const char *path);
 /* Ends the claim and frees what the message holds, not the struct. */
@@ -611,8 +608,6 @@ int sasl_prove(struct session *s, const struct customer *c, enum mechanism m, st
 
 /* Returns the length; out has BASE64_SIZE(len) + 1 octets. */
 size_t base64_encode(char *out, const void *data, size_t len);
-/* Returns the length, -1 unless text is strict base64 that fits; ended by NUL. */
-ssize_t base64_decode(char *out, size_t size, const char *text);
 /* RFC 5802 and 7677; each false only if OpenSSL fails. */
 bool hmac_sha256(const unsigned char *key, size_t key_len, const char *text, unsigned char out[32]);
 bool scram_keys(struct scram_keys *k, const char *secret, const unsigned char *salt, size_t salt_len, int iterations);
@@ -635,8 +630,6 @@ int print_account(const char *name, const char *domains, bool scram);
 
 /* False: text is neither an address nor a prefix. */
 bool network_parse(struct network *n, const char *text);
-/* address: 16 octets in network order, as in struct network. A prefix shorter than 96 is of IPv6 alone. */
-bool network_has(const struct network *n, const unsigned char address[16]);
 /* Serves until a signal says stop; an exit code. What is wrong at the start ends the program (sysexits). */
 int provider_run(struct provider *p);
 
