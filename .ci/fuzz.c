@@ -11,7 +11,7 @@
 #include "fuzz.h"
 
 #define main odmr_main
-#include "../odmr.c"
+#include "odmr.c"
 #undef main
 
 #pragma clang attribute push(__attribute__((no_sanitize("coverage"))), apply_to = function)
