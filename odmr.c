@@ -5362,7 +5362,7 @@ static int relay_mail(struct session *s, struct receiver *receiver)
 static bool wait_for_either(const struct relay *r, int64_t since)
 {
     struct pollfd p[3] = {[2] = {.fd = customer_stops ? -1 : stop_pipe[0], .events = POLLIN}};
-    bool final = r->hidden || (r->count > 0 && r->awaited[r->oldest] == CONTENT_REPLY);
+    bool final = r->hidden || (r->count > (r->chunk > 0) && r->awaited[r->oldest] == CONTENT_REPLY);
     int seconds = final && r->s->io.timeout < FINAL_REPLY_TIMEOUT ? FINAL_REPLY_TIMEOUT : r->s->io.timeout;
     int64_t left = since + (int64_t)seconds * 1000 - now_ms();
     for (int side = 0; side < 2; side++)
