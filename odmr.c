@@ -39,7 +39,6 @@
 #include <sysexits.h>
 #include <syslog.h>
 #include <termios.h>
-#include <time.h>
 #include <unistd.h>
 
 extern char **environ;
@@ -51,6 +50,7 @@ extern char **environ;
  * a terminal never sees a control character that came from the network. */
 
 #define PROGRESS_WIDTH 60
+#define PROGRESS_MS 200          /* between two lines of progress */
 #define LADDER_TEXT 40           /* columns; with the margins 80 */
 
 void escape(char *out, size_t size, const char *text)
@@ -63,9 +63,7 @@ void escape(char *out, size_t size, const char *text)
     }
 }
 
-/* A word of the peer in quotes, cut to size: backslash and quote are escaped, so that in a line of the log it cannot
- * pretend to be the rest of the line or an escaped octet. */
-static void quote(char *out, size_t size, const char *text)
+void quote(char *out, size_t size, const char *text)
 {
     size_t n = 0;
     out[n++] = '"';
@@ -77,8 +75,7 @@ static void quote(char *out, size_t size, const char *text)
     snprintf(out + n, size - n, "\"%s", *text ? "..." : "");
 }
 
-/* A moment in local time. A file can have a time that the calendar does not reach: that counts as the start of 1970. */
-static struct tm local_time(time_t when)
+struct tm local_time(time_t when)
 {
     struct tm tm;
     if (!localtime_r(&when, &tm))
@@ -157,8 +154,7 @@ void *must_alloc(void *memory)
     return memory;
 }
 
-/* "1 message", "2 messages" */
-static const char *plural(uint64_t count)
+const char *plural(uint64_t count)
 {
     return count == 1 ? "" : "s";
 }
@@ -729,6 +725,11 @@ bool stream_ready(struct stream *s)
     return s->in_at < s->in_end || stream_take_in(s) || s->ended;
 }
 
+bool stream_closed_by_peer(const struct stream *s)
+{
+    return s->ended == closed_by_peer;
+}
+
 bool stream_over(const struct stream *s)
 {
     return s->in_at == s->in_end && (s->ended || s->broken);
@@ -874,9 +875,7 @@ void stream_close(struct stream *s)
 
 #define KILL_AFTER_MS 5000       /* a program that we end has so long between SIGTERM and SIGKILL */
 
-/* Starts argv[0], in a process group of its own, with these as its standard input and output (-1: ours). 0, or an
- * errno. */
-static int start_program(char *const argv[], int in, int out, pid_t *pid)
+int start_program(char *const argv[], int in, int out, pid_t *pid)
 {
     posix_spawn_file_actions_t actions;
     posix_spawnattr_t attributes;
@@ -902,9 +901,7 @@ static int start_program(char *const argv[], int in, int out, pid_t *pid)
     return problem;
 }
 
-/* Waits so many seconds for its end. After them its whole process group gets SIGTERM, and KILL_AFTER_MS later SIGKILL.
- * The exit status; -1: it did not end by itself. */
-static int finish_program(pid_t pid, int seconds)
+int finish_program(pid_t pid, int seconds)
 {
     int64_t until = now_ms() + (int64_t)seconds * 1000;
     int status = -1, pause = 1, told = 0;
@@ -985,9 +982,7 @@ static bool reply_line_valid(const char *line, size_t len)
            (line[3] == '\0' || line[3] == ' ' || line[3] == '-');
 }
 
-/* The clause of each EHLO keyword that this program knows; NULL: it does not. The other lines are left out: whatever
- * else a server offers, and however much, none of these is lost. */
-static const char *keyword_clause(const char *line)
+const char *keyword_clause(const char *line)
 {
     static const char *const known[][2] = {
         {"ATRN", "5.1.1-b"}, {"AUTH", "5.1.1-b"}, {"STARTTLS", "RFC 3207"}, {"PIPELINING", "RFC 2920"},
@@ -1294,8 +1289,7 @@ bool sender_valid(const char *mailbox)
     return *mailbox == '\0' || mailbox_valid(mailbox, true);
 }
 
-/* A date as RFC 5322, 3.3, writes it, on a line of its own. */
-static void write_date(FILE *out, const char *before, time_t when)
+void write_date(FILE *out, const char *before, time_t when)
 {
     char date[64];
     struct tm tm = local_time(when);
@@ -1546,9 +1540,7 @@ static int by_domain(const void *left, const void *right)
     return order ? order : (a > b) - (a < b);
 }
 
-/* The list as we want it: in lower case, each domain once, where it stands first. Without memory for that, a domain
- * that is there twice stays so: the second time its mail is gone, or claimed. */
-static void tidy_domains(char *list)
+void tidy_domains(char *list)
 {
     const char *end = list + strlen(list);
     size_t count = 0, kept = 0;
@@ -1776,19 +1768,7 @@ static enum claim message_trouble(struct message *m, const char *why)
     return BUSY;
 }
 
-/* Reads a message's file line by line, from next_read on. */
-struct line_reader {
-    const struct message *of;
-    off_t next_read;        /* where the next octets of the file are read */
-    off_t start, end;       /* of the line, with its line end */
-    bool cut, nul, eight_bit; /* the line: was too long and is not whole; has a NUL octet; has octets over 127 */
-    bool failed;            /* the file cannot be read; errno */
-    size_t at, filled;
-    char data[1024], line[1024];
-};
-
-/* The next line without its end; false at the end of the file, or when it cannot be read. */
-static bool next_line(struct line_reader *r)
+bool next_line(struct line_reader *r)
 {
     size_t n = 0, kept;
     unsigned char all = 0;
@@ -2150,8 +2130,7 @@ static bool list_box(struct backlog *b, int queue, const char *domain, const cha
     return complete;
 }
 
-/* These say that the file system is gone, and not only a file: no other file need be tried. */
-static bool file_system_gone(int problem)
+bool file_system_gone(int problem)
 {
     return problem == ENOTCONN || problem == ESHUTDOWN || problem == EIO;
 }
@@ -2293,7 +2272,7 @@ static void message_keep_top(struct message *m)
     m->top_len = n > 0 ? (size_t)n : 0;
 }
 
-static void message_forget_top(struct message *m)
+void message_forget_top(struct message *m)
 {
     free(m->top);
     m->top = NULL;
@@ -2824,7 +2803,7 @@ static bool read_command(struct session *s)
     return false;
 }
 
-static bool verb_is(const struct session *s, const char *verb)
+bool verb_is(const struct session *s, const char *verb)
 {
     return strcasecmp(s->line, verb) == 0;
 }
@@ -3387,10 +3366,8 @@ static bool return_refused(const struct provider *p, struct session *s, const st
     return done;
 }
 
-/* Nothing has left the queue until here. Now what was delivered goes, what was refused goes once its sender has been
- * told, and who is still owed the message stays. If the provider is killed in between, the message is sent again; it is
- * never lost. False: its file could not be removed, or not be written to, so no more is to be taken from its box. */
-static bool message_settle(const struct provider *p, struct session *s, struct message *m)
+/* If the provider is killed in between, the message is sent again; it is never lost. */
+bool message_settle(const struct provider *p, struct session *s, struct message *m)
 {
     size_t count[VERDICTS] = {0};
     enum update got;
@@ -4004,19 +3981,18 @@ static struct message *next_message(struct sender *x)
     return m;
 }
 
-/* 5.3: from here on the provider is the client (5.3-a). It works through what ATRN found, oldest first, says
- * QUIT (5-b) and leaves. Nothing that is in the queue by then has been touched without a reply. */
-static void reversed_state(struct session *s)
+/* The session as the client: the customer's greeting, the mail that ATRN found, oldest first, and QUIT (5-b). Nothing
+ * that is in the queue by then has been touched without a reply. */
+static void send_mail(struct session *s)
 {
     struct sender x = {.s = s, .rcpt_max = RECIPIENTS_A_TRANSACTION};
     struct message *m;
     bool good, settled;
-    enter_state(s, REVERSED);
-    s->io.wake_fd = -1; /* a shutdown lets the message under way finish */
-    s->io.waits = 0;
+
     good = greet_customer(&x);
     while (good && !x.over && !atomic_load(&s->provider->stopping) && (m = next_message(&x)))
         good = send_message(&x, m) && settle_arrived(&x);
+
     /* When the customer hears QUIT, the queue shows what it took. */
     settled = settle_down_to(&x, 0) && !s->io.broken;
     if (s->messages > 0)
@@ -4026,12 +4002,7 @@ static void reversed_state(struct session *s)
         good = expect(&x, FOR_QUIT, NULL, NULL);
     }
     abandon(&x);
-    if (s->first) {
-        message_close(s->first);
-        free(s->first);
-        s->first = NULL;
-    }
-    backlog_free(&s->backlog);
+
     log_event(s, LOG_INFO,
               "%s: %zu message%s, %llu octets, recipients: %zu delivered, %zu deferred, %zu refused; %lu wait%s",
               s->account->name, s->messages, plural(s->messages), (unsigned long long)x.octets, x.delivered, x.deferred,
@@ -4039,6 +4010,20 @@ static void reversed_state(struct session *s)
     if (!good || s->io.broken)
         log_event(s, LOG_WARNING, "the reversed session ended early: %s; what is not delivered stays queued",
                   s->io.broken ? s->io.broken : "the customer does not take mail");
+}
+
+/* 5.3: from here on the provider is the client (5.3-a), and sends what it holds. What it did not come to stays. */
+static void reversed_state(struct session *s)
+{
+    enter_state(s, REVERSED);
+    s->io.wake_fd = -1; /* a shutdown lets the message under way finish */
+    s->io.waits = 0;
+    send_mail(s);
+    if (s->first) {
+        message_close(s->first);
+        free(s->first);
+    }
+    backlog_free(&s->backlog);
 }
 
 /* --tls-listen: TLS from the first octet. */
@@ -4576,8 +4561,7 @@ bool split_host_port(const char *text, const char *default_port, char *host, siz
     return true;
 }
 
-/* The address as text for the log: 127.0.0.1:366, [::1]:366. */
-static void address_text(char *out, size_t size, const struct sockaddr_storage *a, socklen_t len)
+void address_text(char *out, size_t size, const struct sockaddr_storage *a, socklen_t len)
 {
     char host[64], port[16];
     if ((a->ss_family != AF_INET && a->ss_family != AF_INET6) ||
@@ -4629,7 +4613,6 @@ static void stop_customer(int number)
 #define DELIVERIES_MAX 96 /* files that go to disk together */
 #define ANSWERS_MAX 512   /* that wait for them */
 #define STORED_SIZE 512   /* octets of the domains that the summary names */
-#define PROGRESS_MS 200   /* between two lines of progress */
 
 /* The content of the message under way, on its way into its files. */
 struct content {
@@ -4685,8 +4668,6 @@ static void forget_transaction(struct smtp_server *server);
 static void begin_content(struct smtp_server *server, bool dots);
 static bool read_content(struct smtp_server *server, uint64_t left);
 static void end_content(struct smtp_server *server);
-static void show_progress(struct session *s, size_t messages, uint64_t octets);
-static void show_summary(const struct session *s, const char *what, size_t messages, uint64_t octets);
 static const char *not_stored(struct smtp_server *server, const struct delivery *d);
 static void settle_answers(struct smtp_server *server);
 static void before_reading(struct smtp_server *server, bool (*arrived)(struct stream *));
@@ -5162,8 +5143,7 @@ static void end_content(struct smtp_server *server)
 
 /* ---- Progress and summary ---- */
 
-/* On a terminal, a line that tells how far the session is. */
-static void show_progress(struct session *s, size_t messages, uint64_t octets)
+void show_progress(struct session *s, size_t messages, uint64_t octets)
 {
     int64_t now = s->progress ? now_ms() : 0;
     if (!s->progress || now - s->last_progress < PROGRESS_MS)
@@ -5173,8 +5153,7 @@ static void show_progress(struct session *s, size_t messages, uint64_t octets)
     fprintf(stderr, "\rodmr: %zu message%s, %llu octets ", messages, plural(messages), (unsigned long long)octets);
 }
 
-/* Ends the line of progress, and logs the summary. */
-static void show_summary(const struct session *s, const char *what, size_t messages, uint64_t octets)
+void show_summary(const struct session *s, const char *what, size_t messages, uint64_t octets)
 {
     clear_progress();
     if (!s->quiet)
@@ -5346,7 +5325,7 @@ static int relay_mail(struct session *s, struct receiver *receiver)
 
     gone = r->first_over == PROVIDER ? s : receiver->session;
     if (r->hidden) {
-        r->quit = s->io.ended == closed_by_peer && receiver->session->io.ended == closed_by_peer;
+        r->quit = stream_closed_by_peer(&s->io) && stream_closed_by_peer(&receiver->session->io);
         log_event(s, LOG_INFO, "the provider took the receiver's STARTTLS: how many messages it sent cannot be known");
     }
     if (gone->io.ended)

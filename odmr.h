@@ -18,7 +18,9 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
+#include <sys/socket.h>
 #include <sys/types.h>
+#include <time.h>
 
 #define ODMR_VERSION "0.1"
 
@@ -209,6 +211,17 @@ struct message {
     struct message *next; /* of those messages */
 };
 
+/* Reads a message's file line by line, from next_read on. */
+struct line_reader {
+    const struct message *of;
+    off_t next_read;        /* where the next octets of the file are read */
+    off_t start, end;       /* of the line, with its line end */
+    bool cut, nul, eight_bit; /* the line: was too long and is not whole; has a NUL octet; has octets over 127 */
+    bool failed;            /* the file cannot be read; errno */
+    size_t at, filled;
+    char data[1024], line[1024];
+};
+
 /* One file on its way into a Maildir. */
 struct delivery {
     int queue;
@@ -337,6 +350,11 @@ struct receiver {
 
 /* Text with every octet that is not printable ASCII as \xNN; cut to size. */
 void escape(char *out, size_t size, const char *text);
+/* A word of the peer in quotes, cut to size: backslash and quote are escaped, so that in a line of the log it cannot
+ * pretend to be the rest of the line or an escaped octet. */
+void quote(char *out, size_t size, const char *text);
+/* A moment in local time. A file can have a time that the calendar does not reach: that counts as the start of 1970. */
+struct tm local_time(time_t when);
 /* For the provider: from here on a line of the log starts with the time or, for the journal, with its priority. */
 void log_start(void);
 /* One line on standard error, escaped; s may be NULL. The priority is one of syslog(3): LOG_ERR when the administrator
@@ -346,11 +364,23 @@ void log_event(const struct session *s, int priority, const char *fmt, ...) __at
 void die(int code, const char *fmt, ...) __attribute__((noreturn, format(printf, 2, 3)));
 /* The memory, or the end of the program. For the start and for tools. */
 void *must_alloc(void *memory);
+/* "1 message", "2 messages" */
+const char *plural(uint64_t count);
 /* One line of the dialogue, said by who; nothing unless the session is traced. */
 void trace_line(struct session *s, enum side who, const char *clause, const char *fmt, ...)
     __attribute__((format(printf, 4, 5)));
 /* Section 5: the session is in this state now. */
 void enter_state(struct session *s, enum state state);
+/* On a terminal, a line that tells how far the customer's session is. */
+void show_progress(struct session *s, size_t messages, uint64_t octets);
+/* Ends the line of progress, and logs the summary. */
+void show_summary(const struct session *s, const char *what, size_t messages, uint64_t octets);
+/* Starts argv[0], in a process group of its own, with these as its standard input and output (-1: ours). 0, or an
+ * errno. */
+int start_program(char *const argv[], int in, int out, pid_t *pid);
+/* Waits so many seconds for its end. After them its whole process group gets SIGTERM, and in the end SIGKILL. The exit
+ * status; -1: it did not end by itself. */
+int finish_program(pid_t pid, int seconds);
 
 /* The stream */
 
@@ -377,6 +407,8 @@ char *stream_space(struct stream *s, size_t len);
 void stream_add(struct stream *s, size_t len);
 /* Whether reading an octet would return at once: there is application data, or the end. Never waits. */
 bool stream_ready(struct stream *s);
+/* Whether the peer has ended what it sends, and the line was not cut. */
+bool stream_closed_by_peer(const struct stream *s);
 /* Whether all that arrived has been read, and nothing more will arrive. */
 bool stream_over(const struct stream *s);
 /* The length of the line, its end included, that starts offset octets behind what was read; *line is there until
@@ -404,6 +436,8 @@ void stream_close(struct stream *s);
 
 /* Lines and replies */
 
+/* The address as text for the log: 127.0.0.1:366, [::1]:366. */
+void address_text(char *out, size_t size, const struct sockaddr_storage *a, socklen_t len);
 /* The customer of the provider, and the other way round. */
 enum side other_side(enum side side);
 /* A line and CRLF, traced. clause: the requirement that the line keeps, for the ladder; NULL: none. Failure shows in
@@ -413,6 +447,11 @@ void send_line(struct session *s, const char *clause, const char *fmt, ...) __at
 bool read_line(struct session *s);
 /* s->line into verb and s->argument. */
 void split_command(struct session *s);
+/* Is the verb of the command in s->line this one, in any case of letters? */
+bool verb_is(const struct session *s, const char *verb);
+/* The clause of the EHLO keyword at the start of the line; NULL: this program does not know it. What else a server
+ * offers is left out of its response: however much it is, none of these is lost. */
+const char *keyword_clause(const char *line);
 /* A whole reply, validated and traced. clause: the requirement it falls under, or the section or list of those it may
  * fall under, for the ladder. False: the connection is lost or the reply is malformed. */
 bool read_reply(struct session *s, const char *clause, struct reply *r);
@@ -455,6 +494,8 @@ size_t utf8_prefix(const char *text, size_t len);
 bool recipient_valid(const char *mailbox);
 /* The same, or empty for the null sender; the domain may have underscores and UTF-8, or be an address literal. */
 bool sender_valid(const char *mailbox);
+/* A date as RFC 5322, 3.3, writes it, on a line of its own behind `before`. */
+void write_date(FILE *out, const char *before, time_t when);
 
 /* TLS */
 
@@ -479,6 +520,9 @@ const char *next_domain(const char **list, size_t *len);
 bool domain_list_valid(const char *list);
 /* In any case of letters. */
 bool domain_in_list(const char *list, const char *domain, size_t len);
+/* The list in place as we want it: in lower case, each domain once, where it stands first. Without memory for that, a
+ * domain that is there twice stays so: the second time its mail is gone, or claimed. */
+void tidy_domains(char *list);
 /* NULL: nobody has that name. Owned by the table. */
 const struct account *account_find(const struct accounts *all, const char *name);
 /* True, and v filled in, when all the account has is a verifier. a may be NULL. */
@@ -490,6 +534,8 @@ struct accounts *accounts_load(const char *path, char *why, size_t why_size);
 
 /* Which field of an envelope a line starts, and where its value begins. */
 enum field envelope_field(const char *line, size_t *value);
+/* The next line without its end; false at the end of the file, or when it cannot be read. */
+bool next_line(struct line_reader *r);
 /* Reads the block into m: sender, recipients, where the message starts. BUSY: it cannot be read now,
  * and m->trouble says why. */
 enum claim envelope_read(struct message *m);
@@ -498,6 +544,8 @@ const struct reason *message_reason(struct message *m, int code, const char *tex
 
 /* The Maildir queue */
 
+/* Does this errno say that the file system is gone, and not only a file? Then no other file need be tried. */
+bool file_system_gone(int problem);
 /* Lists new and cur of each domain of a,b,c. False: something could not be read, and the log says what; the rest is
  * there. Free it in any case. */
 bool backlog_read(struct backlog *b, const struct session *s, int queue, const char *domains);
@@ -514,6 +562,8 @@ bool for_each_domain(int queue, bool (*visit)(void *context, int queue, const ch
 bool clean_domain(void *context, int queue, const char *domain);
 /* Octets of its file, from memory if it still has them; as pread(2). */
 ssize_t message_octets(const struct message *m, char *data, size_t size, off_t at);
+/* Frees those octets: its file has all there is to read. */
+void message_forget_top(struct message *m);
 /* Opens a message without claiming it; access is O_RDWR or O_RDONLY. BUSY: m->trouble says why;
  * without it, another session was faster. Close it in any case. */
 enum claim message_open(struct message *m, int queue, const char *path, int access);
@@ -584,6 +634,13 @@ struct session *session_new(int fd, enum side self, int timeout, const char *nam
 
 /* The reversed session, with the mail into the Maildir. An exit code. */
 int take_mail_ourselves(struct session *s, const struct customer *c);
+
+/* Failure notices */
+
+/* What has become of a message's recipients becomes true of the queue: who is delivered leaves it, who was refused
+ * leaves it once the sender has been told, and who is still owed the message stays. False: its file could not be
+ * removed, or not be written to, so no more is to be taken from its box. */
+bool message_settle(const struct provider *p, struct session *s, struct message *m);
 
 /* Handing the session on */
 
