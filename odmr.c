@@ -43,1687 +43,3070 @@
 
 extern char **environ;
 
-/* ==== Log and trace ===================================================================================
+/* ==== The provider, 5.1 and 5.2: the server ===========================================================
  *
- * One event, one line, one write to standard error, so that the lines of many threads never mix.
- * Whatever a peer sent may be in a line, so every line is escaped as a whole, here and nowhere else:
- * a terminal never sees a control character that came from the network. */
+ * One function for each state of the RFC, in its order. A state's function reads commands until one of
+ * them leads out of it; what every state answers alike stands in common_command(). EHLO, AUTH, ATRN and
+ * QUIT are all the server that ODMR asks for (4-c); no mail is taken in here. */
 
-#define PROGRESS_WIDTH 60
-#define PROGRESS_MS 200          /* between two lines of progress */
-#define LADDER_TEXT 40           /* columns; with the margins 80 */
+#define BAD_COMMANDS 10          /* then 421 */
+#define LAST_WORD 5              /* seconds for a 421 to leave */
 
-void escape(char *out, size_t size, const char *text)
+static enum next initial_state(struct session *s);
+static enum next authenticated_state(struct session *s);
+static void reversed_state(struct session *s);
+static bool tls_at_once(struct session *s);
+static bool read_command(struct session *s);
+static bool command_readable(struct session *s);
+static bool command_too_long(const struct session *s);
+static void trace_command(struct session *s);
+static bool tells_secret(const char *line);
+static void common_command(struct session *s);
+static void ehlo_command(struct session *s);
+static bool starttls_command(struct session *s);
+static enum next auth_command(struct session *s);
+static void forget_responses(struct session *s);
+static enum next atrn_command(struct session *s);
+static bool quit_command(struct session *s);
+static void send_mail(struct session *s);
+
+/* (4-b): authenticate, ask, turn, and SMTP on the same connection. */
+void provider_session(struct session *s)
 {
-    size_t n = 0;
-    out[0] = '\0';
-    for (; *text && n + 5 < size; text++) {
-        unsigned char c = (unsigned char)*text;
-        n += (size_t)snprintf(out + n, size - n, c >= 0x20 && c < 0x7f ? "%c" : "\\x%02x", c);
+    log_event(s, LOG_INFO, "%s connected", s->peer);
+    s->io.wake_fd = s->provider->wake_fd;
+    s->io.deadline = now_ms() + (int64_t)s->provider->login_timeout * 1000;
+    if ((!s->tls_at_once || tls_at_once(s)) && initial_state(s) == GO_ON &&
+        authenticated_state(s) == GO_ON)
+        reversed_state(s);
+    log_event(s, LOG_INFO, "%s disconnected%s%s", s->peer, s->io.broken ? ": " : "", s->io.broken ? s->io.broken : "");
+    s->io.woken |= atomic_load(&s->provider->stopping);
+    stream_close(&s->io);
+}
+
+/* 5.1: connected, not authenticated. EHLO, AUTH and QUIT are valid (5.1-a); only AUTH leads on (5-a). */
+static enum next initial_state(struct session *s)
+{
+    enter_state(s, INITIAL);
+    send_line(s, "5.1-a", "220 %s on-demand mail relay server ready", s->name);
+    for (;;) {
+        if (!read_command(s))
+            return END;
+        if (verb_is(s, "EHLO")) {
+            ehlo_command(s);
+        } else if (verb_is(s, "AUTH")) {
+            enum next got = auth_command(s);
+            forget_responses(s);
+            if (got != STAY)
+                return got;
+        } else if (verb_is(s, "STARTTLS")) {
+            if (!starttls_command(s))
+                return END;
+        } else if (verb_is(s, "ATRN")) {
+            refuse(s, "5.2.1-b", "530 Authentication required"); /* whatever else is wrong with it */
+        } else if (quit_command(s)) {
+            return END;
+        } else if (!verb_is(s, "QUIT")) {
+            common_command(s);
+        }
     }
 }
 
-void quote(char *out, size_t size, const char *text)
+/* 5.2: ATRN and QUIT are valid (5.2-a). Only ATRN leads on (5-a). The time to log in does not bound this state, so
+ * commands other than ATRN are counted. */
+static enum next authenticated_state(struct session *s)
 {
-    size_t n = 0;
-    out[n++] = '"';
-    for (; *text && n + 6 < size; text++) {
-        if (*text == '"' || *text == '\\')
-            out[n++] = '\\';
-        out[n++] = *text;
+    enter_state(s, AUTHENTICATED);
+    s->io.deadline = 0;
+    for (int idle = 0;;) {
+        if (idle++ == IDLE_COMMANDS) {
+            end_with_421(s, "too many commands without ATRN");
+            return END;
+        }
+        if (!read_command(s))
+            return END;
+        if (verb_is(s, "ATRN")) {
+            idle = 0;
+            if (atrn_command(s) == GO_ON)
+                return GO_ON;
+        } else if (verb_is(s, "EHLO")) {
+            ehlo_command(s);
+        } else if (verb_is(s, "AUTH")) {
+            refuse(s, "5-a", "503 Already authenticated as %s", s->account->name);
+        } else if (verb_is(s, "STARTTLS") && s->tls_context) {
+            refuse(s, NULL, "503 Too late for TLS, or on already");
+        } else if (quit_command(s)) {
+            return END;
+        } else if (!verb_is(s, "QUIT")) {
+            common_command(s);
+        }
     }
-    snprintf(out + n, size - n, "\"%s", *text ? "..." : "");
 }
 
-struct tm local_time(time_t when)
+/* 5.3: from here on the provider is the client (5.3-a), and sends what it holds. What it did not come to stays. */
+static void reversed_state(struct session *s)
 {
-    struct tm tm;
-    if (!localtime_r(&when, &tm))
-        tm = (struct tm){.tm_mday = 1, .tm_year = 70, .tm_wday = 4};
-    return tm;
-}
-
-/* The form of the log's lines: as they are for the customer and the tools; the provider's with the time (RFC 3339), or
- * with the priority that the journal of systemd reads (sd-daemon(3)). */
-static enum { PLAIN_LINES, TIMED_LINES, JOURNAL_LINES } log_form;
-
-void log_start(void)
-{
-    const char *journal = getenv("JOURNAL_STREAM"); /* systemd.exec(5): device and inode of the journal's stream */
-    char ours[48] = "";
-    struct stat st;
-    if (fstat(STDERR_FILENO, &st) == 0)
-        snprintf(ours, sizeof ours, "%llu:%llu", (unsigned long long)st.st_dev, (unsigned long long)st.st_ino);
-    log_form = journal && strcmp(journal, ours) == 0 ? JOURNAL_LINES : TIMED_LINES;
-}
-
-/* The customer's line of progress stands on the terminal, without a line end; the next line takes its place. */
-static atomic_bool progress_shown;
-
-static void clear_progress(void)
-{
-    if (atomic_exchange(&progress_shown, false))
-        fprintf(stderr, "\r%*s\r", PROGRESS_WIDTH, "");
-}
-
-__attribute__((format(printf, 3, 0)))
-static void print_line(int priority, const char *prefix, const char *fmt, va_list args)
-{
-    char plain[LOG_LINE], safe[LOG_LINE * 2], start[64] = "", line[sizeof safe + 128], zone[8] = "";
-    struct tm now = local_time(time(NULL));
-    vsnprintf(plain, sizeof plain, fmt, args);
-    escape(safe, sizeof safe, plain);
-    if (log_form == TIMED_LINES) {
-        size_t n = strftime(start, sizeof start, "%Y-%m-%dT%H:%M:%S", &now);
-        strftime(zone, sizeof zone, "%z", &now);
-        snprintf(start + n, sizeof start - n, "%.3s:%s ", zone, zone + 3); /* RFC 3339 has +00:00, strftime(3) +0000 */
-    } else if (log_form == JOURNAL_LINES) {
-        snprintf(start, sizeof start, "<%d>", priority);
+    enter_state(s, REVERSED);
+    s->io.wake_fd = -1; /* a shutdown lets the message under way finish */
+    s->io.waits = 0;
+    send_mail(s);
+    if (s->first) {
+        message_close(s->first);
+        free(s->first);
     }
-    snprintf(line, sizeof line, "%s%s%s\n", start, prefix, safe);
-    clear_progress();
-    fputs(line, stderr);
+    backlog_free(&s->backlog);
 }
 
-void log_event(const struct session *s, int priority, const char *fmt, ...)
+/* --tls-listen: TLS from the first octet. */
+static bool tls_at_once(struct session *s)
 {
-    char prefix[48] = "odmr: ";
-    va_list args;
-    if (s && s->muted)
-        return;
-    if (s)
-        snprintf(prefix, sizeof prefix, "odmr: [%lu] ", s->number);
-    va_start(args, fmt);
-    print_line(priority, prefix, fmt, args);
-    va_end(args);
+    SSL *tls = stream_offer_tls(&s->io, s->tls_context, NULL);
+    if (!tls)
+        stream_break(&s->io, "TLS cannot be set up");
+    return tls && stream_start_tls(&s->io, tls, NULL);
 }
 
-void die(int code, const char *fmt, ...)
+/* Reads the next command and splits it: the verb in s->line, s->argument (NULL when there is none). Lines that
+ * are no commands are answered here. False: the session is over, and the peer has been told. */
+static bool read_command(struct session *s)
 {
-    va_list args;
-    va_start(args, fmt);
-    print_line(LOG_ERR, "odmr: ", fmt, args);
-    va_end(args);
-    exit(code);
-}
-
-void *must_alloc(void *memory)
-{
-    if (!memory)
-        die(EX_OSERR, "out of memory; giving up");
-    return memory;
-}
-
-const char *plural(uint64_t count)
-{
-    return count == 1 ? "" : "s";
-}
-
-/* ---- The ladder: the same dialogue as a picture ----
- *
- * The customer on the left, the provider on the right, an arrow for each line; at the margin the clause that
- * asks for it, and why in a few words. The function that sends or reads a line tells the clause. */
-
-/* A row a requirement, and more where its lines differ. reply 0: a command; 2, 4, 5: any reply of that kind. If starts
- * is given, the line must begin so, a reply's behind its code. The first row that fits is taken. */
-static const struct note {
-    const char *clause;
-    int reply;
-    const char *starts, *words;
-} notes[2][40] = {{
-    /* 5.1 and 5.2: the customer sends the commands */
-    {"5.1-a", 220, NULL, "greets"},
-    {"5.1.1-a", 0, "EHLO", "says who it is"},
-    {"5.1.1-b", 2, "AUTH", "how to log in"},
-    {"5.1.1-b", 2, "ATRN", "this is ODMR"},
-    {"5.1.1-a", 2, NULL, "says who it is"},
-    {"RFC 3207", 0, "STARTTLS", "asks for TLS"},
-    {"RFC 3207", 2, "STARTTLS", "TLS can be had"},
-    {"RFC 3207", 2, NULL, "TLS from here on"},
-    {"RFC 3207", 4, NULL, "no TLS now"},
-    {"RFC 3207", 5, NULL, "no TLS now"},
-    {"5.1.2-c", 0, "AUTH CRAM-MD5", "wants to log in"},
-    {"5.1.2-f", 0, "AUTH EXTERNAL", "TLS says who I am"},
-    {"5.1.2-d", 0, "AUTH", "wants to log in"},
-    {"5.1.2-a", 0, "", "response"},
-    {"5.1.2-a", 334, NULL, "challenge"},
-    {"5.1.2-b", 235, NULL, "logged in: now"},
-    {"5.1.2-b", 4, NULL, "not logged in"},
-    {"5.1.2-b", 5, NULL, "not logged in"},
-    {"5-a", 503, NULL, "not now"},
-    {"5.1.3-a", 0, "QUIT", "takes its leave"},
-    {"5.1.3-a", 2, NULL, "good-bye"},
-    {"5.2.1-a", 0, "ATRN ", "asks for mail"},
-    {"5.2.1-d", 0, "ATRN", "for all its mail"},
-    {"5.2.1-j", 250, NULL, "mail: roles turn"},
-    {"5.2.1-g", 453, NULL, "no mail"},
-    {"5.2.1-f", 450, NULL, "not now, or ever"},
-    {"5.2.1-k", 451, NULL, "cannot tell now"},
-    {"5.2.1-b", 530, NULL, "log in first"},
-    {"5.2.1-l", 501, NULL, "that is no list"},
-    {"5.4-a", 502, NULL, "not spoken here"},
-}, {
-    /* 5.3: the provider sends the commands */
-    {"5.3-b", 220, NULL, "customer greets"},
-    {"5.3-c", 0, "EHLO", "now the client"},
-    {"5.3-a", 2, NULL, "now the server"},
-    {"RFC 2920", 2, NULL, "send on ahead"},
-    {"RFC 3030", 2, NULL, "even further"},
-    {"RFC 1870", 2, NULL, "tell me the size"},
-    {"RFC 6152", 2, NULL, "octets over 127"},
-    {"RFC 6531", 2, NULL, "UTF-8 addresses"},
-    {"RFC 2034", 2, NULL, "codes like 5.1.1"},
-    {"RFC 9422", 2, NULL, "limits"},
-    {"5.3-c", 0, "MAIL", "the reverse-path"},
-    {"5.3-c", 0, "RCPT", "a recipient"},
-    {"5.3-c", 0, "DATA", "may it come?"},
-    {"5.3-c", 354, NULL, "go on"},
-    {"5.3-c", 2, NULL, "accepted"},
-    {"RFC 3030", 0, "BDAT", "so many octets"},
-    {"5.3-c", 0, "...", "the message"},
-    {"4-e", 0, ".", "its end"},
-    {"4-e", 2, NULL, "now it is theirs"},
-    {"4-e", 4, NULL, "stays queued"},
-    {"4-e", 5, NULL, "sender is told"},
-    {"5-b", 0, "QUIT", "all was sent"},
-    {"5-b", 2, NULL, "good-bye"},
-}};
-
-/* Any other reply. */
-static const struct note other_replies[] = {
-    {"", 2, NULL, "accepted"}, {"", 4, NULL, "not now"}, {"", 5, NULL, "refused"}, {0}};
-
-/* Where the ladder goes: demo's to standard output. NULL: standard error. */
-static FILE *ladder_file;
-
-static FILE *ladder_out(void)
-{
-    return ladder_file ? ladder_file : stderr;
-}
-
-/* Escape sequences for a terminal that wants them; else nothing. */
-static const char *colour(const char *code)
-{
-    static atomic_int wanted = -1; /* 1, 0; -1: nobody has looked */
-    if (atomic_load(&wanted) < 0)
-        atomic_store(&wanted, isatty(fileno(ladder_out())) && !getenv("NO_COLOR"));
-    return atomic_load(&wanted) ? code : "";
-}
-
-/* --step: goes on at Return. */
-static void wait_for_return(struct session *s)
-{
-    int c;
-    if (!s->stepwise)
-        return;
-    fputs("    (Return) ", ladder_out());
-    fflush(ladder_out());
-    do
-        c = getchar();
-    while (c != '\n' && c != EOF);
-    s->stepwise = c != EOF;
-    if (!isatty(STDIN_FILENO))
-        fputc('\n', ladder_out());
-}
-
-/* Is it the clause told, or in the section told? A reply may fall under one of several: "5.3-c,4-e". */
-static bool clause_told(const char *told, const char *clause)
-{
-    for (;; told++) {
-        size_t len = strcspn(told, ",");
-        if (strncmp(told, clause, len) == 0)
-            return true;
-        told += len;
-        if (!*told)
+    while (s->bad_commands < BAD_COMMANDS) {
+        if (atomic_load(&s->provider->stopping)) { /* a client that pipelines without pause is never woken */
+            end_with_421(s, "this server is shutting down");
             return false;
+        }
+        if (!read_line(s)) {
+            stop_waiting(s);
+            return false;
+        }
+        if (s->io.line_cut || command_too_long(s)) {
+            trace_line(s, CUSTOMER, NULL, "(a line that is too long)");
+            refuse(s, NULL, "500 Line too long");
+        } else {
+            trace_command(s);
+            if (command_readable(s)) {
+                split_command(s);
+                return true;
+            }
+            refuse(s, NULL, "500 A command consists of printable US-ASCII");
+        }
     }
+    end_with_421(s, "too many bad commands");
+    return false;
 }
 
-/* The note on a line; a command that is only read has no clause told, so it is found by its verb. */
-static const struct note *find_note(const struct note *n, const char *told, int reply, const char *text)
+/* ATRN is answered as it always is, whatever stands behind it (5.2.1-b, 5.2.1-l): what is no text is no domain. */
+static bool command_readable(struct session *s)
 {
-    const char *words = reply && strlen(text) > 4 ? text + 4 : text;
-    for (; n->clause; n++)
-        if ((n->reply == reply || (reply && n->reply == reply / 100)) &&
-            (told ? clause_told(told, n->clause) : *n->starts != '\0') &&
-            (!n->starts || strncasecmp(words, n->starts, strlen(n->starts)) == 0))
-            return n;
-    return NULL;
+    bool readable = printable(s->line, s->line_len);
+    if (readable || strncasecmp(s->line, "ATRN ", 5) != 0)
+        return readable;
+    for (size_t i = 0; i < s->line_len; i++)
+        if (!printable(s->line + i, 1))
+            s->line[i] = '?';
+    return true;
 }
 
-static void ladder_line(struct session *s, enum side who, const char *clause, const char *text)
+/* RFC 4954, 4: 12288 octets are enough for any AUTH; RFC 5321, 4.5.3.1.4: 512 for the others, but an ATRN may
+ * name many domains. The limits count the line end. */
+static bool command_too_long(const struct session *s)
 {
-    static const char dashes[] = "------------------------------------------------";
-    bool reversed = s->state == REVERSED, command = who == (reversed ? PROVIDER : CUSTOMER);
-    int reply = command ? 0 : atoi(text);
-    const struct note *note = clause || command ? find_note(notes[reversed], clause, reply, text) : NULL;
-    int number = snprintf(NULL, 0, "%lu", s->number), room = LADDER_TEXT + 1 - number, len = (int)strlen(text);
-    const char *dots = len > room ? "..." : "", *end = colour("\033[0m");
-    len = len > room ? room - 3 : len;
-    room -= len + (int)strlen(dots);
-    if (!note)
-        note = find_note(other_replies, "", reply, text);
-    if (command)
-        wait_for_return(s);
-    flockfile(ladder_out());
-    fprintf(ladder_out(), "[%lu] |%s", s->number, colour(who == PROVIDER ? "\033[34m" : "\033[32m"));
-    if (who == CUSTOMER)
-        fprintf(ladder_out(), "- %.*s%s %.*s>", len, text, dots, room + 1, dashes);
+    size_t limit = COMMAND_LINE;
+    if (strncasecmp(s->line, "AUTH ", 5) == 0)
+        limit = AUTH_LINE;
+    else if (strncasecmp(s->line, "ATRN ", 5) == 0)
+        limit = ATRN_LINE;
+    return s->io.line_octets > limit;
+}
+
+static void trace_command(struct session *s)
+{
+    if (tells_secret(s->line))
+        trace_line(s, CUSTOMER, NULL, "AUTH PLAIN (response not shown)");
     else
-        fprintf(ladder_out(), "<%.*s %.*s%s -", room + 1, dashes, len, text, dots);
-    fprintf(ladder_out(), "%s|", end);
-    if (note)
-        fprintf(ladder_out(), " %s%-8s%s %s", colour("\033[1m"), note->clause, end, note->words);
-    fputc('\n', ladder_out());
-    funlockfile(ladder_out());
+        trace_line(s, CUSTOMER, NULL, "%s", s->line);
 }
 
-/* The RFC's three states, the current one in capitals. */
-static void ladder_state(const struct session *s)
+/* PLAIN and its response on one line, even if it is none that will be obeyed. */
+static bool tells_secret(const char *line)
 {
-    static const char *const small[] = {"initial", "authenticated", "reversed"};
-    static const char *const capital[] = {"INITIAL", "AUTHENTICATED", "REVERSED"};
-    static const char *const box[] = {"+---------+", "+---------------+", "+----------+"};
-    static const char *const heavy[] = {"+=========+", "+===============+", "+==========+"};
-    const char *name[3], *frame[3];
-    FILE *out = ladder_out();
-    for (int i = 0; i < 3; i++) {
-        name[i] = i == (int)s->state ? capital[i] : small[i];
-        frame[i] = i == (int)s->state ? heavy[i] : box[i];
-    }
-    flockfile(out);
-    fprintf(out, "\n%s    %s AUTH %s ATRN %s\n", colour("\033[1m"), frame[0], frame[1], frame[2]);
-    fprintf(out, "    | %s |----->| %s |----->| %s |   QUIT ends each (5-a)\n", name[0], name[1], name[2]);
-    fprintf(out, "    %s      %s      %s\n%s\n", frame[0], frame[1], frame[2], colour("\033[0m"));
-    fprintf(out, "    customer: %-10s%*s\n", s->state == REVERSED ? "now server" : "client", LADDER_TEXT - 13,
-            s->state == REVERSED ? "provider: now client" : "provider: server");
-    funlockfile(out);
+    if (strncasecmp(line, "AUTH", 4) != 0)
+        return false;
+    line += 4 + strspn(line + 4, " \t");
+    return strncasecmp(line, "PLAIN", 5) == 0 && line[5];
 }
 
-/* P: is the provider's line and C: the customer's, whichever of the two writes the trace. */
-void trace_line(struct session *s, enum side who, const char *clause, const char *fmt, ...)
+/* What every state answers alike. The code 502 for all the rest is 5.4-a. */
+static void common_command(struct session *s)
 {
-    char plain[LOG_LINE], safe[LOG_LINE * 2];
-    va_list args;
-    if (!s->trace)
-        return;
-    va_start(args, fmt);
-    vsnprintf(plain, sizeof plain, fmt, args);
-    va_end(args);
-    escape(safe, sizeof safe, plain);
-    if (s->trace == TRACE_LADDER)
-        ladder_line(s, who, clause, safe);
+    if (verb_is(s, "NOOP") || (verb_is(s, "RSET") && !s->argument))
+        send_line(s, NULL, "250 OK");
+    else if (verb_is(s, "HELP"))
+        send_line(s, NULL, "214 On-Demand Mail Relay, RFC 2645: EHLO, AUTH, ATRN, QUIT");
+    else if (verb_is(s, "RSET"))
+        refuse(s, NULL, "501 RSET takes no argument");
     else
-        fprintf(stderr, "[%lu] %c: %s\n", s->number, who == PROVIDER ? 'P' : 'C', safe);
+        refuse(s, "5.4-a", "502 Command not implemented");
 }
 
-void enter_state(struct session *s, enum state state)
+/* A reply that refuses a command. Ten of them and the session is over: nobody needs that many, and a
+ * peer that does not speak our protocol (a web browser, say) is told to go. */
+void refuse(struct session *s, const char *clause, const char *fmt, ...)
 {
-    static const char *const title[] = {
-        [INITIAL] = "initial state (RFC 2645, 5.1)",
-        [AUTHENTICATED] = "authenticated state (RFC 2645, 5.2)",
-        [REVERSED] = "reversed state (RFC 2645, 5.3): the provider is now the client",
-    };
-    s->state = state;
-    if (s->trace == TRACE_LADDER)
-        ladder_state(s);
-    else if (s->trace)
-        fprintf(stderr, "[%lu] -- %s\n", s->number, title[state]);
-}
-
-/* ==== The stream ======================================================================================
- *
- * Buffered bytes over one connected socket, in the clear or through TLS. To everything below this part
- * a stream blocks: reading waits for the peer, writing waits for room. Three things are known only here:
- *
- *   - Waiting. socket_wait() is the one place where a thread waits for its peer, with its patience, its
- *     deadline and the pipe that says "the server is shutting down".
- *   - OpenSSL's I/O. TLS reads and writes the socket through the same two functions as everybody else
- *     (a BIO of our own), so half a TLS record is waited for just like half a line. What counts as input is
- *     application data: octets of TLS that carry none are taken in and are no reason to read.
- *   - Why a connection is of no more use. The first reason is kept in `broken`, in words; from then on
- *     every call fails at once, so callers may check once, at the end of what they do.
- *
- * Whatever was written is flushed before any wait for input: two peers never wait for each other. */
-
-#define ENDLESS_LINE (64 << 20)  /* a peer that sends so much without a line end is not one of ours */
-#define EMPTY_RECORDS 16         /* of TLS, without application data, that are taken in one after the other */
-#define LINGER_READS 64          /* of what is thrown away before TLS */
-#define LINGER_MS 1000           /* when closing: so long in all we read on, and throw away what comes */
-#define PATIENCE_OCTETS 16384    /* a peer that has taken so many has its whole time for the next */
-#define TLS_OUT (STREAM_OUT + 4096) /* as TLS records, 16 kB each */
-
-static const char closed_by_peer[] = "the peer closed the connection";
-
-int64_t now_ms(void)
-{
-    struct timespec t;
-    clock_gettime(CLOCK_MONOTONIC, &t);
-    return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
-}
-
-void stream_init(struct stream *s, int fd, int timeout)
-{
-    s->fd = fd;
-    s->wake_fd = -1;
-    s->tls = NULL;
-    s->timeout = timeout;
-    s->deadline = s->until = 0;
-    s->broken = s->ended = NULL;
-    s->woken = s->timed_out = s->spoke = s->tls_failed = s->said_quit = s->line_records = s->dry = false;
-    s->in_at = s->in_end = s->out_end = 0;
-    s->line_octets = 0;
-    s->waits = 0;
-    s->sent = 0;
-    s->gone = 0;
-}
-
-void stream_break(struct stream *s, const char *why)
-{
-    if (!s->broken)
-        s->broken = why;
-}
-
-/* How long the operation that starts now may take: the patience for one wait, cut by the deadline. */
-static void set_patience(struct stream *s)
-{
-    s->sent = 0;
-    s->until = now_ms() + (int64_t)s->timeout * 1000;
-    if (s->deadline && s->deadline < s->until)
-        s->until = s->deadline;
-}
-
-void stream_bound(struct stream *s, int seconds)
-{
-    int64_t end = now_ms() + (int64_t)seconds * 1000;
-    end = s->until < end ? s->until : end;
-    s->deadline = s->deadline && s->deadline < end ? s->deadline : end;
-}
-
-static bool out_of_time(struct stream *s)
-{
-    if (now_ms() < s->until)
-        return false;
-    s->timed_out = true;
-    stream_break(s, "the peer kept us waiting too long");
-    return true;
-}
-
-/* Octets that have left us and that the peer's TCP has not taken yet: Linux buffers up to 4 MB of them. */
-static int octets_on_the_way(const struct stream *s)
-{
-    int octets;
-    return ioctl(s->fd, SIOCOUTQ, &octets) < 0 ? 0 : octets;
-}
-
-/* A peer that reads slowly makes progress, although nothing can be written and no reply is due yet: as long as its TCP
- * takes PATIENCE_OCTETS within our patience, it has its whole time again. */
-static bool socket_wait(struct stream *s, short events)
-{
-    struct pollfd p[2] = {{.fd = s->fd, .events = events}, {.fd = s->wake_fd, .events = POLLIN}};
-    nfds_t n = s->wake_fd >= 0 ? 2 : 1;
-    int before = octets_on_the_way(s);
-    if (events == POLLIN) {
-        s->waits += s->spoke;
-        s->spoke = false;
-    }
-    for (;;) {
-        int64_t left;
-        int ready;
-        if (now_ms() >= s->until && before - octets_on_the_way(s) >= PATIENCE_OCTETS) {
-            before = octets_on_the_way(s);
-            set_patience(s);
-        }
-        if (out_of_time(s))
-            return false;
-        left = s->until - now_ms();
-        ready = poll(p, n, left < 0 ? 0 : left > INT_MAX ? INT_MAX : (int)left);
-        if (ready > 0 && n == 2 && p[1].revents) {
-            s->woken = true;
-            stream_break(s, "this server is shutting down");
-            return false;
-        }
-        if (ready > 0)
-            return true;
-        if (ready < 0 && errno != EINTR) {
-            stream_break(s, "poll failed");
-            return false;
-        }
-    }
-}
-
-/* The two functions that touch the socket. The descriptor blocks; MSG_DONTWAIT makes the kernel give what it
- * has, or take what it has room for, so that the waiting stays in socket_wait(). */
-
-/* What has arrived; never waits. -1: nothing has (s->dry), or nothing more will (s->ended). */
-static ssize_t socket_read(struct stream *s, void *data, size_t size)
-{
-    ssize_t n;
-    do
-        n = recv(s->fd, data, size, MSG_DONTWAIT);
-    while (n < 0 && errno == EINTR);
-    s->dry = n < 0 && errno == EAGAIN;
-    if (n <= 0 && !s->dry)
-        s->ended = n == 0 ? closed_by_peer : "the connection was lost";
-    return n > 0 ? n : -1;
-}
-
-static ssize_t socket_write(struct stream *s, const void *data, size_t size)
-{
-    ssize_t n = -1;
-    while (!s->broken && (n = send(s->fd, data, size, MSG_NOSIGNAL | MSG_DONTWAIT)) < 0 &&
-           (errno == EAGAIN || errno == EINTR))
-        socket_wait(s, POLLOUT);
-    if (n < 0)
-        stream_break(s, "the connection was lost");
-    else if ((s->sent += (size_t)n) >= PATIENCE_OCTETS) /* it does read */
-        set_patience(s);
-    return n;
-}
-
-/* ---- TLS over the same two functions ---- */
-
-static int tls_bio_read(BIO *bio, char *data, int size)
-{
-    struct stream *s = BIO_get_data(bio);
-    ssize_t n = socket_read(s, data, (size_t)size);
-    BIO_clear_retry_flags(bio);
-    if (s->dry)
-        BIO_set_retry_read(bio);
-    return (int)n;
-}
-
-/* OpenSSL does not learn of a failure: s->broken stops all writing then, and what has arrived can still be read. */
-static int tls_bio_write(BIO *bio, const char *data, int size)
-{
-    ssize_t n = socket_write(BIO_get_data(bio), data, (size_t)size);
-    return n < 0 ? size : (int)n;
-}
-
-static long tls_bio_control(BIO *bio, int command, long number, void *pointer)
-{
-    (void)bio, (void)number, (void)pointer;
-    return command == BIO_CTRL_FLUSH; /* nothing is kept back, so there is nothing to flush */
-}
-
-/* Made with the first of our contexts. Not with the first session: what fails once under pthread_once() has
- * failed for good, and that moment's lack of memory would be the end of TLS. */
-static BIO_METHOD *tls_bio_method;
-
-static bool make_tls_bio_method(void)
-{
-    if (tls_bio_method)
-        return true;
-    tls_bio_method = BIO_meth_new(BIO_TYPE_SOURCE_SINK | BIO_get_new_index(), "odmr stream");
-    if (!tls_bio_method)
-        return false;
-    BIO_meth_set_read(tls_bio_method, tls_bio_read);
-    BIO_meth_set_write(tls_bio_method, tls_bio_write);
-    BIO_meth_set_ctrl(tls_bio_method, tls_bio_control);
-    return true;
-}
-
-/* What is written passes a buffer of the library, so that all the records of one flush leave together. */
-static bool set_tls_bios(SSL *tls, struct stream *s)
-{
-    BIO *bio = BIO_new(tls_bio_method), *gathered = BIO_new(BIO_f_buffer());
-    if (!bio || !gathered || BIO_set_write_buffer_size(gathered, TLS_OUT) != 1 || BIO_up_ref(bio) != 1) {
-        BIO_free(gathered);
-        BIO_free(bio);
-        return false;
-    }
-    BIO_set_data(bio, s);
-    BIO_set_init(bio, 1);
-    SSL_set0_rbio(tls, bio);
-    SSL_set0_wbio(tls, BIO_push(gathered, bio));
-    return true;
-}
-
-/* The name or address that the certificate must be for. */
-static bool expect_name(SSL *tls, const char *host)
-{
-    unsigned char address[16];
-    if (inet_pton(AF_INET, host, address) == 1 || inet_pton(AF_INET6, host, address) == 1)
-        return X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(tls), host) == 1;
-    return X509_VERIFY_PARAM_set1_host(SSL_get0_param(tls), host, 0) == 1 && SSL_set_tlsext_host_name(tls, host) == 1;
-}
-
-SSL *stream_offer_tls(struct stream *s, SSL_CTX *context, const char *host)
-{
-    SSL *tls = SSL_new(context);
-    if (tls && (!host || expect_name(tls, host)) && set_tls_bios(tls, s))
-        return tls;
-    SSL_free(tls);
-    return NULL;
-}
-
-/* Why SSL_read() or a handshake returned no success. True: the peer has to say more first. */
-static bool tls_wants_more(struct stream *s, int returned)
-{
-    int error = SSL_get_error(s->tls, returned);
-    if (error == SSL_ERROR_WANT_READ)
-        return true;
-    if (error == SSL_ERROR_ZERO_RETURN)
-        s->ended = closed_by_peer;
-    s->tls_failed |= !s->ended && !s->broken;
-    return false;
-}
-
-bool stream_start_tls(struct stream *s, SSL *tls, const char *host)
-{
-    int n;
-    stream_flush(s);
-    s->tls = tls;
-    s->in_at = s->in_end = 0;
-    set_patience(s);
-    do {
-        ERR_clear_error();
-        n = host ? SSL_connect(tls) : SSL_accept(tls);
-    } while (n <= 0 && tls_wants_more(s, n) && socket_wait(s, POLLIN));
-    if (s->ended)
-        stream_break(s, s->ended);
-    if (n <= 0)
-        stream_break(s, SSL_get_verify_result(tls) == X509_V_OK
-                            ? "the TLS handshake failed"
-                            : X509_verify_cert_error_string(SSL_get_verify_result(tls)));
-    return !s->broken;
-}
-
-/* The application data of the next record; never waits. -1: there is none (yet). Not every record carries some: a key
- * update or a session ticket does not, and a peer that sends nothing else must not keep us here. */
-static ssize_t encrypted_read(struct stream *s, void *data, size_t size)
-{
-    int64_t until = s->until; /* a key update is answered, which must not renew our patience */
-    int n, records = 0;
-    do {
-        ERR_clear_error();
-        n = SSL_read(s->tls, data, (int)size);
-        if (n <= 0 && !tls_wants_more(s, n) && !s->ended)
-            stream_break(s, "TLS failed");
-    } while (n <= 0 && !s->dry && !s->ended && !s->broken && ++records < EMPTY_RECORDS);
-    s->until = until;
-    return n > 0 ? n : -1;
-}
-
-static ssize_t encrypted_write(struct stream *s, const void *data, size_t size)
-{
-    const char *newline = s->line_records ? memchr(data, '\n', size) : NULL;
-    int n;
-    if (newline)
-        size = (size_t)(newline + 1 - (const char *)data);
-    ERR_clear_error();
-    n = SSL_write(s->tls, data, (int)size);
-    if (n <= 0) {
-        s->tls_failed |= !s->broken;
-        stream_break(s, "TLS failed");
-    }
-    return n;
-}
-
-/* ---- Buffered octets ---- */
-
-bool stream_flush(struct stream *s)
-{
-    size_t at = 0;
-    set_patience(s);
-    while (at < s->out_end && !s->broken) {
-        ssize_t n = s->tls ? encrypted_write(s, s->out + at, s->out_end - at)
-                           : socket_write(s, s->out + at, s->out_end - at);
-        if (n > 0)
-            at += (size_t)n;
-    }
-    if (s->tls)
-        (void)BIO_flush(SSL_get_wbio(s->tls)); /* if that fails, socket_write() has said why */
-    s->gone += !s->tls || !s->broken ? at : 0;
-    s->spoke = true;
-    s->out_end = 0;
-    return !s->broken;
-}
-
-void stream_write(struct stream *s, const char *data, size_t len)
-{
-    while (len > 0 && !s->broken) {
-        size_t room = sizeof s->out - s->out_end;
-        size_t part = len < room ? len : room;
-        memcpy(s->out + s->out_end, data, part);
-        s->out_end += part;
-        data += part;
-        len -= part;
-        if (s->out_end == sizeof s->out)
-            stream_flush(s);
-    }
-}
-
-char *stream_space(struct stream *s, size_t len)
-{
-    if (sizeof s->out - s->out_end < len)
-        stream_flush(s);
-    return s->out + s->out_end;
-}
-
-void stream_add(struct stream *s, size_t len)
-{
-    s->out_end += len;
-}
-
-/* Appends the octets that have arrived to the buffer; never waits. False: none has arrived, or there is no room. */
-static bool stream_take_in(struct stream *s)
-{
-    ssize_t n = -1;
-    memmove(s->in, s->in + s->in_at, s->in_end - s->in_at);
-    s->in_end -= s->in_at;
-    s->in_at = 0;
-    if (!s->ended && s->in_end < sizeof s->in)
-        n = s->tls ? encrypted_read(s, s->in + s->in_end, sizeof s->in - s->in_end)
-                   : socket_read(s, s->in + s->in_end, sizeof s->in - s->in_end);
-    s->in_end += n > 0 ? (size_t)n : 0;
-    return n > 0;
-}
-
-bool stream_ready(struct stream *s)
-{
-    return s->in_at < s->in_end || stream_take_in(s) || s->ended;
-}
-
-bool stream_closed_by_peer(const struct stream *s)
-{
-    return s->ended == closed_by_peer;
-}
-
-bool stream_over(const struct stream *s)
-{
-    return s->in_at == s->in_end && (s->ended || s->broken);
-}
-
-size_t stream_line_at(struct stream *s, size_t offset, const char **line)
-{
-    const char *newline;
-    while (!(newline = memchr(s->in + s->in_at + offset, '\n', s->in_end - s->in_at - offset)))
-        if (!stream_take_in(s))
-            break;
-    *line = s->in + s->in_at + offset;
-    if (newline)
-        return (size_t)(newline + 1 - *line);
-    return s->in_end - s->in_at == sizeof s->in ? sizeof s->in - offset : 0;
-}
-
-bool stream_has_line(struct stream *s)
-{
-    const char *line;
-    return stream_line_at(s, 0, &line) > 0;
-}
-
-/* RFC 3207, 4.2: what was said in the clear is of no worth. Octets that somebody put behind STARTTLS are
- * thrown away, those we have read and those that are still in the socket, and never obeyed. */
-bool stream_discard_input(struct stream *s)
-{
-    bool some = false;
-    for (int i = 0; i < LINGER_READS && (s->in_at < s->in_end || stream_take_in(s)); i++) {
-        some = true;
-        s->in_at = s->in_end = 0;
-    }
-    return some;
-}
-
-/* Nothing that lies here or still comes is read. */
-void stream_end_input(struct stream *s)
-{
-    s->in_at = s->in_end = 0;
-    if (!s->ended)
-        s->ended = s->broken;
-}
-
-/* Called with the input buffer empty: flushes what we owe the peer, then waits for what it has to say. */
-static bool stream_fill(struct stream *s)
-{
-    int64_t until = s->until;
-    if (s->out_end > 0 && !stream_flush(s))
-        return false;
-    s->until = until;
-    if (s->broken || out_of_time(s)) /* a peer that never pauses is never waited for, but its time ends all the same */
-        return false;
-    while (!stream_take_in(s)) {
-        if (s->ended)
-            stream_break(s, s->ended);
-        if (s->broken || !socket_wait(s, POLLIN))
-            return false;
-    }
-    return true;
-}
-
-bool stream_peek(struct stream *s, const char **data, size_t *len)
-{
-    if (s->in_at == s->in_end) {
-        set_patience(s);
-        if (!stream_fill(s))
-            return false;
-    }
-    *data = s->in + s->in_at;
-    *len = s->in_end - s->in_at;
-    return true;
-}
-
-void stream_skip(struct stream *s, size_t len)
-{
-    s->in_at += len;
-}
-
-/* The patience is for the whole line: a peer that sends an octet a minute gets no more of it. */
-bool stream_read_line(struct stream *s, char *line, size_t size, size_t *len)
-{
-    size_t total = 0, kept = 0;
-    set_patience(s);
-    for (;;) {
-        const char *from, *newline;
-        size_t part, room = size - 1 - kept;
-        if (s->in_at == s->in_end && !stream_fill(s))
-            return false;
-        from = s->in + s->in_at;
-        newline = memchr(from, '\n', s->in_end - s->in_at);
-        part = newline ? (size_t)(newline + 1 - from) : s->in_end - s->in_at;
-        memcpy(line + kept, from, part < room ? part : room);
-        kept += part < room ? part : room;
-        total += part;
-        s->in_at += part;
-        if (newline)
-            break;
-        if (total > ENDLESS_LINE) {
-            stream_break(s, "the peer sent a line without an end");
-            return false;
-        }
-    }
-    s->line_octets = total;
-    s->line_cut = total > kept;
-    kept -= kept >= 2 && line[kept - 2] == '\r' ? 2 : 1;
-    line[kept] = '\0';
-    *len = kept;
-    return true;
-}
-
-void stream_end(struct stream *s)
-{
-    if (!s->broken)
-        stream_flush(s);
-    if (s->tls && !s->broken)
-        SSL_shutdown(s->tls);
-    shutdown(s->fd, SHUT_WR);
-}
-
-/* A close() with unread input makes the kernel send a reset, which can overtake our last reply (a 421,
- * say). So: say that we are done, then throw away what still comes, for LINGER_MS in all. A peer that said
- * QUIT says no more, and is not waited for, nor is any when this server is shutting down. */
-void stream_close(struct stream *s)
-{
-    int64_t until = now_ms() + LINGER_MS;
-    stream_end(s);
-    SSL_free(s->tls);
-    s->tls = NULL;
-    for (int64_t left; !s->said_quit && !s->woken && (left = until - now_ms()) > 0;) {
-        struct pollfd p = {.fd = s->fd, .events = POLLIN};
-        if (poll(&p, 1, (int)left) <= 0 || recv(s->fd, s->in, sizeof s->in, MSG_DONTWAIT) <= 0)
-            break;
-    }
-    close(s->fd);
-    s->fd = -1;
-    stream_break(s, "closed");
-}
-
-/* ==== Programs =========================================================================================
- *
- * What is run besides us: sendmail for notices, --exec's command. No shell stands between unless it was
- * asked for, and nothing that a peer sent is ever a part of a command but an address behind "--". */
-
-#define KILL_AFTER_MS 5000       /* a program that we end has so long between SIGTERM and SIGKILL */
-
-int start_program(char *const argv[], int in, int out, pid_t *pid)
-{
-    posix_spawn_file_actions_t actions;
-    posix_spawnattr_t attributes;
-    sigset_t reset, none;
-    int problem;
-    sigemptyset(&none);
-    sigfillset(&reset);
-    sigdelset(&reset, SIGHUP); /* nohup is meant for the program too, a shell's & as well */
-    sigdelset(&reset, SIGINT);
-    sigdelset(&reset, SIGQUIT);
-    posix_spawnattr_init(&attributes);
-    posix_spawnattr_setsigdefault(&attributes, &reset);
-    posix_spawnattr_setsigmask(&attributes, &none);
-    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETPGROUP);
-    posix_spawn_file_actions_init(&actions);
-    problem = in >= 0 ? posix_spawn_file_actions_adddup2(&actions, in, STDIN_FILENO) : 0;
-    if (!problem && out >= 0)
-        problem = posix_spawn_file_actions_adddup2(&actions, out, STDOUT_FILENO);
-    if (!problem) /* or it would read and write something else than what we have for it */
-        problem = posix_spawnp(pid, argv[0], &actions, &attributes, argv, environ);
-    posix_spawn_file_actions_destroy(&actions);
-    posix_spawnattr_destroy(&attributes);
-    return problem;
-}
-
-int finish_program(pid_t pid, int seconds)
-{
-    int64_t until = now_ms() + (int64_t)seconds * 1000;
-    int status = -1, pause = 1, told = 0;
-    bool ended = false;
-    for (;;) {
-        ended = ended || waitpid(pid, &status, WNOHANG) != 0;
-        if (ended && (told == 0 || kill(-pid, 0) < 0)) /* its children may live on, unless we had to end it */
-            break;
-        if (now_ms() >= until) {
-            if (told == SIGKILL)
-                break;
-            told = told == 0 ? SIGTERM : SIGKILL;
-            kill(-pid, told);
-            until = now_ms() + KILL_AFTER_MS;
-        }
-        poll(NULL, 0, pause);
-        pause = pause < 100 ? pause * 2 : pause;
-    }
-    return told == 0 && WIFEXITED(status) ? WEXITSTATUS(status) : -1;
-}
-
-/* ==== Lines and replies ===============================================================================
- *
- * The dialogue is made of lines, ours and theirs. send_line() and read_line() are the only way they
- * come and go, so the trace sees each. A reply is validated before it is believed. */
-
-#define REPLY_LINE 2046          /* RFC 5321, 4.5.3.1.5 says 512 with CRLF; some servers say more */
-#define REPLY_LINES 128          /* no reply needs more lines */
-#define REPLY_TIMEOUT 600        /* seconds: at most so long for a whole reply once its first line is there */
-
-enum side other_side(enum side side)
-{
-    return side == PROVIDER ? CUSTOMER : PROVIDER;
-}
-
-void send_line(struct session *s, const char *clause, const char *fmt, ...)
-{
-    char line[SEND_LINE + 3];
+    char text[SEND_LINE];
     va_list args;
-    int n;
     va_start(args, fmt);
-    n = vsnprintf(line, SEND_LINE + 1, fmt, args);
+    vsnprintf(text, sizeof text, fmt, args);
     va_end(args);
-    if (n < 0 || n > SEND_LINE) {
-        stream_break(&s->io, "a line of ours would have been too long");
+    send_line(s, clause, "%s", text);
+    s->bad_commands++;
+}
+
+/* Nothing came, and nothing will be waited for: the session is over, and the peer is told why, if it is there. */
+void stop_waiting(struct session *s)
+{
+    if (s->io.timed_out)
+        end_with_421(s, s->state == INITIAL ? "not authenticated in time" : "silent for too long");
+    else if (s->io.woken)
+        end_with_421(s, "this server is shutting down");
+}
+
+void end_with_421(struct session *s, const char *why)
+{
+    if (s->io.broken && !s->io.woken && !s->io.timed_out)
+        return;
+    s->io.broken = NULL; /* our patience is over, not the connection: the last word still goes out */
+    s->io.deadline = 0;
+    s->io.timeout = LAST_WORD;
+    s->io.wake_fd = -1;
+    send_line(s, NULL, "421 %s closing connection: %s", s->name, why);
+    stream_end(&s->io);
+    stream_break(&s->io, why);
+}
+
+/* ---- 5.1.2 AUTH ---- */
+
+static bool mechanism_offered(const struct session *s, enum mechanism m);
+static bool atrn_domains(struct session *s);
+static bool asked_too_soon(struct session *s);
+static void start_interval(struct session *s);
+static struct last_atrn *last_atrn_of(const struct provider *p, const char *account);
+static enum claim claim_next(struct session *s, struct backlog *b, struct message **claimed);
+static const char *reason_to_stop(int problem, int before);
+
+/* 5.1.1: EHLO is ESMTP's (5.1.1-a), and lists AUTH and ATRN in every state (5.1.1-b). */
+static void ehlo_command(struct session *s)
+{
+    char list[128] = "";
+    if (!s->argument || strchr(s->argument, ' ')) {
+        refuse(s, NULL, "501 EHLO takes the name of the host");
         return;
     }
-    trace_line(s, s->self, clause, "%s", line);
-    memcpy(line + n, "\r\n", 3);
-    stream_write(&s->io, line, (size_t)n + 2);
+    snprintf(s->peer_name, sizeof s->peer_name, "%s", s->argument);
+    s->greeted = true;
+    for (enum mechanism m = NO_MECHANISM + 1; m < MECHANISMS; m++)
+        if (mechanism_offered(s, m)) {
+            strcat(list, " ");
+            strcat(list, mechanism_name(m));
+        }
+    send_line(s, "5.1.1-a", "250-%s", s->name);
+    send_line(s, "5.1.1-b", "250-AUTH%s", list);
+    if (s->tls_context && !s->io.tls && s->state == INITIAL)
+        send_line(s, "RFC 3207", "250-STARTTLS");
+    send_line(s, "5.1.1-b", "250 ATRN");
 }
 
-bool read_line(struct session *s)
+/* CRAM-MD5 is what every pair has in common (5.1.2-c); others may stand beside it (5.1.2-d).
+ * In the clear only what does not reveal the secret; what is bound to TLS only inside it; EXTERNAL only
+ * for a certificate that verified (5.1.2-f); CRAM-MD5 unless the site has given it up (5.1.2-e). */
+static bool mechanism_offered(const struct session *s, enum mechanism m)
 {
-    return stream_read_line(&s->io, s->line, sizeof s->line, &s->line_len);
-}
-
-/* Splits a command in place: s->line is left with the verb, s->argument is what stands behind the first
- * blank, or NULL. Blanks at the end are forgiven (RFC 5321, 4.1.1), but ATRN's syntax knows none. */
-void split_command(struct session *s)
-{
-    char *blank = strchr(s->line, ' ');
-    s->argument = NULL;
-    if (strncasecmp(s->line, "ATRN ", 5) != 0)
-        while (s->line_len > 0 && s->line[s->line_len - 1] == ' ')
-            s->line[--s->line_len] = '\0';
-    if (blank && *blank == ' ') {
-        *blank = '\0';
-        s->argument = blank + 1;
+    switch (m) {
+    case CRAM_MD5:
+        return !s->provider->no_cram_md5;
+    case SCRAM:
+        return true;
+    case SCRAM_PLUS:
+    case PLAIN:
+        return s->io.tls != NULL;
+    case EXTERNAL:
+        return s->provider->client_ca && certificate_verified(s->io.tls);
+    default:
+        return false;
     }
 }
 
-/* RFC 5321, 4.2: three digits, then a blank, a hyphen (more lines follow) or the end of the line. */
-static bool reply_line_valid(const char *line, size_t len)
+/* RFC 3207. Afterwards nothing of what came before is known (4.2): no EHLO, no name, no half-read command.
+ * False: the session is over. */
+static bool starttls_command(struct session *s)
 {
-    return len >= 3 && len == strlen(line) && line[0] >= '2' && line[0] <= '5' && line[1] >= '0' &&
-           line[1] <= '5' && isdigit((unsigned char)line[2]) &&
-           (line[3] == '\0' || line[3] == ' ' || line[3] == '-');
+    SSL *tls;
+    if (!s->tls_context) {
+        refuse(s, "5.4-a", "502 Command not implemented");
+    } else if (s->argument) {
+        refuse(s, NULL, "501 STARTTLS takes no argument");
+    } else if (s->io.tls || !s->greeted) {
+        refuse(s, NULL, s->io.tls ? "503 TLS is on already" : "503 EHLO first");
+    } else if (!(tls = stream_offer_tls(&s->io, s->tls_context, NULL))) {
+        refuse(s, "RFC 3207", "454 TLS not available just now");
+    } else {
+        if (stream_discard_input(&s->io))
+            log_event(s, LOG_WARNING, "%s sent something behind STARTTLS in the clear; it is thrown away", s->peer);
+        send_line(s, "RFC 3207", "220 Ready to start TLS");
+        s->greeted = false;
+        snprintf(s->peer_name, sizeof s->peer_name, "unknown");
+        return stream_start_tls(&s->io, tls, NULL);
+    }
+    return true;
 }
 
-const char *keyword_clause(const char *line)
+/* AUTH is RFC 4954's (5.1.2-a). GO_ON: authenticated. STAY: not, try again. END: the session is over. */
+static enum next auth_command(struct session *s)
 {
-    static const char *const known[][2] = {
-        {"ATRN", "5.1.1-b"}, {"AUTH", "5.1.1-b"}, {"STARTTLS", "RFC 3207"}, {"PIPELINING", "RFC 2920"},
-        {"CHUNKING", "RFC 3030"}, {"8BITMIME", "RFC 6152"}, {"SMTPUTF8", "RFC 6531"}, {"SIZE", "RFC 1870"},
-        {"LIMITS", "RFC 9422"}, {"ENHANCEDSTATUSCODES", "RFC 2034"},
-    };
-    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
-        if (strncasecmp(line, known[i][0], strlen(known[i][0])) == 0)
-            return known[i][1];
-    return NULL;
+    char *initial = s->argument ? strchr(s->argument, ' ') : NULL;
+    enum mechanism m;
+    if (!s->greeted) {
+        refuse(s, NULL, "503 EHLO first");
+        return STAY;
+    }
+    if (!s->argument) {
+        refuse(s, NULL, "501 AUTH takes the name of a mechanism");
+        return STAY;
+    }
+    if (initial)
+        *initial++ = '\0';
+    m = mechanism_named(s->argument);
+    if (s->provider->require_tls && !s->io.tls) {
+        refuse(s, "5.1.2-b", "538 Encryption required: STARTTLS first");
+        return STAY;
+    }
+    if (m == PLAIN && !s->io.tls && s->tls_context) {
+        refuse(s, "5.1.2-b", "538 Encryption required for this mechanism");
+        return STAY;
+    }
+    if (!mechanism_offered(s, m)) {
+        refuse(s, "5.1.2-b", "504 Mechanism not offered");
+        return STAY;
+    }
+    accounts_renew(s);
+    return sasl_serve(s, m, initial);
 }
 
-/* The lines of a reply. Its first has our patience; then the rest has what is left of it, and no more than
- * REPLY_TIMEOUT: a reply that comes line by line is not waited for without end. */
-static bool read_reply_lines(struct session *s, const char *clause, struct reply *r, bool ehlo)
+/* What was said may have been a secret; nothing of it stays in memory that is freed one day. */
+static void forget_responses(struct session *s)
 {
-    size_t used = 0;
-    r->code = 0;
-    r->text[0] = '\0';
-    for (int lines = 0; lines < REPLY_LINES; lines++) {
-        const char *keyword;
-        int code;
-        if (!read_line(s))
+    OPENSSL_cleanse(s->line, sizeof s->line);
+    OPENSSL_cleanse(s->response, sizeof s->response);
+    OPENSSL_cleanse(s->io.in, s->io.in_at);
+}
+
+/* The session's accounts become those of now, for SIGHUP may have read others since, and so does its account, if it has
+ * one already. False: that account is gone, or has another secret. */
+bool accounts_renew(struct session *s)
+{
+    struct provider *p = s->provider;
+    struct accounts *old = s->accounts;
+    const struct account *account = NULL;
+    bool good;
+    pthread_mutex_lock(&p->lock);
+    if (s->account)
+        account = account_find(p->accounts, s->account->name);
+    good = !s->account || (account && strcmp(account->secret, s->account->secret) == 0);
+    if (good) {
+        s->accounts = p->accounts;
+        atomic_fetch_add(&s->accounts->users, 1);
+        s->account = account;
+    }
+    pthread_mutex_unlock(&p->lock);
+    if (good)
+        accounts_release(old);
+    return good;
+}
+
+/* ---- 5.2.1 ATRN ---- */
+
+/* 5.2.1: GO_ON when the roles are to be reversed; then s->backlog and s->first hold what is to be sent. This
+ * is the only place that looks into the queue: no timer and no new mail ever starts a delivery (4-d). The
+ * codes are those of section 7 (7-a). */
+static enum next atrn_command(struct session *s)
+{
+    enum claim got;
+    bool complete;
+    if (s->argument && !domain_list_valid(s->argument)) { /* (5.2.1-l) */
+        refuse(s, "5.2.1-l", "501 ATRN takes domains, with commas and without blanks between them");
+        return STAY;
+    }
+    if (!accounts_renew(s)) {
+        log_event(s, LOG_WARNING, "ATRN refused (530): %s is no longer an account, or has another secret",
+                  s->account->name);
+        refuse(s, "5.2.1-b", "530 Authentication required, for the account has changed");
+        return STAY;
+    }
+    if (!atrn_domains(s) || asked_too_soon(s)) {
+        send_line(s, "5.2.1-f", "450 ATRN request refused");
+        return STAY;
+    }
+    s->postponed = "it cannot be listed";
+    complete = backlog_read(&s->backlog, s, s->provider->queue, s->asked);
+    got = claim_next(s, &s->backlog, &s->first);
+    if (got == NOTHING && !complete)
+        got = BUSY; /* a domain that cannot be read may have mail */
+    if (got == CLAIMED) { /* (5.2.1-j) */
+        send_line(s, "5.2.1-j", "250 OK now reversing the connection");
+        return GO_ON;
+    }
+    backlog_free(&s->backlog);
+    if (got == BUSY) {
+        log_event(s, LOG_WARNING, "ATRN %s: 451, mail waits, but %s", s->asked, s->postponed);
+        send_line(s, "5.2.1-k", "451 Unable to process ATRN request now");
+    } else {
+        log_event(s, LOG_INFO, "ATRN %s: 453, no mail", s->asked);
+        start_interval(s);
+        send_line(s, "5.2.1-g", "453 You have no mail");
+    }
+    return STAY;
+}
+
+/* The domains of this request (5.2.1-a), each once; none named: all that the account has (5.2.1-d). False when the
+ * customer has no access to one of them (5.2.1-e): not even for those it has access to. */
+static bool atrn_domains(struct session *s)
+{
+    const char *list = s->argument, *domain;
+    size_t len;
+    while ((domain = next_domain(&list, &len)))
+        if (!domain_in_list(s->account->domains, domain, len)) {
+            log_event(s, LOG_WARNING, "ATRN refused (450): %s has no access to %.*s", s->account->name, (int)len,
+                      domain);
             return false;
-        keyword = ehlo && s->line_len > 4 ? keyword_clause(s->line + 4) : NULL;
-        if (!s->io.line_cut)
-            trace_line(s, other_side(s->self), keyword ? keyword : clause, "%s", s->line);
-        if (s->io.line_cut || s->line_len > REPLY_LINE || !reply_line_valid(s->line, s->line_len))
-            break;
-        code = atoi((char[]){s->line[0], s->line[1], s->line[2], '\0'});
-        if (r->code && code != r->code)
-            break;
-        r->code = code;
-        if (lines == 0 || !ehlo || keyword)
-            used += (size_t)snprintf(r->text + used, sizeof r->text - used, "%s%s", lines ? "\n" : "",
-                                     s->line_len > 4 ? s->line + 4 : "");
-        if (used >= sizeof r->text && ehlo)
-            break;
-        used = used < sizeof r->text ? used : sizeof r->text - 1;
-        if (s->line[3] != '-')
-            return true;
-        if (lines == 0)
-            stream_bound(&s->io, REPLY_TIMEOUT);
+        }
+    s->asked = s->account->domains;
+    if (s->argument) {
+        snprintf(s->domains, sizeof s->domains, "%s", s->argument);
+        tidy_domains(s->domains);
+        s->asked = s->domains;
     }
-    s->protocol_broken = true;
-    stream_break(&s->io, "the peer sent something that is not an SMTP reply");
-    return false;
+    return true;
 }
 
-/* When a reply fails to come, what comes later could be the rest of it, and is not read. */
-static bool read_whole_reply(struct session *s, const char *clause, struct reply *r, bool ehlo)
+/* (5.2.1-i) An account that asks again too soon: told to wait. */
+static bool asked_too_soon(struct session *s)
 {
-    int64_t deadline = s->io.deadline;
-    bool complete = read_reply_lines(s, clause, r, ehlo);
-    s->io.deadline = deadline;
-    if (!complete)
-        stream_end_input(&s->io);
-    return complete;
+    struct provider *p = s->provider;
+    const struct last_atrn *last;
+    bool soon;
+    pthread_mutex_lock(&p->lock);
+    last = last_atrn_of(p, s->account->name);
+    soon = last && now_ms() - last->when < (int64_t)p->interval * 1000;
+    pthread_mutex_unlock(&p->lock);
+    if (soon)
+        log_event(s, LOG_WARNING, "ATRN refused (450): %s repeats it within --interval %d s", s->account->name,
+                  p->interval);
+    return soon;
 }
 
-/* What a reply answers has left before: one that lies here already, from a peer that did not wait for the command, is
- * not believed while the command, or a message, has not gone out and perhaps never will. */
-static bool command_has_left(struct session *s, struct reply *r)
+/* The clock of that is set by an answer: mail that was handed over, or 453. A 450, a 451, and a connection lost before
+ * any mail was taken are none. It outlives the session. */
+static void start_interval(struct session *s)
 {
-    r->code = 0;
-    return !s->io.broken && (s->io.out_end == 0 || stream_flush(&s->io));
-}
-
-bool read_reply(struct session *s, const char *clause, struct reply *r)
-{
-    return command_has_left(s, r) && read_whole_reply(s, clause, r, false);
-}
-
-bool read_ehlo_reply(struct session *s, const char *clause, struct reply *r)
-{
-    return command_has_left(s, r) && read_whole_reply(s, clause, r, true);
-}
-
-bool read_arrived_reply(struct session *s, const char *clause, struct reply *r)
-{
-    return read_whole_reply(s, clause, r, false);
-}
-
-bool reply_arrived(struct session *s)
-{
-    const char *line;
-    size_t len, offset = 0;
-    while ((len = stream_line_at(&s->io, offset, &line)) > 0) {
-        if (len < 4 || line[3] != '-')
-            return true;
-        offset += len;
+    struct provider *p = s->provider;
+    const char *name = s->account->name;
+    struct last_atrn *last;
+    pthread_mutex_lock(&p->lock);
+    last = last_atrn_of(p, name);
+    if (!last && p->interval > 0 && (last = malloc(sizeof *last + strlen(name) + 1))) {
+        strcpy(last->name, name);
+        last->next = p->last_atrn;
+        p->last_atrn = last;
     }
-    return false;
+    if (last)
+        last->when = now_ms();
+    pthread_mutex_unlock(&p->lock);
 }
 
-void join_lines(const struct reply *r, char *out, size_t size)
+/* Under the lock. NULL: the account has had no answer yet. */
+static struct last_atrn *last_atrn_of(const struct provider *p, const char *account)
 {
-    char text[2 * sizeof r->text];
-    size_t n = 0;
-    for (const char *p = r->text; *p; p++) {
-        if (*p == '\n')
-            memcpy(text + n, " / ", 3);
-        else
-            text[n] = *p;
-        n += *p == '\n' ? 3 : 1;
-        if (n + 4 > sizeof text)
-            break;
+    struct last_atrn *last = p->last_atrn;
+    while (last && strcmp(last->name, account) != 0)
+        last = last->next;
+    return last;
+}
+
+/* Claims the oldest message that can be sent. CLAIMED: there it is, in *claimed. NOTHING: no mail. BUSY: mail
+ * waits, but others are at work on all of it, or it cannot be read; the log says of one of them which. b->stopped: the
+ * walk has ended before a message that may well be claimed later: the file system is gone, or we are short of
+ * descriptors or memory. */
+static enum claim claim_next(struct session *s, struct backlog *b, struct message **claimed)
+{
+    enum claim result = NOTHING;
+    struct message *m = malloc(sizeof *m);
+    const char *busy = NULL;
+    int problem = b->stopped ? EIO : 0; /* of the message before; the log has it then */
+    *claimed = NULL;
+    b->stopped = NULL;
+    if (!m) {
+        s->postponed = "there is no memory to send it";
+        log_event(s, LOG_ERR, "out of memory; the mail that waits stays queued");
+        b->stopped = "out of memory";
+        return BUSY;
     }
-    text[n] = '\0';
-    escape(out, size, text);
-}
-
-enum verdict reply_verdict(const struct reply *r)
-{
-    if (r->code == 0) /* not a reply: our own refusal, in the same form */
-        return REFUSED;
-    return r->code < 300 ? DELIVERED : r->code < 500 ? DEFERRED : REFUSED;
-}
-
-/* Behind the keyword in the first line behind `line` that starts with it; NULL: there is none. */
-static const char *next_keyword(const char *line, const char *keyword)
-{
-    size_t n = strlen(keyword);
-    while (line && (line = strchr(line, '\n'))) {
-        line++;
-        if (strncasecmp(line, keyword, n) == 0 && strchr(" =\n", line[n]))
-            return line + n + (line[n] == ' ' || line[n] == '='); /* strchr finds '\0' too */
+    while (b->next < b->count && !b->stopped) {
+        enum claim got = message_claim(m, b->queue, b->list[b->next].path);
+        int before = problem;
+        problem = m->trouble ? m->problem : 0;
+        if (got == CLAIMED) {
+            b->next++;
+            *claimed = m;
+            return CLAIMED;
+        }
+        if (got == BUSY) {
+            s->postponed = m->trouble ? m->trouble : "other sessions have claimed it";
+            result = BUSY;
+        }
+        if (m->held)
+            log_event(s, LOG_WARNING, "held %s: %s", m->path, m->held);
+        else if (m->trouble && !(file_system_gone(problem) && file_system_gone(before)))
+            log_event(s, LOG_WARNING, "cannot send %s now: %s (%s)", m->path, m->trouble, strerror(problem));
+        else if (got == BUSY)
+            busy = m->path;
+        b->stopped = reason_to_stop(problem, before);
+        b->next += !b->stopped;
+        message_close(m);
     }
-    return NULL;
+    free(m);
+    if (busy)
+        log_event(s, LOG_INFO, "%s is left for later: another session is at work on it", busy);
+    return result;
 }
 
-const char *reply_keyword(const struct reply *r, const char *keyword)
+/* One file that cannot be read may be a bad sector; when the next one says the same, the disk is gone. */
+static const char *reason_to_stop(int problem, int before)
 {
-    return next_keyword(r->text, keyword); /* the first line is the greeting, not a keyword */
+    if (problem == ENOTCONN || problem == ESHUTDOWN || (problem == EIO && before == EIO))
+        return "the file system of the queue is gone";
+    if (problem == EMFILE || problem == ENFILE)
+        return "short of file descriptors";
+    return problem == ENOMEM ? "out of memory" : NULL;
 }
 
-bool reply_offers(const struct reply *r, const char *keyword, const char *word)
+/* QUIT ends each state (5-a, 5.1.3-a). */
+static bool quit_command(struct session *s)
 {
-    const char *list = next_keyword(r->text, keyword);
-    while (list && !list_has(list, word))
-        list = next_keyword(list, keyword);
-    return list != NULL;
+    if (!verb_is(s, "QUIT"))
+        return false;
+    if (s->argument) {
+        refuse(s, NULL, "501 QUIT takes no argument");
+        return false;
+    }
+    send_line(s, "5.1.3-a", "221 %s closing connection", s->name);
+    s->io.said_quit = true;
+    stream_flush(&s->io);
+    return true;
 }
 
-const char *next_word(const char **list, size_t *len)
+/* ==== The provider, 5.3: the client ===================================================================
+ *
+ * The connection has turned: the customer greets, the provider sends the mail. One sender does it, in
+ * whatever way the customer can take:
+ *
+ *   nothing offered   each command waits for its reply;
+ *   PIPELINING        MAIL, RCPT and DATA leave together, the end of one message with the start of the
+ *                     next: one wait a message (RFC 2920);
+ *   CHUNKING too      BDAT needs no go-ahead, so many messages are on their way at once (RFC 3030).
+ *
+ * What makes these one path: every command is noted in a FIFO of the replies it will bring, and replies
+ * are read from it in order, each deciding what it was expected for. may_stay_outstanding() is the rule,
+ * the only one, that says when the sender waits. Replies that have arrived are settled before the next
+ * message, without waiting for more. The FIFO is short: REPLIES_IN_FLIGHT replies of 512 octets fit into
+ * the receive buffer that the listener asked for, so the customer can always write its replies while the
+ * provider writes mail, and two peers that block cannot deadlock.
+ *
+ * RFC 2920 and RFC 3030 rest on the order of replies. When that can no longer be trusted, the connection
+ * is broken, and nothing that comes after is believed. */
+
+#define RECIPIENTS_A_TRANSACTION 100 /* RFC 5321, 4.5.3.1.8: what every server must take */
+#define REPLIES_IN_FLIGHT 320    /* times 512 octets: under RECEIVE_BUFFER, see the sender */
+#define REFUSED_MESSAGES_MAX 10  /* when so many were refused and none was taken, the session ends */
+
+struct transaction {
+    struct message *message;
+    size_t first, last;   /* the entries of its list: first <= i < last */
+    size_t accepted;      /* how many of them the customer has taken */
+    unsigned outstanding; /* replies it still waits for */
+    bool open;            /* commands of it are still being written */
+    bool behind_end;      /* MAIL left before the reply to the end of an earlier message had come */
+    bool again;           /* and was refused for that: the same is sent again */
+    bool mail_refused;    /* MAIL failed, so nothing after it counts */
+    bool go_ahead;        /* DATA was answered with 354 */
+    enum verdict verdict; /* on the mail, of the reply to MAIL that failed */
+    struct reply reply;
+};
+
+/* FOR_CONTENT: the lone dot. FOR_BDAT: BDAT with its octets. */
+enum expectation { FOR_RSET, FOR_MAIL, FOR_RCPT, FOR_DATA, FOR_CONTENT, FOR_BDAT, FOR_QUIT };
+
+struct expected {
+    enum expectation what;
+    struct transaction *of;
+    struct recipient *recipient;
+    uint64_t written; /* octets of the stream up to the end of the command */
+};
+
+struct sender {
+    struct session *s;
+    bool pipelining, chunking, eight_bit, utf8, size;
+    uint64_t size_limit;        /* 0: none told */
+    size_t mail_max, rcpt_max;  /* RFC 9422: transactions in this session, 0: any number; recipients in each */
+    bool unclean;               /* a transaction was left open on the other side: RSET before the next */
+    bool wait_at_ends;          /* the server wants no command before its reply to the end of a message */
+    bool over;                  /* no more is sent in this session; the log says why */
+    bool abandoned;             /* what is not settled by now stays */
+    struct expected fifo[REPLIES_IN_FLIGHT];
+    size_t oldest, count;
+    struct message *again;      /* to be sent once more, in order of arrival */
+    size_t delivered, deferred, refused; /* recipients, for the log */
+    size_t transactions, messages_refused;
+    uint64_t octets;
+};
+
+static bool greet_customer(struct sender *x);
+static void read_capabilities(struct sender *x, const struct reply *r);
+static size_t limit_of(const char *limits, const char *name, size_t none);
+static struct message *next_message(struct sender *x);
+static bool send_message(struct sender *x, struct message *m);
+static void refuse_beforehand(struct sender *x, struct message *m);
+static bool customer_cannot_take(const struct sender *x, const struct message *m, const char *recipient,
+                                 struct reply *why);
+static bool send_transaction(struct sender *x, struct transaction *t, struct recipient *to);
+static struct recipient *next_owed(const struct message *m, size_t *next);
+static void send_mail_command(struct sender *x, const struct message *m);
+static bool send_data(struct sender *x, struct transaction *t);
+static bool send_content(struct sender *x, struct transaction *t, bool dots);
+static bool send_bdat(struct sender *x, struct transaction *t);
+static bool expect(struct sender *x, enum expectation what, struct transaction *t, struct recipient *to);
+static size_t may_stay_outstanding(const struct sender *x, enum expectation what);
+static bool settle_arrived(struct sender *x);
+static bool settle_down_to(struct sender *x, size_t left);
+static bool settle(struct sender *x, const struct reply *r);
+static const char *order_lost(enum expectation what, int code);
+static const char *reply_clause(const struct sender *x);
+static void settle_mail(struct sender *x, struct transaction *t, const struct reply *r);
+static void settle_recipient(struct sender *x, struct transaction *t, struct recipient *to, const struct reply *r);
+static void settle_content(struct sender *x, struct transaction *t, enum expectation what, const struct reply *r);
+static void not_ready(struct sender *x, const struct reply *r);
+static enum verdict verdict_of(enum expectation what, const struct reply *r);
+static bool about_session(enum expectation what, int code);
+static void abandon(struct sender *x);
+static void transaction_release(struct sender *x, struct transaction *t);
+static void message_release(struct sender *x, struct message *m);
+static void message_conclude(struct sender *x, struct message *m);
+static void count_message(struct sender *x, const struct message *m);
+static void note_verdict(struct sender *x, struct message *m, struct recipient *to, enum verdict verdict,
+                         const struct reply *r);
+__attribute__((format(printf, 2, 3))) static void end_early(struct sender *x, const char *fmt, ...);
+static void log_fate(const struct session *s, int priority, const char *fate, const struct message *m,
+                     const struct recipient *to, const char *why);
+
+/* ---- The session in this state ---- */
+
+/* The session as the client: the customer's greeting, the mail that ATRN found, oldest first, and QUIT (5-b). Nothing
+ * that is in the queue by then has been touched without a reply. */
+static void send_mail(struct session *s)
 {
+    struct sender x = {.s = s, .rcpt_max = RECIPIENTS_A_TRANSACTION};
+    struct message *m;
+    bool good, settled;
+
+    good = greet_customer(&x);
+    while (good && !x.over && !atomic_load(&s->provider->stopping) && (m = next_message(&x)))
+        good = send_message(&x, m) && settle_arrived(&x);
+
+    /* When the customer hears QUIT, the queue shows what it took. */
+    settled = settle_down_to(&x, 0) && !s->io.broken;
+    if (s->messages > 0)
+        start_interval(s);
+    if (settled) {
+        send_line(s, "5-b", "QUIT");
+        good = expect(&x, FOR_QUIT, NULL, NULL);
+    }
+    abandon(&x);
+
+    log_event(s, LOG_INFO,
+              "%s: %zu message%s, %llu octets, recipients: %zu delivered, %zu deferred, %zu refused; %lu wait%s",
+              s->account->name, s->messages, plural(s->messages), (unsigned long long)x.octets, x.delivered, x.deferred,
+              x.refused, s->io.waits, plural(s->io.waits));
+    if (!good || s->io.broken)
+        log_event(s, LOG_WARNING, "the reversed session ended early: %s; what is not delivered stays queued",
+                  s->io.broken ? s->io.broken : "the customer does not take mail");
+}
+
+/* 5.3-b: the customer greets; 5.3-c: then EHLO, or HELO where EHLO is not known. */
+static bool greet_customer(struct sender *x)
+{
+    struct session *s = x->s;
+    struct reply r;
+    if (!read_reply(s, "5.3-b", &r) || r.code != 220)
+        return false;
+    send_line(s, "5.3-c", "EHLO %s", s->name);
+    if (!read_ehlo_reply(s, "5.3-a", &r))
+        return false;
+    if (r.code < 300) {
+        read_capabilities(x, &r);
+        return true;
+    }
+    if (r.code < 500)
+        return false;
+    send_line(s, "5.3-c", "HELO %s", s->name);
+    return read_reply(s, "5.3-a", &r) && r.code < 300;
+}
+
+static void read_capabilities(struct sender *x, const struct reply *r)
+{
+    const char *size = reply_keyword(r, "SIZE"), *limits = reply_keyword(r, "LIMITS");
+    x->pipelining = reply_keyword(r, "PIPELINING") != NULL;
+    x->chunking = x->pipelining && reply_keyword(r, "CHUNKING") != NULL;
+    x->eight_bit = reply_keyword(r, "8BITMIME") != NULL;
+    x->utf8 = reply_keyword(r, "SMTPUTF8") != NULL;
+    x->size = size != NULL;
+    x->size_limit = size && isdigit((unsigned char)*size) ? strtoull(size, NULL, 10) : 0;
+    x->mail_max = limit_of(limits, "MAILMAX=", 0);
+    if (limit_of(limits, "RCPTMAX=", x->rcpt_max) < x->rcpt_max)
+        x->rcpt_max = limit_of(limits, "RCPTMAX=", x->rcpt_max);
+}
+
+/* RFC 9422: the number after NAME= in the parameters of LIMITS; none: there is no such number. */
+static size_t limit_of(const char *limits, const char *name, size_t none)
+{
+    size_t len, before = strlen(name);
     const char *word;
-    while (**list == ' ' || **list == '\t')
-        (*list)++;
-    word = *list;
-    *len = strcspn(word, " \t\n");
-    *list += *len;
-    return *len ? word : NULL;
+    while (limits && (word = next_word(&limits, &len))) {
+        size_t limit = strncasecmp(word, name, before) == 0 ? strtoull(word + before, NULL, 10) : 0;
+        if (limit > 0 && len <= before + 6 && strspn(word + before, "0123456789") == len - before)
+            return limit;
+    }
+    return none;
 }
 
-bool list_has(const char *list, const char *wanted)
+/* The message to be sent next: the one that was claimed for ATRN, then the others, then those that must be sent
+ * again, once nothing is outstanding. When the walk through the queue was stopped (see claim_next), what is
+ * outstanding is settled, which gives descriptors and memory back, and the same message is tried once more. NULL:
+ * that was all, or the connection is broken: after a walk that did not come to its end there is no QUIT, which
+ * would say that it did. */
+static struct message *next_message(struct sender *x)
+{
+    struct session *s = x->s;
+    struct message *m = s->first;
+    s->first = NULL;
+    if (!m && !x->again)
+        claim_next(s, &s->backlog, &m);
+    if (m || !settle_down_to(x, 0))
+        return m;
+    if (x->again) {
+        m = x->again;
+        x->again = m->next;
+    } else if (s->backlog.stopped) {
+        claim_next(s, &s->backlog, &m);
+        if (!m && s->backlog.stopped)
+            stream_break(&s->io, s->backlog.stopped);
+    }
+    return m;
+}
+
+/* ---- Commands ---- */
+
+/* The whole message, in as many transactions as its recipients need. */
+static bool send_message(struct sender *x, struct message *m)
+{
+    struct recipient *to;
+    size_t next = 0;
+    bool connected = true;
+    m->holders = 1;
+    m->again = false;
+    m->next = NULL;
+    refuse_beforehand(x, m);
+    while (connected && !x->over && (to = next_owed(m, &next))) {
+        struct transaction *t = calloc(1, sizeof *t);
+        if (!t) {
+            stream_break(&x->s->io, "out of memory");
+            connected = false;
+            break;
+        }
+        *t = (struct transaction){.message = m, .first = next - 1, .last = next, .open = true};
+        m->holders++;
+        connected = send_transaction(x, t, to);
+        next = t->last;
+        t->open = false;
+        transaction_release(x, t);
+        if (x->mail_max > 0 && x->transactions == x->mail_max)
+            end_early(x, "the customer takes no more than %zu transactions a session (RFC 9422)", x->mail_max);
+    }
+    message_forget_top(m);
+    message_release(x, m);
+    return connected;
+}
+
+static void refuse_beforehand(struct sender *x, struct message *m)
+{
+    struct reply why;
+    for (size_t i = 0; i < m->recipients; i++)
+        if (m->list[i].fate == OWED && customer_cannot_take(x, m, m->list[i].address, &why))
+            note_verdict(x, m, &m->list[i], REFUSED, &why);
+}
+
+/* What this customer cannot take is not sent in breach of the standard, but returned. True, and why. A header with
+ * octets over 127 needs 8BITMIME only, as everybody else sees it; an address in UTF-8 needs SMTPUTF8. */
+static bool customer_cannot_take(const struct sender *x, const struct message *m, const char *recipient,
+                                 struct reply *why)
+{
+    why->code = 0;
+    if (x->size_limit > 0 && m->wire_size > x->size_limit)
+        snprintf(why->text, sizeof why->text, "5.3.4 The message has %llu octets; the recipient's server takes %llu",
+                 (unsigned long long)m->wire_size, (unsigned long long)x->size_limit);
+    else if (!x->utf8 && !(ascii(m->sender) && ascii(recipient)))
+        snprintf(why->text, sizeof why->text, "5.6.7 An address is in UTF-8, and the recipient's server does not take "
+                                              "that (SMTPUTF8)");
+    else if (!x->eight_bit && m->eight_bit)
+        snprintf(why->text, sizeof why->text, "5.6.3 The content has 8-bit octets, and the recipient's server does not "
+                                              "take them (8BITMIME)");
+    else
+        return false;
+    return true;
+}
+
+/* MAIL, RCPT ..., and the content: one transaction, for the next recipients, no more than the customer takes at
+ * once. */
+static bool send_transaction(struct sender *x, struct transaction *t, struct recipient *to)
+{
+    struct message *m = t->message;
+    size_t n = 1;
+    t->behind_end = x->count > 0; /* before RSET, which is no end */
+    if (x->unclean && x->count == 0) {
+        send_line(x->s, "5.3-c", "RSET");
+        if (!expect(x, FOR_RSET, NULL, NULL))
+            return false;
+    }
+    send_mail_command(x, m);
+    x->transactions++;
+    if (!expect(x, FOR_MAIL, t, NULL))
+        return false;
+    do {
+        if (!t->mail_refused) {
+            send_line(x->s, "5.3-c", "RCPT TO:<%s>", to->address);
+            if (!expect(x, FOR_RCPT, t, to))
+                return false;
+        } else if (!t->again) {
+            note_verdict(x, m, to, t->verdict, &t->reply);
+        }
+    } while (n++ < x->rcpt_max && (to = next_owed(m, &t->last)));
+    if (x->count == 0 && (t->mail_refused || t->accepted == 0))
+        return true; /* all is answered and nobody wants it: no content */
+    return x->chunking ? send_bdat(x, t) : send_data(x, t);
+}
+
+/* The next recipient that is owed the message, from entry *next on; *next is then the number after it. */
+static struct recipient *next_owed(const struct message *m, size_t *next)
+{
+    while (*next < m->recipients)
+        if (m->list[(*next)++].fate == OWED)
+            return &m->list[*next - 1];
+    return NULL;
+}
+
+/* With what the customer wants to know beforehand (RFC 1870, RFC 6152, RFC 6531), when it is so. */
+static void send_mail_command(struct sender *x, const struct message *m)
+{
+    char size[32] = "";
+    if (x->size)
+        snprintf(size, sizeof size, " SIZE=%llu", (unsigned long long)m->wire_size);
+    send_line(x->s, "5.3-c", "MAIL FROM:<%s>%s%s%s", m->sender, size,
+              m->eight_bit && x->eight_bit ? " BODY=8BITMIME" : "",
+              (m->utf8_header || m->utf8_address) && x->utf8 ? " SMTPUTF8" : "");
+}
+
+static bool send_data(struct sender *x, struct transaction *t)
+{
+    send_line(x->s, "5.3-c", "DATA");
+    if (!expect(x, FOR_DATA, t, NULL))
+        return false;
+    if (!t->go_ahead)
+        return true;
+    /* RFC 2920, 3.1: a 354 although every RCPT failed must be honoured, with no content. */
+    if (t->accepted > 0 && !send_content(x, t, true))
+        return false;
+    send_line(x->s, "4-e", ".");
+    return expect(x, FOR_CONTENT, t, NULL);
+}
+
+static bool send_content(struct sender *x, struct transaction *t, bool dots)
+{
+    if (!message_send(t->message, &x->s->io, dots)) {
+        stream_break(&x->s->io, "a message in the queue cannot be read, or somebody wrote into it");
+        return false;
+    }
+    trace_line(x->s, PROVIDER, "5.3-c", "... %llu octets of message ...", (unsigned long long)t->message->wire_size);
+    return true;
+}
+
+static bool send_bdat(struct sender *x, struct transaction *t)
+{
+    send_line(x->s, "RFC 3030", "BDAT %llu LAST", (unsigned long long)t->message->wire_size);
+    return send_content(x, t, false) && expect(x, FOR_BDAT, t, NULL);
+}
+
+/* ---- Replies: each settles what the oldest command expects ---- */
+
+/* Notes that the command just written will be answered, and waits if the rule says so. */
+static bool expect(struct sender *x, enum expectation what, struct transaction *t, struct recipient *to)
+{
+    struct stream *io = &x->s->io;
+    x->fifo[(x->oldest + x->count++) % REPLIES_IN_FLIGHT] = (struct expected){what, t, to, io->gone + io->out_end};
+    if (t)
+        t->outstanding++;
+    return settle_down_to(x, may_stay_outstanding(x, what));
+}
+
+/* The one rule: how many replies may be left outstanding after this command. Without PIPELINING none.
+ * With it, DATA must be the last of its group (RFC 2920, 3.1), so there all are awaited. Otherwise we
+ * write on until the FIFO is full, and then make room for half of it. */
+static size_t may_stay_outstanding(const struct sender *x, enum expectation what)
+{
+    if (!x->pipelining || what == FOR_DATA || what == FOR_QUIT)
+        return 0;
+    if (x->wait_at_ends && (what == FOR_CONTENT || what == FOR_BDAT))
+        return 0;
+    return x->count < REPLIES_IN_FLIGHT ? x->count : REPLIES_IN_FLIGHT / 2;
+}
+
+static bool settle_arrived(struct sender *x)
+{
+    struct reply r;
+    while (x->count > 0 && x->fifo[x->oldest].written <= x->s->io.gone && reply_arrived(x->s))
+        if (!read_arrived_reply(x->s, reply_clause(x), &r) || !settle(x, &r))
+            return false;
+    return true;
+}
+
+static bool settle_down_to(struct sender *x, size_t left)
+{
+    struct reply r;
+    while (x->count > left)
+        if (!read_reply(x->s, reply_clause(x), &r) || !settle(x, &r))
+            return false;
+    return true;
+}
+
+/* Settles the oldest command with its reply. False: the connection is of no more use. */
+static bool settle(struct sender *x, const struct reply *r)
+{
+    struct expected e = x->fifo[x->oldest];
+    const char *lost = order_lost(e.what, r->code);
+    if (lost) {
+        stream_break(&x->s->io, lost);
+        stream_end_input(&x->s->io);
+        return false;
+    }
+    x->oldest = (x->oldest + 1) % REPLIES_IN_FLIGHT;
+    x->count--;
+    switch (e.what) {
+    case FOR_MAIL:
+        settle_mail(x, e.of, r);
+        break;
+    case FOR_RCPT:
+        settle_recipient(x, e.of, e.recipient, r);
+        break;
+    case FOR_DATA:
+        e.of->go_ahead = r->code == 354;
+        if (!e.of->go_ahead)
+            settle_content(x, e.of, FOR_DATA, r);
+        break;
+    case FOR_CONTENT:
+    case FOR_BDAT:
+        settle_content(x, e.of, e.what, r);
+        break;
+    case FOR_RSET:
+        x->unclean = false;
+        break;
+    case FOR_QUIT:
+        break;
+    }
+    if (e.of) {
+        e.of->outstanding--;
+        transaction_release(x, e.of);
+    }
+    return true;
+}
+
+/* Some replies show that the order of replies is lost. A server that does not know BDAT reads the content as commands,
+ * and its replies to those would be taken for verdicts on mail. A 2xx in the place of 354 answers another command.
+ * Returns the reason; NULL: the order holds. */
+static const char *order_lost(enum expectation what, int code)
+{
+    if (what == FOR_BDAT && (code == 500 || code == 502 || code == 504))
+        return "the customer's server does not know BDAT, though CHUNKING was offered";
+    if (what == FOR_DATA && code < 300)
+        return "the customer's server answers DATA with 2xx in the place of 354";
+    return code == 421 ? "the customer closes the service (421)" : NULL;
+}
+
+/* Settles the replies that have arrived, without waiting. Accepted mail leaves the queue soon, so a provider that is
+ * killed causes few second copies. A reply that arrives before its command has left is not believed. */
+/* Where the reply to the oldest command stands in RFC 2645. */
+static const char *reply_clause(const struct sender *x)
+{
+    static const char *const clause[] = {
+        [FOR_RSET] = "5.3-c", [FOR_MAIL] = "5.3-c,4-e", [FOR_RCPT] = "5.3-c,4-e", [FOR_DATA] = "5.3-c,4-e",
+        [FOR_CONTENT] = "4-e", [FOR_BDAT] = "4-e", [FOR_QUIT] = "5-b",
+    };
+    return clause[x->fifo[x->oldest].what];
+}
+
+/* RFC 2920, 3.1, lets MAIL follow the end of a message at once, but some servers refuse what arrives before their reply
+ * to that end, with one 503 for each command. Then the sender waits there from now on, and sends the same again. */
+static void settle_mail(struct sender *x, struct transaction *t, const struct reply *r)
+{
+    t->verdict = verdict_of(FOR_MAIL, r);
+    t->mail_refused = t->verdict != DELIVERED;
+    t->reply = *r;
+    x->unclean = !t->mail_refused;
+    if (r->code == 503 && t->behind_end) {
+        t->again = t->message->again = true;
+        if (!x->wait_at_ends)
+            log_event(x->s, LOG_NOTICE, "the customer's server wants no MAIL before its reply to the end of a message; "
+                                        "from now on the sender waits for that");
+        x->wait_at_ends = true;
+    } else if (about_session(FOR_MAIL, r->code)) {
+        not_ready(x, r);
+    }
+}
+
+static void settle_recipient(struct sender *x, struct transaction *t, struct recipient *to, const struct reply *r)
+{
+    if (t->again)
+        return;
+    if (t->mail_refused) {
+        note_verdict(x, t->message, to, t->verdict, &t->reply);
+    } else if (reply_verdict(r) == DELIVERED) {
+        to->fate = ACCEPTED;
+        t->accepted++;
+    } else {
+        note_verdict(x, t->message, to, verdict_of(FOR_RCPT, r), r);
+    }
+}
+
+/* The reply to DATA if it is not 354, to the last octet otherwise. A 2xx to the last octet is the moment
+ * when the responsibility passes to the customer (RFC 5321, 4.2.5); if the line drops right before it
+ * arrives, the customer has the message and we send it again: twice, but never not at all. */
+static void settle_content(struct sender *x, struct transaction *t, enum expectation what, const struct reply *r)
+{
+    enum verdict verdict = verdict_of(what, r);
+    for (size_t i = t->first; i < t->last; i++)
+        if (t->message->list[i].fate == ACCEPTED)
+            note_verdict(x, t->message, &t->message->list[i], verdict, r);
+    x->unclean = verdict != DELIVERED;
+    if (t->accepted > 0 && about_session(what, r->code))
+        not_ready(x, r);
+}
+
+static void not_ready(struct sender *x, const struct reply *r)
+{
+    char text[REFUSAL_SIZE];
+    join_lines(r, text, sizeof text);
+    end_early(x, "the customer's server is not ready for mail: %d %s", r->code, text);
+}
+
+static enum verdict verdict_of(enum expectation what, const struct reply *r)
+{
+    return about_session(what, r->code) ? DEFERRED : reply_verdict(r);
+}
+
+/* Replies in 5xx that are about the session, not about this mail: the server wants TLS or a log-in first, does not know
+ * the command, or is not ready. The mail stays. To RCPT, 503 complains about the order of commands, and 552 is how
+ * servers of old say "too many recipients" (RFC 5321, 4.5.3.1.10). What is said after the last octet of DATA's content
+ * is a verdict on the message, whatever its number. */
+static bool about_session(enum expectation what, int code)
+{
+    static const int codes[] = {500, 502, 503, 504, 521, 530, 534, 535, 538};
+    if (what == FOR_RCPT)
+        return code == 503 || code == 552;
+    for (size_t i = 0; i < sizeof codes / sizeof *codes; i++)
+        if (code == codes[i])
+            return what == FOR_MAIL || what == FOR_DATA || what == FOR_BDAT;
+    return false;
+}
+
+/* The session is over. Replies that arrived before the connection broke still count. The others will not come, so the
+ * recipients that they were expected for stay in the queue. */
+static void abandon(struct sender *x)
+{
+    settle_arrived(x);
+    x->abandoned = true;
+    while (x->count > 0) {
+        struct expected e = x->fifo[x->oldest];
+        x->oldest = (x->oldest + 1) % REPLIES_IN_FLIGHT;
+        x->count--;
+        if (e.of) {
+            e.of->outstanding--;
+            transaction_release(x, e.of);
+        }
+    }
+    while (x->again) {
+        struct message *m = x->again;
+        x->again = m->next;
+        message_conclude(x, m);
+    }
+}
+
+/* ---- What becomes of a message when its replies are in ---- */
+
+static void transaction_release(struct sender *x, struct transaction *t)
+{
+    if (!t || t->open || t->outstanding > 0)
+        return;
+    message_release(x, t->message);
+    free(t);
+}
+
+static void message_release(struct sender *x, struct message *m)
+{
+    if (--m->holders == 0)
+        message_conclude(x, m);
+}
+
+/* All transactions of this message are settled, or the line is gone. */
+static void message_conclude(struct sender *x, struct message *m)
+{
+    struct session *s = x->s;
+    struct message **at = &x->again;
+    for (size_t i = 0; i < m->recipients; i++) {
+        struct recipient *r = &m->list[i];
+        if (r->fate == OWED && m->again && !x->abandoned) {
+            while (*at)
+                at = &(*at)->next;
+            *at = m;
+            return;
+        }
+        if (r->fate == ACCEPTED || (r->fate == OWED && (s->io.broken || x->abandoned))) {
+            r->fate = DEFERRED;
+            x->deferred++;
+            log_fate(s, LOG_INFO, "deferred", m, r, s->io.broken ? s->io.broken : "the session ended before a reply");
+        }
+    }
+    count_message(x, m);
+    if (!message_settle(s->provider, s, m))
+        backlog_skip_box(&s->backlog, m->path);
+    message_close(m);
+    free(m);
+}
+
+static void count_message(struct sender *x, const struct message *m)
+{
+    bool taken = false, refused = false;
+    for (size_t i = 0; i < m->recipients; i++) {
+        taken |= m->list[i].fate == DELIVERED;
+        refused |= m->list[i].fate == REFUSED && strncmp(m->list[i].reason->text, "000", 3) != 0;
+    }
+    x->s->messages += taken;
+    x->octets += taken ? m->wire_size : 0;
+    x->messages_refused += refused && !taken;
+    if (x->s->messages == 0 && x->messages_refused == REFUSED_MESSAGES_MAX)
+        end_early(x, "the customer's server has refused %d messages and taken none", REFUSED_MESSAGES_MAX);
+}
+
+/* The verdict of this reply on the mail. Code 0: the reason is ours, not the customer's. */
+static void note_verdict(struct sender *x, struct message *m, struct recipient *to, enum verdict verdict,
+                         const struct reply *r)
+{
+    char text[REFUSAL_SIZE - 4], why[REFUSAL_SIZE];
+    join_lines(r, text, sizeof text);
+    if (verdict == REFUSED && r->code && x->messages_refused >= REFUSED_MESSAGES_MAX && x->s->messages == 0)
+        verdict = DEFERRED; /* a server that refuses everything returns no more of the queue */
+    if (verdict == REFUSED && !(to->reason = message_reason(m, r->code, text)))
+        verdict = DEFERRED; /* without the reason there could be no notice */
+    to->fate = verdict;
+    x->delivered += verdict == DELIVERED;
+    x->deferred += verdict == DEFERRED;
+    x->refused += verdict == REFUSED;
+    if (r->code)
+        snprintf(why, sizeof why, "%d %s", r->code, text);
+    else
+        memcpy(why, text, sizeof text);
+    log_fate(x->s, LOG_INFO,
+             verdict == DELIVERED ? "delivered" : verdict == DEFERRED ? "deferred" : "refused", m, to, why);
+}
+
+/* Ends the session early, with QUIT. Outstanding replies are still settled; the other messages stay queued. */
+__attribute__((format(printf, 2, 3))) static void end_early(struct sender *x, const char *fmt, ...)
+{
+    char why[LOG_LINE];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(why, sizeof why, fmt, args);
+    va_end(args);
+    if (!x->over)
+        log_event(x->s, LOG_WARNING, "%s; the rest of the mail stays queued, and the session ends", why);
+    x->over = true;
+}
+
+/* One line for each recipient's fate, so that an administrator finds a mail by sender, recipient or Message-ID. */
+static void log_fate(const struct session *s, int priority, const char *fate, const struct message *m,
+                     const struct recipient *to, const char *why)
+{
+    log_event(s, priority, "%s to=<%s> from=<%s> message-id=%s file=%s: %s", fate, to->address, m->sender,
+              *m->id ? m->id : "none", m->path, why);
+}
+
+/* ==== The customer, before the reversal: the client ===================================================
+ *
+ * Greeting, EHLO, AUTH, ATRN, each reply checked; then the roles turn. The result is an exit code of
+ * sysexits(3), because a script that polls needs to know: mail, no mail, try later, or a permanent error. */
+
+#define ATRN_TIMEOUT 600         /* 5.2.1-c: seconds; at least ten minutes */
+#define REPLY_TEXT 512           /* octets of a reply in the log */
+#define EXIT_NO_MAIL 1 /* the reply to ATRN was 453, or 250 and then no mail */
+
+/* After SIGTERM the customer takes the message under way, then says 421. An octet in the pipe ends a wait for a
+ * command. A second signal ends the program at once. */
+static int stop_pipe[2] = {-1, -1};
+static volatile sig_atomic_t customer_stops;
+
+static int session_with_provider(const struct customer *c, struct receiver *receiver);
+static int client_dialogue(struct session *s, const struct customer *c);
+static int client_ehlo(struct session *s, struct reply *r);
+static int client_starttls(struct session *s, const struct customer *c, struct reply *r);
+static int client_tls(struct session *s, const struct customer *c);
+static int client_authenticate(struct session *s, const struct customer *c, struct reply *r);
+static enum mechanism choose_mechanism(const struct session *s, const struct customer *c, const struct reply *r);
+static bool mechanism_usable(const struct session *s, const struct customer *c, enum mechanism m);
+static int client_atrn(struct session *s, const struct customer *c, struct reply *r);
+
+int customer_session(const struct customer *c)
+{
+    struct receiver receiver = {.session = NULL};
+    int code = EX_OK;
+    if (c->smtp || c->exec)
+        code = reach_receiver(c, &receiver, "no ATRN is sent");
+    if (code == EX_OK)
+        code = session_with_provider(c, &receiver);
+    leave_receiver(c, &receiver);
+    return code;
+}
+
+static int session_with_provider(const struct customer *c, struct receiver *receiver)
+{
+    struct session *s;
+    int code, fd = connect_to(c->provider, ODMR_PORT, c->timeout, &code);
+    if (fd < 0)
+        return code;
+    s = must_alloc(session_new(fd, CUSTOMER, c->timeout, c->name, c->trace));
+    s->quiet = c->quiet;
+    s->stepwise = c->stepwise;
+    s->progress = !c->quiet && !c->trace && isatty(STDERR_FILENO);
+    s->io.wake_fd = stop_pipe[0];
+    code = client_dialogue(s, c);
+    if (code == EX_OK)
+        code = receiver->session ? hand_session_on(s, c, receiver) : take_mail_ourselves(s, c);
+    stream_close(&s->io);
+    free(s);
+    return code;
+}
+
+/* From the connection to the reversal (4-b): the transcript of section 6, from the customer's side. */
+static int client_dialogue(struct session *s, const struct customer *c)
+{
+    struct reply r;
+    int code;
+    enter_state(s, INITIAL);
+    if (c->tls && (code = client_tls(s, c)) != EX_OK)
+        return code;
+    if (!read_reply(s, "5.1-a", &r))
+        return exit_code_lost(s);
+    if (r.code != 220)
+        return exit_code_refused(s, "connecting", &r, EX_UNAVAILABLE);
+    code = client_ehlo(s, &r);
+    if (code == EX_OK)
+        code = client_starttls(s, c, &r);
+    if (code == EX_OK && !reply_keyword(&r, "ATRN")) {
+        log_event(s, LOG_ERR, "%s does not offer ATRN", s->peer);
+        code = EX_UNAVAILABLE;
+    }
+    if (code == EX_OK)
+        code = client_authenticate(s, c, &r);
+    if (code == EX_OK) {
+        enter_state(s, AUTHENTICATED);
+        code = client_atrn(s, c, &r);
+    }
+    if (code != EX_OK && !s->io.broken) {
+        send_line(s, "5.1.3-a", "QUIT");
+        read_reply(s, "5.1.3-a", &r);
+    }
+    return code;
+}
+
+static int client_ehlo(struct session *s, struct reply *r)
+{
+    send_line(s, "5.1.1-a", "EHLO %s", s->name);
+    if (!read_ehlo_reply(s, "5.1.1-a", r))
+        return exit_code_lost(s);
+    return r->code == 250 ? EX_OK : exit_code_refused(s, "EHLO", r, EX_UNAVAILABLE);
+}
+
+/* RFC 3207: STARTTLS is used whenever it is offered. What the provider said before is forgotten, so EHLO is sent again.
+ * Without the offer, which an attacker may have removed, the session goes on in the clear unless --require-tls. */
+static int client_starttls(struct session *s, const struct customer *c, struct reply *r)
+{
+    int code;
+    if (s->io.tls)
+        return EX_OK;
+    if (!reply_keyword(r, "STARTTLS")) {
+        if (!c->require_tls)
+            return EX_OK;
+        log_event(s, LOG_ERR, "%s does not offer STARTTLS, which --require-tls asks for", s->peer);
+        return EX_UNAVAILABLE;
+    }
+    send_line(s, "RFC 3207", "STARTTLS");
+    if (!read_reply(s, "RFC 3207", r))
+        return exit_code_lost(s);
+    if (r->code != 220)
+        return exit_code_refused(s, "STARTTLS", r, EX_UNAVAILABLE);
+    if (stream_discard_input(&s->io))
+        log_event(s, LOG_WARNING, "%s sent something behind its reply to STARTTLS; it is thrown away", s->peer);
+    code = client_tls(s, c);
+    return code == EX_OK ? client_ehlo(s, r) : code;
+}
+
+/* The handshake. The certificate must be valid, and for the host that was asked for. */
+static int client_tls(struct session *s, const struct customer *c)
+{
+    char host[256], port[32];
+    SSL *tls;
+    if (!split_host_port(c->provider, ODMR_PORT, host, sizeof host, port, sizeof port) ||
+        !(tls = stream_offer_tls(&s->io, c->tls_context, host))) {
+        log_event(s, LOG_ERR, "%s: TLS cannot be set up", s->peer);
+        return EX_SOFTWARE;
+    }
+    if (stream_start_tls(&s->io, tls, host))
+        return EX_OK;
+    log_event(s, LOG_ERR, "%s: %s; no credentials were sent", s->peer, s->io.broken);
+    if (SSL_get_verify_result(tls) != X509_V_OK && !c->insecure)
+        return EX_NOPERM;
+    return s->io.tls_failed ? EX_PROTOCOL : EX_TEMPFAIL;
+}
+
+/* ---- AUTH: which mechanism ---- */
+
+static int client_authenticate(struct session *s, const struct customer *c, struct reply *r)
+{
+    enum mechanism m = choose_mechanism(s, c, r);
+    if (m != NO_MECHANISM)
+        return sasl_prove(s, c, m, r);
+    log_event(s, LOG_ERR, "%s offers no mechanism that we can use here%s%s", s->peer, c->mechanism ? "; wanted: " : "",
+              mechanism_name(c->mechanism));
+    return EX_NOPERM;
+}
+
+/* The strongest mechanism that the provider offers and the customer can use, or the one that --mechanism names. */
+static enum mechanism choose_mechanism(const struct session *s, const struct customer *c, const struct reply *r)
+{
+    static const enum mechanism by_strength[] = {SCRAM_PLUS, SCRAM, EXTERNAL, CRAM_MD5, PLAIN};
+    for (size_t i = 0; i < sizeof by_strength / sizeof *by_strength; i++) {
+        enum mechanism m = by_strength[i];
+        if ((c->mechanism == NO_MECHANISM || c->mechanism == m) && mechanism_usable(s, c, m) &&
+            reply_offers(r, "AUTH", mechanism_name(m)))
+            return m;
+    }
+    return NO_MECHANISM;
+}
+
+/* Whether the customer has what the mechanism needs, and the connection allows it. */
+static bool mechanism_usable(const struct session *s, const struct customer *c, enum mechanism m)
+{
+    unsigned char binding[EVP_MAX_MD_SIZE];
+    switch (m) {
+    case SCRAM_PLUS:
+        return c->secret && channel_binding(s->io.tls, false, "tls-server-end-point", binding) > 0;
+    case EXTERNAL:
+        return c->cert && s->io.tls && (!c->secret || c->mechanism == EXTERNAL);
+    case PLAIN:
+        return c->secret && certificate_verified(s->io.tls);
+    default:
+        return c->secret != NULL;
+    }
+}
+
+/* ---- ATRN, and the exit codes ---- */
+
+static int client_atrn(struct session *s, const struct customer *c, struct reply *r)
+{
+    int timeout = s->io.timeout;
+    char text[REPLY_TEXT];
+    if (timeout < ATRN_TIMEOUT) /* (5.2.1-c) */
+        s->io.timeout = ATRN_TIMEOUT;
+    send_line(s, *c->domains ? "5.2.1-a" : "5.2.1-d", "ATRN%s%s", *c->domains ? " " : "", c->domains);
+    if (!read_reply(s, "5.2.1", r))
+        return exit_code_lost(s);
+    s->io.timeout = timeout;
+    switch (r->code) {
+    case 250:
+        return EX_OK;
+    case 453:
+        join_lines(r, text, sizeof text);
+        if (!s->quiet)
+            log_event(s, LOG_INFO, "%s: %d %s", s->peer, r->code, text);
+        return EXIT_NO_MAIL;
+    case 530:
+        return exit_code_refused(s, "ATRN", r, EX_NOPERM);
+    default:
+        return exit_code_refused(s, "ATRN", r, EX_UNAVAILABLE);
+    }
+}
+
+/* A provider without mail may answer ATRN with 250 and say QUIT right after EHLO (5.2.1-h). That is no error. */
+int session_outcome(struct session *s, bool ended, size_t messages, size_t unwritten)
+{
+    if (!ended)
+        return exit_code_lost(s);
+    if (unwritten > 0)
+        return EX_CANTCREAT;
+    return messages > 0 ? EX_OK : EXIT_NO_MAIL;
+}
+
+int exit_code_lost(const struct session *s)
+{
+    log_event(s, LOG_ERR, "%s: %s", s->peer, s->io.broken ? s->io.broken : "the connection was lost");
+    return s->protocol_broken ? EX_PROTOCOL : EX_TEMPFAIL;
+}
+
+int exit_code_refused(const struct session *s, const char *command, const struct reply *r, int permanent)
+{
+    char text[REPLY_TEXT];
+    join_lines(r, text, sizeof text);
+    log_event(s, LOG_ERR, "%s: the reply to %s was %d %s", s->peer, command, r->code, text);
+    return r->code >= 500 ? permanent : r->code >= 400 ? EX_TEMPFAIL : EX_PROTOCOL;
+}
+
+static void stop_customer(int number)
+{
+    int problem = errno;
+    (void)number;
+    customer_stops = 1;
+    if (write(stop_pipe[1], "", 1) < 0)
+        _exit(EX_TEMPFAIL);
+    errno = problem;
+}
+
+/* ==== The customer, after the reversal: the server ====================================================
+ *
+ * A small SMTP server that trusts no input. What it has answered 250 for is on disk. */
+
+#define BAD_COMMANDS_SERVER 100  /* the customer allows its provider more */
+#define RECIPIENTS_MAX 1000      /* what our customer takes */
+#define DOMAINS_A_MESSAGE 32     /* and in how many domains */
+#define TRACE_FIELDS_MAX 100     /* RFC 5321, 6.3: more Received fields mean a loop */
+#define DELIVERIES_MAX 96 /* files that go to disk together */
+#define ANSWERS_MAX 512   /* that wait for them */
+#define STORED_SIZE 512   /* octets of the domains that the summary names */
+
+/* The content of the message under way, on its way into its files. */
+struct content {
+    bool under_way;
+    bool dots;  /* DATA: a lone dot ends it. BDAT: dots mean nothing */
+    bool ended; /* the lone dot came */
+    bool bare;  /* it has a CR or LF by itself */
+    bool after_cr, begun, in_body;
+    enum { AT_LINE_START, AFTER_DOT, IN_TEXT } state;
+    size_t column, trace_fields;
+    char name[32]; /* the start of this header line, to count Received fields */
+    struct delivery deliveries[DOMAINS_A_MESSAGE];
+    size_t files; /* 0: they cannot be opened */
+};
+
+/* An answer that waits for its turn. */
+struct answer {
+    char text[128];
+    const char *clause;
+    size_t files; /* the promise for so many of the deliveries that wait; 0: text is the answer */
+};
+
+struct smtp_server {
+    struct session *s;
+    const struct customer *c;
+    bool greeted, esmtp; /* EHLO or HELO was said; it was EHLO */
+    bool in_mail, utf8;  /* MAIL was accepted; it said SMTPUTF8 */
+    bool done;           /* the session has a proper end */
+    char sender[MAILBOX_MAX + 2];
+    char *recipients[RECIPIENTS_MAX], mailboxes[RECIPIENTS_MAX][MAILBOX_MAX + 2];
+    size_t count, domains; /* of the recipients; of their domains */
+    struct content content;
+
+    struct answer answers[ANSWERS_MAX];
+    struct delivery waiting[DELIVERIES_MAX]; /* the files of these answers */
+    size_t answer_count, waiting_count;
+
+    size_t messages, unwritten; /* stored; answered with 452 */
+    uint64_t octets;            /* of content */
+    char stored[STORED_SIZE];   /* a,b,c: the domains that mail was stored for, as many as fit */
+    unsigned idle;              /* commands in a row that brought no mail forward */
+};
+
+static void receive_mail(struct smtp_server *server);
+static void receive_command(struct smtp_server *server);
+static bool too_idle(struct smtp_server *server);
+static void bad_command(struct smtp_server *server, const char *reply);
+static void hello_command(struct smtp_server *server);
+static void mail_command(struct smtp_server *server);
+static bool mail_parameters_known(const char *parameters);
+static void rcpt_command(struct smtp_server *server);
+static const char *parse_path(const char *argument, const char *keyword, char *mailbox, size_t size);
+static void complete_postmaster(struct smtp_server *server, char *mailbox, size_t size);
+static bool has_recipient_in(const struct smtp_server *server, const char *domain);
+static void data_command(struct smtp_server *server);
+static void bdat_command(struct smtp_server *server);
+static void forget_transaction(struct smtp_server *server);
+static void begin_content(struct smtp_server *server, bool dots);
+static void write_received_field(const struct smtp_server *server, FILE *file);
+static const char *name_for_received(const char *name);
+static bool read_content(struct smtp_server *server, uint64_t left);
+static size_t content_take(struct content *c, const char *data, size_t len);
+static void content_text(struct content *c, const char *data, size_t len);
+static void content_line_end(struct content *c);
+static void content_write(struct content *c, const char *data, size_t len);
+static void end_content(struct smtp_server *server);
+__attribute__((format(printf, 3, 4)))
+static void answer(struct smtp_server *server, const char *clause, const char *fmt, ...);
+static void store_then_answer(struct smtp_server *server);
+static void before_reading(struct smtp_server *server, bool (*arrived)(struct stream *));
+static void settle_answers(struct smtp_server *server);
+static const char *not_stored(struct smtp_server *server, const struct delivery *d);
+
+int take_mail_ourselves(struct session *s, const struct customer *c)
+{
+    struct smtp_server *server = must_alloc(calloc(1, sizeof *server));
+    char what[STORED_SIZE + 16] = "received";
+    int code;
+    server->s = s;
+    server->c = c;
+    for_each_domain(c->queue, clean_domain, NULL);
+    receive_mail(server);
+    code = session_outcome(s, server->done, server->messages, server->unwritten);
+    if (!*c->domains && *server->stored)
+        snprintf(what, sizeof what, "received for %s", server->stored);
+    show_summary(s, what, server->messages, server->octets);
+    free(server);
+    return code;
+}
+
+/* 5.3 on the customer's side, now the server (5.3-a): a greeting line (5.3-b), then commands until QUIT. */
+static void receive_mail(struct smtp_server *server)
+{
+    struct session *s = server->s;
+    enter_state(s, REVERSED);
+    answer(server, "5.3-b", "220 %s ready to receive email", s->name);
+    while (!server->done && !s->protocol_broken) {
+        bool between = !server->in_mail && !server->content.under_way; /* two messages */
+        if (customer_stops && between) {
+            settle_answers(server);
+            server->done = true;
+            end_with_421(s, "this server is shutting down");
+            break;
+        }
+
+        s->io.wake_fd = between ? stop_pipe[0] : -1;
+        before_reading(server, stream_has_line);
+        if (!read_line(s)) {
+            if (s->io.woken)
+                continue;
+            break;
+        }
+        if (s->io.line_cut || s->line_len != strlen(s->line)) {
+            trace_line(s, PROVIDER, NULL, "(a line that is too long, or has a NUL octet)");
+            bad_command(server, "500 5.5.2 Not a command");
+            continue;
+        }
+        trace_line(s, PROVIDER, NULL, "%s", s->line);
+        split_command(s);
+        receive_command(server);
+    }
+
+    if (!s->io.broken)
+        settle_answers(server);
+    deliveries_discard(server->waiting, server->waiting_count); /* they were not settled, so not promised */
+    forget_transaction(server);
+    stream_flush(&s->io);
+    if (s->protocol_broken)
+        stream_break(&s->io, "that is not SMTP as a server could follow it");
+}
+
+/* One command of the provider, answered. */
+static void receive_command(struct smtp_server *server)
+{
+    struct session *s = server->s;
+    if (too_idle(server)) {
+        s->protocol_broken = true;
+        answer(server, NULL, "421 4.5.2 Too many commands without mail, closing connection");
+    } else if (verb_is(s, "BDAT")) {
+        bdat_command(server);
+    } else if (server->content.under_way && !verb_is(s, "RSET") && !verb_is(s, "QUIT")) {
+        answer(server, NULL, "503 5.5.1 BDAT with LAST first");
+    } else if (verb_is(s, "EHLO") || verb_is(s, "HELO")) {
+        hello_command(server);
+    } else if (verb_is(s, "MAIL")) {
+        mail_command(server);
+    } else if (verb_is(s, "RCPT")) {
+        rcpt_command(server);
+    } else if (verb_is(s, "DATA")) {
+        data_command(server);
+    } else if (verb_is(s, "RSET")) {
+        forget_transaction(server);
+        answer(server, NULL, "250 2.0.0 OK");
+    } else if (verb_is(s, "NOOP")) {
+        answer(server, NULL, "250 2.0.0 OK");
+    } else if (verb_is(s, "VRFY")) {
+        answer(server, NULL, "252 2.5.0 Send it and see");
+    } else if (verb_is(s, "QUIT")) {
+        answer(server, "5-b", "221 2.0.0 %s closing connection", s->name);
+        s->io.said_quit = server->done = true;
+    } else {
+        bad_command(server, "502 5.5.1 Command not implemented");
+    }
+}
+
+/* Counts commands in a row that bring no mail forward. Octets of content set the count back, too. */
+static bool too_idle(struct smtp_server *server)
+{
+    if (server->in_mail && verb_is(server->s, "RCPT"))
+        server->idle = 0;
+    return !verb_is(server->s, "QUIT") && ++server->idle >= IDLE_COMMANDS;
+}
+
+/* After BAD_COMMANDS_SERVER of them the reply is 421. */
+static void bad_command(struct smtp_server *server, const char *reply)
+{
+    struct session *s = server->s;
+    s->protocol_broken = ++s->bad_commands == BAD_COMMANDS_SERVER;
+    answer(server, NULL, "%s", s->protocol_broken ? "421 4.5.2 Too many of them, closing connection" : reply);
+}
+
+/* ---- Commands ---- */
+
+static void hello_command(struct smtp_server *server)
+{
+    struct session *s = server->s;
+    if (!s->argument || !printable(s->argument, strlen(s->argument)) || strchr(s->argument, ' ')) {
+        answer(server, NULL, "501 5.5.4 That is not the name of a host");
+        return;
+    }
+    forget_transaction(server);
+    snprintf(s->peer_name, sizeof s->peer_name, "%s", s->argument);
+    server->greeted = true;
+    server->esmtp = verb_is(s, "EHLO");
+    if (!server->esmtp) {
+        answer(server, "5.3-a", "250 %s", s->name);
+        return;
+    }
+
+    answer(server, "5.3-a", "250-%s", s->name);
+    answer(server, "RFC 2920", "250-PIPELINING");
+    answer(server, "RFC 1870", "250-SIZE");
+    answer(server, "RFC 6152", "250-8BITMIME");
+    answer(server, "RFC 6531", "250-SMTPUTF8");
+    answer(server, "RFC 3030", "250-CHUNKING");
+    answer(server, "RFC 9422", "250-LIMITS RCPTMAX=%d", RECIPIENTS_MAX);
+    answer(server, "RFC 2034", "250 ENHANCEDSTATUSCODES");
+}
+
+static void mail_command(struct smtp_server *server)
+{
+    char mailbox[MAILBOX_MAX + 2];
+    const char *parameters = parse_path(server->s->argument, "FROM:", mailbox, sizeof mailbox);
+    if (!server->greeted)
+        answer(server, NULL, "503 5.5.1 EHLO or HELO first");
+    else if (server->in_mail)
+        answer(server, NULL, "503 5.5.1 One message at a time");
+    else if (!parameters || !sender_valid(mailbox))
+        answer(server, "4-e", "501 5.1.7 Not a reverse-path");
+    else if (!mail_parameters_known(parameters))
+        answer(server, "4-e", "555 5.5.4 Parameter not known");
+    else {
+        memcpy(server->sender, mailbox, strlen(mailbox) + 1);
+        server->in_mail = true;
+        server->utf8 = list_has(parameters, "SMTPUTF8");
+        answer(server, "5.3-c", "250 2.1.0 OK");
+    }
+}
+
+/* The parameters of MAIL that our EHLO response offers; any other is refused (RFC 5321, 4.1.1.11). */
+static bool mail_parameters_known(const char *parameters)
 {
     size_t len;
     const char *word;
-    while (list && (word = next_word(&list, &len)))
-        if (len == strlen(wanted) && strncasecmp(word, wanted, len) == 0)
+    while ((word = next_word(&parameters, &len))) {
+        bool known = (len > 5 && strncasecmp(word, "SIZE=", 5) == 0 && strspn(word + 5, "0123456789") == len - 5) ||
+                     (len == 9 && strncasecmp(word, "BODY=7BIT", 9) == 0) ||
+                     (len == 13 && strncasecmp(word, "BODY=8BITMIME", 13) == 0) ||
+                     (len == 8 && strncasecmp(word, "SMTPUTF8", 8) == 0);
+        if (!known)
+            return false;
+    }
+    return true;
+}
+
+static void rcpt_command(struct smtp_server *server)
+{
+    char mailbox[MAILBOX_MAX + 2];
+    const char *parameters = parse_path(server->s->argument, "TO:", mailbox, sizeof mailbox), *domain;
+    bool another; /* the first recipient in this domain */
+    if (parameters && strcasecmp(mailbox, "postmaster") == 0)
+        complete_postmaster(server, mailbox, sizeof mailbox);
+    domain = parameters ? mailbox_domain(mailbox) : NULL;
+    another = domain && !has_recipient_in(server, domain);
+    if (!server->in_mail)
+        answer(server, NULL, "503 5.5.1 MAIL first");
+    else if (parameters && strcasecmp(mailbox, "postmaster") == 0)
+        answer(server, "4-e", "450 4.7.1 Not known yet which domain's postmaster is meant");
+    else if (!parameters || !recipient_valid(mailbox) || !domain_valid(domain, strlen(domain)))
+        answer(server, "4-e", "501 5.1.3 Not a mailbox");
+    else if (*parameters != '\0')
+        answer(server, "4-e", "555 5.5.4 Parameter not known");
+    else if (server->c->domains[0] != '\0' && !domain_in_list(server->c->domains, domain, strlen(domain))) {
+        log_event(server->s, LOG_WARNING, "the provider sent mail for %s, whose domain was not asked for; deferred",
+                  mailbox);
+        answer(server, "4-e", "450 4.7.1 Not a domain that was asked for"); /* 5xx would bounce this mail */
+    } else if (server->c->unknown_mailbox && strcasecmp(mailbox, server->c->unknown_mailbox) == 0)
+        answer(server, "4-e", "550 5.1.1 Nobody of that name here");
+    else if (server->count == RECIPIENTS_MAX || (another && server->domains == DOMAINS_A_MESSAGE))
+        answer(server, "4-e", "452 4.5.3 Too many recipients");
+    else {
+        server->recipients[server->count] = strcpy(server->mailboxes[server->count], mailbox);
+        server->count++;
+        server->domains += another;
+        answer(server, "5.3-c", "250 2.1.5 OK, recipient accepted");
+    }
+}
+
+/* Reads `FROM:<path> parameters`. A blank before the bracket is against RFC 5321 but in RFC 2645's own example (6-a).
+ * A source route is dropped, as RFC 5321 (4.1.1.3) allows. Returns the parameters; NULL: the syntax is wrong. */
+static const char *parse_path(const char *argument, const char *keyword, char *mailbox, size_t size)
+{
+    size_t n = strlen(keyword);
+    const char *p = argument ? argument : "", *end;
+    bool quoted = false;
+    if (strncasecmp(p, keyword, n) != 0)
+        return NULL;
+    p += n;
+    p += strspn(p, " ");
+    if (*p++ != '<')
+        return NULL;
+    if (*p == '@' && strchr(p, ':'))
+        p = strchr(p, ':') + 1;
+
+    for (end = p; *end && (quoted || *end != '>'); end++) {
+        if (quoted && *end == '\\' && end[1])
+            end++;
+        else if (*end == '"')
+            quoted = !quoted;
+    }
+    if (*end != '>' || (end[1] != ' ' && end[1] != '\0') || (size_t)(end - p) >= size)
+        return NULL;
+    memcpy(mailbox, p, (size_t)(end - p));
+    mailbox[end - p] = '\0';
+    return end + 1;
+}
+
+/* RFC 5321, 4.5.1: postmaster needs no domain. The first one asked for is meant, or, after a bare ATRN, the first that
+ * mail was stored for. */
+static void complete_postmaster(struct smtp_server *server, char *mailbox, size_t size)
+{
+    const char *list = server->c->domains, *domain;
+    size_t len;
+    if (!*list) {
+        settle_answers(server);
+        list = server->stored;
+    }
+    if (*list && (domain = next_domain(&list, &len)))
+        snprintf(mailbox, size, "postmaster@%.*s", (int)len, domain);
+}
+
+static bool has_recipient_in(const struct smtp_server *server, const char *domain)
+{
+    for (size_t i = 0; i < server->count; i++)
+        if (strcasecmp(mailbox_domain(server->recipients[i]), domain) == 0)
             return true;
     return false;
 }
 
-/* ==== Addresses and domains ===========================================================================
- *
- * What may be named in ATRN, in an envelope and in a path. A domain that passed domain_valid() has no
- * slash, no dot at either end and no empty label, so it is safe as the name of a directory. */
-
-#define LABEL_MAX 63             /* RFC 1035, 2.3.4 */
-
-bool domain_valid(const char *domain, size_t len)
+static void data_command(struct smtp_server *server)
 {
-    size_t label = 0, labels = 1;
-    if (len > DOMAIN_MAX)
+    uint64_t before = server->octets;
+    if (server->count == 0) {
+        answer(server, NULL, "503 5.5.1 RCPT first");
+        return;
+    }
+    begin_content(server, true);
+    answer(server, "5.3-c", "354 The message, then a dot on a line by itself");
+    if (!read_content(server, UINT64_MAX))
+        return;
+    trace_line(server->s, PROVIDER, "5.3-c", "... %llu octets of message ...",
+               (unsigned long long)(server->octets - before - 3));
+    trace_line(server->s, PROVIDER, "4-e", ".");
+    end_content(server);
+}
+
+/* RFC 3030: the octets follow in any case, so they are read before the answer, even if the answer is no. */
+static void bdat_command(struct smtp_server *server)
+{
+    struct session *s = server->s;
+    char *end = NULL;
+    uint64_t octets = s->argument && isdigit((unsigned char)*s->argument) ? strtoull(s->argument, &end, 10) : 0;
+    bool last = end && strcasecmp(end, " LAST") == 0;
+    if (!end || (!last && *end != '\0') || octets > INT64_MAX) {
+        answer(server, NULL, "501 5.5.4 BDAT takes a number of octets, and LAST");
+        s->protocol_broken = true; /* what follows would be taken for commands */
+        return;
+    }
+
+    if (!server->content.under_way)
+        begin_content(server, false);
+    trace_line(s, PROVIDER, "5.3-c", "... %llu octets of message ...", (unsigned long long)octets);
+    if (!read_content(server, octets))
+        return;
+
+    if (server->count == 0) {
+        answer(server, NULL, "503 5.5.1 RCPT first");
+        server->content.under_way = false;
+    } else if (!last) {
+        answer(server, NULL, "250 2.0.0 OK, go on");
+    } else {
+        end_content(server);
+    }
+}
+
+static void forget_transaction(struct smtp_server *server)
+{
+    deliveries_discard(server->content.deliveries, server->content.files);
+    server->content.files = 0;
+    server->content.under_way = false;
+    server->count = server->domains = 0;
+    server->in_mail = false;
+}
+
+/* ---- The content of a message ----
+ *
+ * Line ends become LF, and DATA's dots are undone. Only CRLF ends a line: a bare CR or LF is how one peer's end of
+ * message is smuggled into the middle of another's (RFC 5321, 2.3.8 and 4.1.1.4). */
+
+/* Opens the files. When there are too many open files, those that wait for the disk are settled first. */
+static void begin_content(struct smtp_server *server, bool dots)
+{
+    struct content *c = &server->content;
+    int problem;
+    *c = (struct content){.under_way = true, .dots = dots};
+    do {
+        c->files = deliveries_open(c->deliveries, server->c->queue, server->sender, server->recipients, server->count);
+        problem = c->files == 0 && server->waiting_count > 0 ? c->deliveries->problem : 0;
+        if (problem == EMFILE || problem == ENFILE)
+            settle_answers(server);
+    } while (problem == EMFILE || problem == ENFILE);
+    for (size_t i = 0; i < c->files; i++)
+        write_received_field(server, c->deliveries[i].file);
+}
+
+/* Who received it, how (a keyword of RFC 3848 or RFC 6531) and when (RFC 5321, 4.4). */
+static void write_received_field(const struct smtp_server *server, FILE *file)
+{
+    const struct session *s = server->s;
+    fprintf(file, "Received: from %s (%s)\n\tby %s with %s%s (odmr, RFC 2645);\n", name_for_received(s->peer_name),
+            s->peer, s->name, server->utf8 ? "UTF8SMTP" : server->esmtp ? "ESMTP" : "SMTP",
+            server->esmtp && s->io.tls ? "S" : "");
+    write_date(file, "\t", time(NULL));
+}
+
+/* The name from EHLO; "unknown" if it could be other syntax in the field, a comment for example. */
+static const char *name_for_received(const char *name)
+{
+    size_t literal = name[0] == '[' ? 1 + strspn(name + 1, "0123456789abcdefABCDEFIPv.:") : 0;
+    bool fit = literal ? strcmp(name + literal, "]") == 0
+                       : isalnum((unsigned char)name[0]) && name[strspn(name, "abcdefghijklmnopqrstuvwxyz"
+                                                                     "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-")] == '\0';
+    return fit ? name : "unknown";
+}
+
+/* Reads so many octets of content, or up to the lone dot. False: the connection is lost. */
+static bool read_content(struct smtp_server *server, uint64_t left)
+{
+    struct session *s = server->s;
+    struct content *c = &server->content;
+    s->io.wake_fd = -1;
+    while (left > 0 && !c->ended) {
+        const char *data;
+        size_t len;
+        before_reading(server, stream_ready);
+        if (!stream_peek(&s->io, &data, &len)) {
+            stream_end_input(&s->io); /* what comes later would be content, not a command */
+            return false;
+        }
+        len = content_take(c, data, len < left ? len : (size_t)left);
+        stream_skip(&s->io, len);
+        left -= len;
+        server->octets += len;
+        server->idle = 0;
+        show_progress(s, server->messages, server->octets);
+    }
+    return true;
+}
+
+/* Takes content from the peer's octets. Returns their number: after the lone dot no more are taken. */
+static size_t content_take(struct content *c, const char *data, size_t len)
+{
+    size_t i = 0;
+    while (i < len && !c->ended) {
+        bool cr = data[i] == '\r', lf = data[i] == '\n';
+        if (c->after_cr != lf) { /* a CR without LF, or an LF without CR */
+            c->bare = true;
+            c->state = IN_TEXT;
+        }
+
+        if (c->after_cr && lf) {
+            c->ended = c->state == AFTER_DOT;
+            if (!c->ended)
+                content_line_end(c);
+            c->state = AT_LINE_START;
+            i++;
+        } else if (cr || lf) {
+            c->state = c->state == AT_LINE_START ? IN_TEXT : c->state;
+            i++;
+        } else {
+            bool dot = c->dots && c->state == AT_LINE_START && data[i] == '.'; /* is dropped (RFC 5321, 4.5.2) */
+            size_t start = i + dot;
+            for (i = start; i < len && data[i] != '\r' && data[i] != '\n';)
+                i++;
+            c->state = dot && i == start ? AFTER_DOT : IN_TEXT;
+            content_text(c, data + start, i - start);
+        }
+        c->after_cr = cr;
+    }
+    return i;
+}
+
+/* Text of one line, without its end. A first line that starts with a blank would continue our Received field, so an
+ * empty line is put before it. */
+static void content_text(struct content *c, const char *data, size_t len)
+{
+    if (!c->begun && len > 0 && (*data == ' ' || *data == '\t')) {
+        c->in_body = true;
+        content_write(c, "\n", 1);
+    }
+    c->begun |= len > 0;
+    if (!c->in_body && c->column < sizeof c->name - 1) {
+        size_t part = sizeof c->name - 1 - c->column;
+        memcpy(c->name + c->column, data, len < part ? len : part);
+    }
+    c->column += len;
+    content_write(c, data, len);
+}
+
+/* Counts Received fields. Blanks are allowed before the colon (RFC 5322, 4.5). */
+static void content_line_end(struct content *c)
+{
+    c->name[c->column < sizeof c->name ? c->column : sizeof c->name - 1] = '\0';
+    if (!c->in_body && strncasecmp(c->name, "Received", 8) == 0 && c->name[8 + strspn(c->name + 8, " \t")] == ':')
+        c->trace_fields++;
+    c->begun = true;
+    if (c->column == 0)
+        c->in_body = true;
+    c->column = 0;
+    content_write(c, "\n", 1);
+}
+
+static void content_write(struct content *c, const char *data, size_t len)
+{
+    for (size_t i = 0; i < c->files; i++)
+        fwrite(data, 1, len, c->deliveries[i].file);
+}
+
+/* The end of the content: the only place that takes responsibility for a message. If the disk is full, the files are
+ * removed at once, which makes room for others. */
+static void end_content(struct smtp_server *server)
+{
+    struct content *c = &server->content;
+    if (!c->dots && c->state != AT_LINE_START) { /* BDAT need not end with a line end; a file does */
+        c->bare |= c->after_cr;
+        content_line_end(c);
+    }
+
+    if (c->bare)
+        answer(server, "4-e", "550 5.6.0 A CR or LF by itself is no line end; message refused");
+    else if (c->trace_fields > TRACE_FIELDS_MAX)
+        answer(server, "4-e", "554 5.4.6 Too many hops");
+    else if (deliveries_written(c->deliveries, c->files))
+        store_then_answer(server);
+    else
+        answer(server, "4-e", "%s", not_stored(server, c->deliveries));
+    forget_transaction(server);
+}
+
+/* ==== Answers that wait for the disk =================================================================
+ *
+ * 250 to the last octet of a message is a promise: the message is on disk (RFC 5321, 6.1). Writing takes time, and a
+ * provider that pipelines has sent more meanwhile. So the server reads on as long as there is something to read.
+ * Answers wait in a list, in their order, from the first promise on. Before the server would have to wait for the
+ * provider, all messages received so far go to disk together, and then their answers leave. If the connection is lost
+ * before that, the messages are discarded: the provider has no answer, keeps them, and sends them again.
+ *
+ * answer() says a reply in its turn. store_then_answer() promises the message under way. */
+
+static void answer_stored(struct smtp_server *server, struct delivery *d, size_t files);
+static void note_domain(struct smtp_server *server, const char *domain);
+
+static void answer(struct smtp_server *server, const char *clause, const char *fmt, ...)
+{
+    struct answer *a;
+    char text[COMMAND_LINE];
+    va_list args;
+    va_start(args, fmt);
+    vsnprintf(text, sizeof text, fmt, args);
+    va_end(args);
+
+    if (server->answer_count == ANSWERS_MAX || strlen(text) >= sizeof a->text)
+        settle_answers(server);
+    if (server->answer_count == 0) {
+        send_line(server->s, clause, "%s", text);
+        return;
+    }
+    a = &server->answers[server->answer_count++];
+    memcpy(a->text, text, strlen(text) + 1);
+    a->clause = clause;
+    a->files = 0;
+}
+
+static void store_then_answer(struct smtp_server *server)
+{
+    struct content *c = &server->content;
+    if (server->answer_count == ANSWERS_MAX || server->waiting_count + c->files > DELIVERIES_MAX)
+        settle_answers(server);
+    memcpy(server->waiting + server->waiting_count, c->deliveries, c->files * sizeof *c->deliveries);
+    server->waiting_count += c->files;
+    server->answers[server->answer_count++].files = c->files;
+    c->files = 0;
+}
+
+/* To be called before anything is read: the provider may be waiting for one of these answers, even when it has sent
+ * half a command. At the end of the connection it no longer waits. */
+static void before_reading(struct smtp_server *server, bool (*arrived)(struct stream *))
+{
+    if (server->answer_count > 0 && !arrived(&server->s->io) && !server->s->io.ended)
+        settle_answers(server);
+}
+
+static void settle_answers(struct smtp_server *server)
+{
+    struct delivery *d = server->waiting;
+    deliveries_store(d, server->waiting_count);
+    for (size_t i = 0; i < server->answer_count; i++) {
+        const struct answer *a = &server->answers[i];
+        if (a->files == 0)
+            send_line(server->s, a->clause, "%s", a->text);
+        else
+            answer_stored(server, d, a->files);
+        d += a->files;
+    }
+    server->answer_count = server->waiting_count = 0;
+}
+
+static void answer_stored(struct smtp_server *server, struct delivery *d, size_t files)
+{
+    if (d->problem) {
+        deliveries_discard(d, files);
+        send_line(server->s, "4-e", "%s", not_stored(server, d));
+        return;
+    }
+    for (size_t i = 0; i < files; i++)
+        note_domain(server, d[i].domain);
+    server->messages++;
+    send_line(server->s, "4-e", "250 2.0.0 OK, message stored");
+}
+
+static void note_domain(struct smtp_server *server, const char *domain)
+{
+    size_t used = strlen(server->stored);
+    if (used + strlen(domain) + 2 < sizeof server->stored && !domain_in_list(server->stored, domain, strlen(domain)))
+        snprintf(server->stored + used, sizeof server->stored - used, "%s%s", used ? "," : "", domain);
+}
+
+/* Logs why a message cannot be stored, and counts it. Returns the reply. */
+static const char *not_stored(struct smtp_server *server, const struct delivery *d)
+{
+    log_event(server->s, LOG_ERR, "cannot write the message (%s); it stays with the provider", strerror(d->problem));
+    server->unwritten++;
+    return "452 4.3.1 Cannot write the message now";
+}
+
+/* ==== SASL ============================================================================================
+ *
+ * RFC 4954's AUTH: a mechanism's messages, in base64, as challenges (334) and responses:
+ *
+ *     the customer, the client                           the provider, the server
+ *
+ *     AUTH MECHANISM [initial response]  ------------->
+ *                                        <-------------  334 challenge
+ *     response                           ------------->     (as often as the mechanism needs it)
+ *                                        <-------------  235, or 535
+ *
+ * An initial response "=" is an empty one; a response "*" cancels the exchange, and the reply is 501. Each mechanism
+ * stands below once: its exchange, what both halves need, the server's half, the client's half. A new one takes these
+ * two functions, a row in the table at the end, and a rank in choose_mechanism() (8-b). */
+
+#define AUTH_FAILURES 3          /* then 421 */
+#define AUTH_FAILURE_MS 1000     /* what a guess costs */
+#define CHALLENGE_MAX 1024
+#define NONCE_MAX 512            /* the client's half of a SCRAM nonce */
+#define SCRAM_ITERATIONS_LEAST 4096
+#define SCRAM_ITERATIONS_MOST 1000000 /* a server that asks for more only wants to keep us busy */
+#define NOBODYS_SECRET "a secret that no account has, for names that no account has"
+
+static enum next serve_cram_md5(struct session *s, enum mechanism m, const char *initial);
+static enum next serve_plain(struct session *s, enum mechanism m, const char *initial);
+static enum next serve_external(struct session *s, enum mechanism m, const char *initial);
+static enum next serve_scram(struct session *s, enum mechanism m, const char *initial);
+static int prove_cram_md5(struct session *s, const struct customer *c, enum mechanism m, struct reply *r);
+static int prove_plain(struct session *s, const struct customer *c, enum mechanism m, struct reply *r);
+static int prove_external(struct session *s, const struct customer *c, enum mechanism m, struct reply *r);
+static int prove_scram(struct session *s, const struct customer *c, enum mechanism m, struct reply *r);
+
+static const struct {
+    const char *name;
+    enum next (*serve)(struct session *s, enum mechanism m, const char *initial);
+    int (*prove)(struct session *s, const struct customer *c, enum mechanism m, struct reply *r);
+} mechanisms[MECHANISMS] = {
+    [NO_MECHANISM] = {"", NULL, NULL},
+    [CRAM_MD5] = {"CRAM-MD5", serve_cram_md5, prove_cram_md5},
+    [SCRAM] = {"SCRAM-SHA-256", serve_scram, prove_scram},
+    [SCRAM_PLUS] = {"SCRAM-SHA-256-PLUS", serve_scram, prove_scram},
+    [EXTERNAL] = {"EXTERNAL", serve_external, prove_external},
+    [PLAIN] = {"PLAIN", serve_plain, prove_plain},
+};
+
+const char *mechanism_name(enum mechanism m)
+{
+    return mechanisms[m].name;
+}
+
+enum mechanism mechanism_named(const char *name)
+{
+    enum mechanism m = MECHANISMS - 1;
+    while (m > NO_MECHANISM && strcasecmp(name, mechanisms[m].name) != 0)
+        m--;
+    return m;
+}
+
+enum next sasl_serve(struct session *s, enum mechanism m, const char *initial)
+{
+    return mechanisms[m].serve(s, m, initial);
+}
+
+int sasl_prove(struct session *s, const struct customer *c, enum mechanism m, struct reply *r)
+{
+    return mechanisms[m].prove(s, c, m, r);
+}
+
+/* ---- Base64: OpenSSL does it; what OpenSSL forgives (white space, padding anywhere) is refused first ---- */
+
+size_t base64_encode(char *out, const void *data, size_t len)
+{
+    return (size_t)EVP_EncodeBlock((unsigned char *)out, data, (int)len);
+}
+
+/* Returns the length, -1 unless text is strict base64 that fits; ended by NUL. */
+static ssize_t base64_decode(char *out, size_t size, const char *text)
+{
+    size_t len = strlen(text);
+    size_t body = strspn(text, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/");
+    size_t padding = strspn(text + body, "=");
+    if (len % 4 != 0 || body + padding != len || padding > 2 || len / 4 * 3 >= size)
+        return -1;
+    if (EVP_DecodeBlock((unsigned char *)out, (const unsigned char *)text, (int)len) < 0)
+        return -1;
+    len = len / 4 * 3 - padding;
+    out[len] = '\0';
+    return (ssize_t)len;
+}
+
+/* ---- The server's steps that all mechanisms share ---- */
+
+/* An exchange that came to nothing, because the secret is wrong (name: whose) or the customer gave it up. Either is
+ * answered a second after the last response, however long that took to judge: the work of a challenge cannot be asked
+ * for without end. The third ends the session. fail2ban reads this line, so the address stands before the name. */
+static enum next exchange_failed(struct session *s, const char *name, const char *reply)
+{
+    struct pollfd wake = {.fd = s->io.wake_fd, .events = POLLIN};
+    int64_t left = s->responded + AUTH_FAILURE_MS - now_ms();
+    char whose[MAILBOX_MAX] = "";
+    if (name)
+        quote(whose, sizeof whose, name);
+    log_event(s, LOG_WARNING, "authentication failed from %s%s%s", s->peer, name ? " for " : ": ",
+              name ? whose : reply + 4);
+    poll(&wake, 1, left > 0 ? (int)left : 0);
+    send_line(s, "5.1.2-b", "%s", reply);
+    if (++s->auth_failures < AUTH_FAILURES)
+        return STAY;
+    end_with_421(s, "too many failed authentications");
+    return END;
+}
+
+/* A wrong secret and an unknown name are told the same. */
+static enum next auth_failed(struct session *s, const char *name)
+{
+    return exchange_failed(s, name, "535 Authentication failed");
+}
+
+static enum next auth_unavailable(struct session *s)
+{
+    log_event(s, LOG_ERR, "authentication is not possible just now: OpenSSL cannot compute");
+    send_line(s, "5.1.2-b", "454 Temporary authentication failure");
+    return STAY;
+}
+
+static enum next auth_succeeded(struct session *s, const struct account *account, enum mechanism m)
+{
+    s->account = account;
+    if (!accounts_renew(s)) { /* SIGHUP came after the challenge */
+        s->account = NULL;
+        return auth_failed(s, account->name);
+    }
+    account = s->account;
+    send_line(s, "5.1.2-b", "235 now authenticated as %s", account->name);
+    log_event(s, LOG_INFO, "authenticated as %s (%s, %s%s%s)", account->name, mechanism_name(m),
+              s->io.tls ? SSL_get_version(s->io.tls) : "in the clear", s->io.tls ? " " : "",
+              s->io.tls ? SSL_get_cipher_name(s->io.tls) : "");
+    return GO_ON; /* from here on, not before, the session counts as authenticated (5.1.2-b) */
+}
+
+/* Decodes a response into s->response. False: it is not base64. */
+static bool decode_response(struct session *s, const char *text)
+{
+    s->response_len = base64_decode(s->response, sizeof s->response, text);
+    return s->response_len >= 0;
+}
+
+/* One turn of an exchange: our challenge out, the response in s->response (GO_ON). STAY: the customer cancelled, or
+ * sent no base64, and has its 501. */
+static enum next sasl_turn(struct session *s, const char *challenge)
+{
+    char encoded[BASE64_SIZE(CHALLENGE_MAX) + 1];
+    base64_encode(encoded, challenge, strlen(challenge));
+    send_line(s, "5.1.2-a", "334 %s", encoded);
+    if (!read_line(s)) {
+        stop_waiting(s);
+        return END;
+    }
+    s->responded = now_ms();
+    if (s->io.line_cut || s->io.line_octets > AUTH_LINE)
+        return exchange_failed(s, NULL, "500 Line too long");
+    trace_line(s, CUSTOMER, "5.1.2-a", "%s", s->hide_response ? "(response not shown)" : s->line);
+    if (strcmp(s->line, "*") == 0)
+        return exchange_failed(s, NULL, "501 Authentication cancelled");
+    if (s->line_len != strlen(s->line) || !decode_response(s, s->line))
+        return exchange_failed(s, NULL, "501 That is not base64");
+    return GO_ON;
+}
+
+/* The client's first message, where the client speaks first: the initial response or, without one, the response to
+ * an empty challenge. */
+static enum next first_response(struct session *s, const char *initial)
+{
+    if (!initial)
+        return sasl_turn(s, "");
+    s->responded = now_ms();
+    if (decode_response(s, strcmp(initial, "=") == 0 ? "" : initial))
+        return GO_ON;
+    refuse(s, NULL, "501 That is not base64");
+    return STAY;
+}
+
+/* ---- The client's steps that all mechanisms share: EX_OK, or the exit code ---- */
+
+/* "*" cancels the exchange (RFC 4954, 4). */
+static int cancel_auth(struct session *s, struct reply *r, int code)
+{
+    send_line(s, NULL, "*");
+    return read_reply(s, "5.1.2", r) ? code : exit_code_lost(s);
+}
+
+static int cannot_compute(const struct session *s)
+{
+    log_event(s, LOG_ERR, "%s: no response to it: OpenSSL cannot compute", s->peer);
+    return EX_SOFTWARE;
+}
+
+/* A challenge, decoded, into s->response. */
+static int read_challenge(struct session *s, struct reply *r)
+{
+    if (!read_reply(s, "5.1.2", r))
+        return exit_code_lost(s);
+    if (r->code != 334)
+        return exit_code_refused(s, "AUTH", r, EX_NOPERM);
+    s->response_len = base64_decode(s->response, sizeof s->response, r->text);
+    if (s->response_len < 0 || strlen(s->response) != (size_t)s->response_len) {
+        log_event(s, LOG_ERR, "%s: its challenge is not base64; AUTH is given up", s->peer);
+        return cancel_auth(s, r, EX_PROTOCOL);
+    }
+    return EX_OK;
+}
+
+/* The last reply: 235 or failure. */
+static int read_outcome(struct session *s, struct reply *r)
+{
+    if (!read_reply(s, "5.1.2", r))
+        return exit_code_lost(s);
+    return r->code == 235 ? EX_OK : exit_code_refused(s, "AUTH", r, EX_NOPERM);
+}
+
+/* ---- CRAM-MD5 (5.1.2-c, RFC 2195), which every pair of provider and customer has in common ----
+ *
+ *     AUTH CRAM-MD5              ------------->
+ *                                <-------------  334 "<random.time@host>", never the same twice
+ *     name digest                ------------->     digest: HMAC-MD5 of the challenge, keyed with the secret
+ *                                <-------------  235 */
+
+static void hex_digits(char *out, const unsigned char octets[16])
+{
+    for (size_t i = 0; i < 16; i++)
+        snprintf(out + 2 * i, 3, "%02x", octets[i]);
+}
+
+/* In 32 lower-case hexadecimal digits. False: OpenSSL failed. */
+static bool cram_md5_digest(char digest[33], const char *secret, const char *challenge)
+{
+    unsigned char mac[16];
+    unsigned int n = 0;
+    if (!HMAC(EVP_md5(), secret, (int)strlen(secret), (const unsigned char *)challenge, strlen(challenge), mac, &n) ||
+        n != sizeof mac)
         return false;
-    for (size_t i = 0; i <= len; i++) {
-        char c = i < len ? domain[i] : '.';
-        if (c == '.') {
-            if (label == 0 || label > LABEL_MAX || domain[i - 1] == '-')
-                return false;
-            labels += i < len;
-            label = 0;
-        } else if (isascii((unsigned char)c) && (isalnum((unsigned char)c) || (c == '-' && label > 0))) {
-            label++;
+    hex_digits(digest, mac);
+    return true;
+}
+
+static bool cram_md5_challenge(char *out, size_t size, const char *host)
+{
+    unsigned char random[16];
+    char text[33];
+    if (RAND_bytes(random, sizeof random) != 1)
+        return false;
+    hex_digits(text, random);
+    return (size_t)snprintf(out, size, "<%s.%lld@%s>", text, (long long)time(NULL), host) < size;
+}
+
+/* An account with only a verifier has no secret to compute a digest from, so it fails. An unknown name and a wrong
+ * secret take the same steps, and differ in the last comparison only. */
+static enum next serve_cram_md5(struct session *s, enum mechanism m, const char *initial)
+{
+    char text[CHALLENGE_MAX], digest[33], *theirs;
+    const struct account *account;
+    struct verifier verifier;
+    enum next got;
+    bool known;
+    if (initial) {
+        refuse(s, NULL, "501 In CRAM-MD5 the server speaks first");
+        return STAY;
+    }
+    if (!cram_md5_challenge(text, sizeof text, s->name))
+        return auth_unavailable(s);
+    got = sasl_turn(s, text);
+    if (got != GO_ON)
+        return got;
+
+    theirs = strrchr(s->response, ' ');
+    if (!theirs || strlen(s->response) != (size_t)s->response_len || strlen(theirs + 1) != 32)
+        return auth_failed(s, "");
+    *theirs++ = '\0';
+    account = account_find(s->accounts, s->response);
+    known = account && !account_verifier(account, &verifier);
+    if (!cram_md5_digest(digest, known ? account->secret : NOBODYS_SECRET, text))
+        return auth_unavailable(s);
+    if (CRYPTO_memcmp(digest, theirs, 32) == 0 && known) {
+        s->io.line_records = true; /* it may be fetchmail, which knows no other mechanism */
+        return auth_succeeded(s, account, m);
+    }
+    return auth_failed(s, s->response);
+}
+
+static int prove_cram_md5(struct session *s, const struct customer *c, enum mechanism m, struct reply *r)
+{
+    char digest[33], response[MAILBOX_MAX + 40], encoded[BASE64_SIZE(sizeof response) + 1];
+    int code;
+    send_line(s, "5.1.2-c", "AUTH %s", mechanism_name(m));
+    code = read_challenge(s, r);
+    if (code != EX_OK)
+        return code;
+    if (!cram_md5_digest(digest, c->secret, s->response))
+        return cancel_auth(s, r, cannot_compute(s));
+    snprintf(response, sizeof response, "%s %s", c->user, digest);
+    base64_encode(encoded, response, strlen(response));
+    send_line(s, "5.1.2-a", "%s", encoded);
+    return read_outcome(s, r);
+}
+
+/* ---- SCRAM-SHA-256 (RFC 5802, RFC 7677) ----
+ *
+ *     AUTH SCRAM-SHA-256 client-first-message   ------------->     header n=name,r=nonce
+ *                                               <-------------  334 server-first-message: r=,s=salt,i=count
+ *     client-final-message                      ------------->     c=header and channel,r=,p=proof
+ *                                               <-------------  334 server-final-message: v=signature
+ *     (an empty response)                       ------------->
+ *                                               <-------------  235
+ *
+ * The server keeps StoredKey and ServerKey, with which nobody can log in. The client proves that it has ClientKey
+ * without sending it. The server's signature proves that it knows the account too. Proof and signature are over
+ * AuthMessage: client-first-bare, server-first and client-final without its proof, with commas between them. -PLUS adds
+ * to c= what only the two ends of this TLS connection know. SMTP's success reply carries no data, so server-final is a
+ * challenge, too (RFC 4954, 4). Names and secrets are UTF-8 and taken as they are: no SASLprep, so both sides must
+ * write them alike. */
+
+struct scram_exchange {
+    bool plus;                        /* the mechanism's name ends in -PLUS */
+    char header[MAILBOX_MAX + 64];    /* the GS2 header of client-first */
+    char bare[CHALLENGE_MAX];         /* the rest of client-first */
+    char name[MAILBOX_MAX];           /* the account's */
+    char nonce[CHALLENGE_MAX];        /* both halves */
+    char server_first[CHALLENGE_MAX];
+    char final[2 * CHALLENGE_MAX];    /* client-final without its proof */
+    char auth_message[5 * CHALLENGE_MAX];
+    unsigned char binding[EVP_MAX_MD_SIZE];
+    size_t binding_len;
+};
+
+bool hmac_sha256(const unsigned char *key, size_t key_len, const char *text, unsigned char out[32])
+{
+    return HMAC(EVP_sha256(), key, (int)key_len, (const unsigned char *)text, strlen(text), out, NULL) != NULL;
+}
+
+bool scram_keys(struct scram_keys *k, const char *secret, const unsigned char *salt, size_t salt_len, int iterations)
+{
+    unsigned char salted[32];
+    bool done = PKCS5_PBKDF2_HMAC(secret, (int)strlen(secret), salt, (int)salt_len, iterations, EVP_sha256(),
+                                  sizeof salted, salted) == 1 &&
+                hmac_sha256(salted, sizeof salted, "Client Key", k->client) &&
+                hmac_sha256(salted, sizeof salted, "Server Key", k->server) &&
+                EVP_Digest(k->client, sizeof k->client, k->stored, NULL, EVP_sha256(), NULL) == 1;
+    OPENSSL_cleanse(salted, sizeof salted);
+    return done;
+}
+
+/* ClientProof = ClientKey XOR ClientSignature: the client makes the one of the other, the server takes it back. */
+static bool scram_mask(const struct scram_keys *k, const char *auth_message, const unsigned char in[32],
+                       unsigned char out[32])
+{
+    unsigned char signature[32];
+    if (!hmac_sha256(k->stored, sizeof k->stored, auth_message, signature))
+        return false;
+    for (size_t i = 0; i < sizeof signature; i++)
+        out[i] = in[i] ^ signature[i];
+    return true;
+}
+
+/* The value of an attribute such as r= in a message, copied out; false: absent, or too long. */
+static bool scram_attribute(const char *message, char name, char *out, size_t size)
+{
+    while (message[0] != name || message[1] != '=') {
+        message = strchr(message, ',');
+        if (!message)
+            return false;
+        message++;
+    }
+    message += 2;
+    return (size_t)snprintf(out, size, "%.*s", (int)strcspn(message, ","), message) < size;
+}
+
+/* RFC 5802, 7: printable US-ASCII; the comma ends it. */
+static bool nonce_valid(const char *nonce)
+{
+    return *nonce && printable(nonce, strlen(nonce)) && !strchr(nonce, ' ');
+}
+
+/* This side's half of the nonce, behind what is there. */
+static bool add_nonce(struct scram_exchange *e)
+{
+    unsigned char random[18];
+    if (RAND_bytes(random, sizeof random) != 1)
+        return false;
+    base64_encode(e->nonce + strlen(e->nonce), random, sizeof random);
+    return true;
+}
+
+/* The salt and the count that keys are made with, in text. The count must be large enough to slow down an
+ * eavesdropper that guesses secrets, and small enough to be computed. */
+static bool salt_and_count(struct verifier *v, const char *salt, const char *count)
+{
+    char decoded[SALT_MAX + 4];
+    ssize_t len = base64_decode(decoded, sizeof decoded, salt);
+    v->iterations = atoi(count);
+    if (len < 1 || len > SALT_MAX || strspn(count, "0123456789") != strlen(count) ||
+        v->iterations < SCRAM_ITERATIONS_LEAST || v->iterations > SCRAM_ITERATIONS_MOST)
+        return false;
+    v->salt_len = (size_t)len;
+    memcpy(v->salt, decoded, v->salt_len);
+    return true;
+}
+
+static bool decode_key(unsigned char key[32], const char *text)
+{
+    char decoded[64];
+    if (base64_decode(decoded, sizeof decoded, text) != 32)
+        return false;
+    memcpy(key, decoded, 32);
+    return true;
+}
+
+/* As RFC 5803 writes a verifier, less the scheme. */
+bool verifier_parse(const char *text, struct verifier *v)
+{
+    char count[8], salt[BASE64_SIZE(SALT_MAX) + 1], stored[64], server[64];
+    int end = 0;
+    return sscanf(text, "%7[0-9],%88[^,],%63[^,],%63[^,]%n", count, salt, stored, server, &end) == 4 && !text[end] &&
+           salt_and_count(v, salt, count) && decode_key(v->keys.stored, stored) && decode_key(v->keys.server, server);
+}
+
+/* client-final without its proof, and AuthMessage. */
+static bool scram_final(struct scram_exchange *e)
+{
+    char bound[sizeof e->header + EVP_MAX_MD_SIZE], encoded[BASE64_SIZE(sizeof bound) + 1];
+    size_t n = strlen(e->header);
+    memcpy(bound, e->header, n);
+    memcpy(bound + n, e->binding, e->binding_len);
+    base64_encode(encoded, bound, n + e->binding_len);
+    return (size_t)snprintf(e->final, sizeof e->final, "c=%s,r=%s", encoded, e->nonce) < sizeof e->final &&
+           (size_t)snprintf(e->auth_message, sizeof e->auth_message, "%s,%s,%s", e->bare, e->server_first, e->final) <
+               sizeof e->auth_message;
+}
+
+/* server-final, which only a server that knows the account can compute. */
+static bool server_final(const struct scram_exchange *e, const struct verifier *v, char final[64])
+{
+    unsigned char signature[32];
+    if (!hmac_sha256(v->keys.server, sizeof v->keys.server, e->auth_message, signature))
+        return false;
+    memcpy(final, "v=", 2);
+    base64_encode(final + 2, signature, sizeof signature);
+    return true;
+}
+
+/* ---- SCRAM, the server's half ---- */
+
+/* The keys that a name's proof is checked against. An unknown name gets a salt too, the same one as long as the
+ * accounts file stays as it is, and a secret that nobody has; so the client cannot tell. Every call costs one PBKDF2,
+ * of as many rounds as most of the file's verifiers have. (What can be told: verifiers of another count, and from a
+ * provider with another file, or once the file has changed, a verifier's salt, which stays, from the others.) */
+static bool keys_for(struct session *s, const char *name, struct verifier *v)
+{
+    const struct account *account = account_find(s->accounts, name);
+    struct scram_keys wasted;
+    bool stored = account_verifier(account, v);
+    if (!stored) {
+        v->iterations = s->accounts->iterations;
+        v->salt_len = 16;
+        if (!hmac_sha256(s->accounts->salt_key, sizeof s->accounts->salt_key, name, v->salt))
+            return false;
+    }
+    return scram_keys(stored ? &wasted : &v->keys, account ? account->secret : NOBODYS_SECRET, v->salt, v->salt_len,
+                      v->iterations);
+}
+
+/* RFC 5802, 6: what the client says of channel binding. p: it uses it; n: it cannot; y: it can, but thinks
+ * that we cannot. Inside TLS we offered it, so a y there means that an attacker took it out of our offer: a
+ * downgrade. */
+static bool scram_flag_right(struct session *s, struct scram_exchange *e, const char *flag)
+{
+    if (strncmp(flag, "p=", 2) == 0 && e->plus) {
+        e->binding_len = channel_binding(s->io.tls, true, flag + 2, e->binding);
+        return e->binding_len > 0;
+    }
+    return !e->plus && (strcmp(flag, "n") == 0 || (strcmp(flag, "y") == 0 && !s->io.tls));
+}
+
+/* "=2C" and "=3D" in a name stand for a comma and an equals sign; no other "=" may stand there. */
+static bool scram_name(char *name)
+{
+    char *to = name;
+    for (; *name; name++) {
+        if (*name != '=') {
+            *to++ = *name;
+        } else if (strncmp(name, "=2C", 3) == 0 || strncmp(name, "=3D", 3) == 0) {
+            *to++ = name[1] == '2' ? ',' : '=';
+            name += 2;
         } else {
             return false;
         }
     }
-    return labels >= 2;
-}
-
-bool printable(const char *text, size_t len)
-{
-    for (size_t i = 0; i < len; i++)
-        if ((unsigned char)text[i] < 0x20 || (unsigned char)text[i] > 0x7e)
-            return false;
+    *to = '\0';
     return true;
 }
 
-bool ascii(const char *text)
+/* client-first: flag "," [ "a=" authorization identity ] "," "n=" name "," "r=" nonce */
+static bool take_client_first(struct session *s, struct scram_exchange *e)
 {
-    while (isascii((unsigned char)*text) && *text)
-        text++;
-    return *text == '\0';
-}
-
-void lower_case(char *text)
-{
-    for (; *text; text++)
-        *text = (char)tolower((unsigned char)*text);
-}
-
-/* Where the domain of a mailbox begins: behind the last @ that is not quoted. */
-const char *mailbox_domain(const char *mailbox)
-{
-    const char *at = NULL;
-    bool quoted = false;
-    for (const char *p = mailbox; *p; p++) {
-        if (*p == '\\' && quoted && p[1])
-            p++;
-        else if (*p == '"')
-            quoted = !quoted;
-        else if (*p == '@' && !quoted)
-            at = p + 1;
-    }
-    return at;
-}
-
-size_t utf8_prefix(const char *text, size_t len)
-{
-    size_t at = 0;
-    while (at < len) {
-        unsigned long character;
-        int n = UTF8_getc((const unsigned char *)text + at, len - at > 4 ? 4 : (int)(len - at), &character);
-        if (n <= 0)
-            break;
-        at += (size_t)n;
-    }
-    return at;
-}
-
-/* The length of the part before the @ (RFC 5321, 4.1.2), which is a quoted string, or atoms and dots. Real senders
- * write two dots in a row, so dots may stand anywhere. 0: it is neither. */
-static size_t local_part(const char *text)
-{
-    size_t n = 0;
-    if (*text != '"') {
-        while (isalnum((unsigned char)text[n]) || !isascii((unsigned char)text[n]) ||
-               (text[n] && strchr("!#$%&'*+-/=?^_`{|}~.", text[n])))
-            n++;
-        return n;
-    }
-    for (n = 1; text[n] != '"'; n++) {
-        n += text[n] == '\\';
-        if ((unsigned char)text[n] < 0x20 || text[n] == 0x7f)
-            return 0;
-    }
-    return n + 1;
-}
-
-/* [192.0.2.1] or [IPv6:2001:db8::1] (RFC 5321, 4.1.3). */
-static bool address_literal_valid(const char *text)
-{
-    unsigned char octets[16];
-    char address[64];
-    size_t len = strlen(text);
-    if (len < 3 || len - 2 >= sizeof address || text[0] != '[' || text[len - 1] != ']')
+    char *flag = s->response, *identity, *bare;
+    if (strlen(flag) != (size_t)s->response_len || !(identity = strchr(flag, ',')) ||
+        !(bare = strchr(identity + 1, ',')) || (size_t)(bare + 1 - flag) >= sizeof e->header)
         return false;
-    snprintf(address, sizeof address, "%.*s", (int)len - 2, text + 1);
-    return inet_pton(AF_INET, address, octets) == 1 ||
-           (strncasecmp(address, "IPv6:", 5) == 0 && inet_pton(AF_INET6, address + 5, octets) == 1);
+    memcpy(e->header, flag, (size_t)(bare + 1 - flag));
+    e->header[bare + 1 - flag] = '\0';
+    *identity++ = *bare++ = '\0';
+
+    if ((size_t)snprintf(e->bare, sizeof e->bare, "%s", bare) >= sizeof e->bare || strncmp(bare, "n=", 2) != 0 ||
+        !scram_attribute(bare, 'n', e->name, sizeof e->name) || !scram_name(e->name) ||
+        e->name[0] == '\0' || !scram_attribute(bare, 'r', e->nonce, NONCE_MAX) || !nonce_valid(e->nonce))
+        return false;
+    if (*identity && (strncmp(identity, "a=", 2) != 0 || !scram_name(identity + 2) ||
+                      strcmp(identity + 2, e->name) != 0))
+        return false; /* to act for another account is not offered */
+    return scram_flag_right(s, e, flag);
 }
 
-/* The part after the @. More is allowed in a sender's domain, because it is only passed on. */
-static bool mailbox_domain_valid(const char *domain, bool sender)
+static bool make_server_first(struct scram_exchange *e, const struct verifier *v)
 {
-    char before = '.';
-    if (sender && address_literal_valid(domain))
+    char salt[BASE64_SIZE(SALT_MAX) + 1];
+    base64_encode(salt, v->salt, v->salt_len);
+    return add_nonce(e) && (size_t)snprintf(e->server_first, sizeof e->server_first, "r=%s,s=%s,i=%d", e->nonce, salt,
+                                            v->iterations) < sizeof e->server_first;
+}
+
+/* client-final: c= and r= must be what they have to be (extensions may follow), and the proof must be made of the
+ * right secret. False: OpenSSL failed, which says nothing about the secret. */
+static bool take_client_final(struct session *s, struct scram_exchange *e, const struct verifier *v, bool *right)
+{
+    char *proof = strstr(s->response, ",p=");
+    unsigned char proven[32], client[32], stored[32];
+    size_t n;
+    *right = false;
+    if (!proof || strlen(s->response) != (size_t)s->response_len || !scram_final(e) || !decode_key(proven, proof + 3))
         return true;
-    for (const char *p = domain; *p; before = *p++) {
-        bool letter = isalnum((unsigned char)*p) || *p == '-' || (sender && (*p == '_' || !isascii((unsigned char)*p)));
-        if (*p == '.' ? before == '.' : !letter)
-            return false;
-    }
-    return before != '.' && strlen(domain) <= DOMAIN_MAX;
-}
+    *proof = '\0';
+    n = strlen(e->final);
+    if (strncmp(s->response, e->final, n) != 0 || (s->response[n] && s->response[n] != ',') ||
+        (size_t)snprintf(e->auth_message, sizeof e->auth_message, "%s,%s,%s", e->bare, e->server_first,
+                         s->response) >= sizeof e->auth_message)
+        return true;
 
-static bool mailbox_valid(const char *mailbox, bool sender)
-{
-    size_t len = strlen(mailbox), local = local_part(mailbox);
-    return local > 0 && len <= MAILBOX_MAX && mailbox[local] == '@' && utf8_prefix(mailbox, len) == len &&
-           mailbox_domain_valid(mailbox + local + 1, sender);
-}
-
-bool recipient_valid(const char *mailbox)
-{
-    return mailbox_valid(mailbox, false);
-}
-
-bool sender_valid(const char *mailbox)
-{
-    return *mailbox == '\0' || mailbox_valid(mailbox, true);
-}
-
-void write_date(FILE *out, const char *before, time_t when)
-{
-    char date[64];
-    struct tm tm = local_time(when);
-    strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S %z", &tm);
-    fprintf(out, "%s%s\n", before, date);
-}
-
-/* ==== TLS =============================================================================================
- *
- * Who we are and whom we believe: certificates, keys, authorities. The handshake and the octets are the
- * stream's affair. TLS 1.2 and up; no sessions are kept, for each connection is one of its own. */
-
-/* Why OpenSSL does not take what an option names: its own words ("system lib") do not tell. wanted: what the file must
- * have in it; path NULL: it is about no file. */
-static void explain_tls(char *why, size_t size, const char *option, const char *path, const char *wanted)
-{
-    const char *reason = ERR_reason_error_string(ERR_peek_last_error());
-    bool pem = false, found = false, locked = false;
-    char line[256];
-    FILE *file = path ? fopen(path, "re") : NULL;
-    while (file && fgets(line, sizeof line, file)) {
-        pem |= strncmp(line, "-----BEGIN ", 11) == 0;
-        found |= strncmp(line, "-----BEGIN ", 11) == 0 && strstr(line, wanted);
-        locked |= strstr(line, "ENCRYPTED") != NULL;
-    }
-    if (path && (!file || ferror(file)))
-        reason = errno == ENOENT ? "no such file" : strerror(errno);
-    else if (path && !pem)
-        reason = "not PEM";
-    else if (path && !found)
-        reason = strcmp(wanted, "CERTIFICATE") == 0 ? "no certificate in it" : "no private key in it";
-    else if (locked)
-        reason = "the private key is encrypted";
-    else if (!reason || strstr(reason, " lib"))
-        reason = "OpenSSL cannot use it";
-    snprintf(why, size, "%s%s%s: %s", option, path ? " " : "", path ? path : "", reason);
-    if (file)
-        fclose(file);
-    ERR_clear_error();
-}
-
-/* A key that is encrypted cannot be used: nobody sits there to be asked for its pass phrase. */
-static int no_pass_phrase(char *buffer, int size, int writing, void *context)
-{
-    (void)buffer, (void)size, (void)writing, (void)context;
-    return -1;
-}
-
-static SSL_CTX *tls_context(const SSL_METHOD *method, const char *cert, const char *key, char *why, size_t size)
-{
-    SSL_CTX *context = SSL_CTX_new(method);
-    if (context)
-        SSL_CTX_set_default_passwd_cb(context, no_pass_phrase);
-    ERR_clear_error();
-    if (!make_tls_bio_method() || !context || SSL_CTX_set_min_proto_version(context, TLS1_2_VERSION) != 1) {
-        explain_tls(why, size, "TLS", NULL, "");
-    } else if (cert && SSL_CTX_use_certificate_chain_file(context, cert) != 1) {
-        explain_tls(why, size, "--cert", cert, "CERTIFICATE");
-    } else if (cert && (SSL_CTX_use_PrivateKey_file(context, key, SSL_FILETYPE_PEM) != 1 ||
-                        SSL_CTX_check_private_key(context) != 1)) {
-        explain_tls(why, size, key == cert ? "--cert" : "--key", key, "PRIVATE KEY");
-    } else {
-        SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_OFF);
-        SSL_CTX_set_options(context, SSL_OP_NO_TICKET | SSL_OP_NO_RENEGOTIATION);
-        SSL_CTX_set_mode(context, SSL_MODE_RELEASE_BUFFERS);
-        SSL_CTX_clear_mode(context, SSL_MODE_AUTO_RETRY); /* encrypted_read() looks at the time between records */
-        return context;
-    }
-    SSL_CTX_free(context);
-    return NULL;
-}
-
-/* A client's certificate is asked for, and one that does not verify does no harm: its owner may still log
- * in otherwise. Whether it verified is asked again where it counts, in certificate_verified(). */
-static int let_pass(int verified, X509_STORE_CTX *store)
-{
-    (void)verified, (void)store;
-    return 1;
-}
-
-SSL_CTX *tls_server_context(const char *cert, const char *key, const char *client_ca, char *why, size_t size)
-{
-    SSL_CTX *context = tls_context(TLS_server_method(), cert, key, why, size);
-    STACK_OF(X509_NAME) *names;
-    if (!context)
-        return NULL;
-    SSL_CTX_set_num_tickets(context, 0);
-    if (!client_ca)
-        return context;
-    names = SSL_load_client_CA_file(client_ca);
-    if (!names || SSL_CTX_load_verify_locations(context, client_ca, NULL) != 1) {
-        explain_tls(why, size, "--client-ca", client_ca, "CERTIFICATE");
-        sk_X509_NAME_pop_free(names, X509_NAME_free);
-        SSL_CTX_free(context);
-        return NULL;
-    }
-    SSL_CTX_set_client_CA_list(context, names);
-    SSL_CTX_set_verify(context, SSL_VERIFY_PEER, let_pass);
-    return context;
-}
-
-SSL_CTX *tls_client_context(const char *ca, bool insecure, const char *cert, const char *key, char *why, size_t size)
-{
-    SSL_CTX *context = tls_context(TLS_client_method(), cert, key, why, size);
-    if (!context)
-        return NULL;
-    if (ca ? SSL_CTX_load_verify_locations(context, ca, NULL) != 1 : SSL_CTX_set_default_verify_paths(context) != 1) {
-        explain_tls(why, size, ca ? "--ca" : "the system's certificates", ca, "CERTIFICATE");
-        SSL_CTX_free(context);
-        return NULL;
-    }
-    SSL_CTX_set_verify(context, insecure ? SSL_VERIFY_NONE : SSL_VERIFY_PEER, NULL);
-    return context;
-}
-
-bool certificate_verified(SSL *tls)
-{
-    X509 *certificate = tls ? SSL_get1_peer_certificate(tls) : NULL;
-    bool verified = certificate && SSL_get_verify_result(tls) == X509_V_OK;
-    X509_free(certificate);
-    return verified;
-}
-
-/* The names a certificate gives its owner: each DNS name and e-mail address of subjectAltName, or, where
- * there is none, the subject's CN. Returns the index-th, allocated by OpenSSL; NULL: no more of them. */
-char *certificate_name(X509 *certificate, int index)
-{
-    GENERAL_NAMES *alternatives = X509_get_ext_d2i(certificate, NID_subject_alt_name, NULL, NULL);
-    const X509_NAME *subject = X509_get_subject_name(certificate);
-    const ASN1_STRING *text = NULL;
-    unsigned char *name = NULL;
-    int found = 0, at;
-    for (int i = 0; i < sk_GENERAL_NAME_num(alternatives); i++) {
-        const GENERAL_NAME *g = sk_GENERAL_NAME_value(alternatives, i);
-        if ((g->type == GEN_DNS || g->type == GEN_EMAIL) && found++ == index)
-            text = g->d.ia5;
-    }
-    if (found == 0 && index == 0 && (at = X509_NAME_get_index_by_NID(subject, NID_commonName, -1)) >= 0)
-        text = X509_NAME_ENTRY_get_data(X509_NAME_get_entry(subject, at));
-    if (text && ASN1_STRING_to_UTF8(&name, text) != (int)strlen((char *)(name ? name : (unsigned char *)"")) && name) {
-        OPENSSL_free(name); /* a NUL octet inside: a name that pretends to be another */
-        name = NULL;
-    }
-    GENERAL_NAMES_free(alternatives);
-    return (char *)name;
-}
-
-/* RFC 5929, 4.1: the hash of the server's certificate, by its signature's hash, SHA-256 for the old ones. */
-static size_t bind_to_certificate(SSL *tls, bool server, unsigned char *out)
-{
-    X509 *certificate = server ? SSL_get_certificate(tls) : SSL_get1_peer_certificate(tls);
-    const EVP_MD *hash = EVP_sha256();
-    unsigned int len = 0;
-    int nid;
-    if (!certificate)
-        return 0;
-    if (X509_get_signature_info(certificate, &nid, NULL, NULL, NULL) == 1 && nid != NID_md5 && nid != NID_sha1 &&
-        EVP_get_digestbynid(nid))
-        hash = EVP_get_digestbynid(nid);
-    if (X509_digest(certificate, hash, out, &len) != 1)
-        len = 0;
-    if (!server)
-        X509_free(certificate);
-    return len;
-}
-
-/* RFC 9266: 32 octets that only the two ends of this very connection can know. */
-static size_t bind_to_exporter(SSL *tls, unsigned char *out)
-{
-    static const char label[] = "EXPORTER-Channel-Binding";
-    return SSL_version(tls) >= TLS1_3_VERSION &&
-                   SSL_export_keying_material(tls, out, 32, label, sizeof label - 1, NULL, 0, 1) == 1
-               ? 32
-               : 0;
-}
-
-size_t channel_binding(SSL *tls, bool server, const char *type, unsigned char out[EVP_MAX_MD_SIZE])
-{
-    if (tls && strcmp(type, "tls-exporter") == 0)
-        return bind_to_exporter(tls, out);
-    if (tls && strcmp(type, "tls-server-end-point") == 0)
-        return bind_to_certificate(tls, server, out);
-    return 0;
-}
-
-/* ==== Accounts ========================================================================================
- *
- * One line a customer: name:domain[,domain...]:secret. The file is read whole, at start and at SIGHUP;
- * sessions hold a share in the table they use, so a new one can replace it at any time. AUTH and ATRN
- * look into the newest. */
-
-#define ACCOUNTS_STEP 64
-
-static void account_free(struct account *a)
-{
-    if (a->secret)
-        OPENSSL_cleanse(a->secret, strlen(a->secret));
-    free(a->name);
-    free(a->domains);
-    free(a->secret);
-}
-
-void accounts_release(struct accounts *all)
-{
-    if (!all || atomic_fetch_sub(&all->users, 1) > 1)
-        return;
-    for (size_t i = 0; i < all->count; i++)
-        account_free(&all->list[i]);
-    free(all->list);
-    free(all);
-}
-
-const char *next_domain(const char **list, size_t *len)
-{
-    const char *domain = *list;
-    if (!domain)
-        return NULL;
-    *len = strcspn(domain, ",");
-    *list = domain[*len] ? domain + *len + 1 : NULL;
-    return domain;
-}
-
-bool domain_list_valid(const char *list)
-{
-    const char *domain;
-    size_t len;
-    while ((domain = next_domain(&list, &len)))
-        if (!domain_valid(domain, len))
-            return false;
+    if (!scram_mask(&v->keys, e->auth_message, proven, client) ||
+        EVP_Digest(client, sizeof client, stored, NULL, EVP_sha256(), NULL) != 1)
+        return false;
+    *right = CRYPTO_memcmp(stored, v->keys.stored, sizeof stored) == 0;
     return true;
 }
 
-bool domain_in_list(const char *list, const char *domain, size_t len)
+static enum next serve_scram(struct session *s, enum mechanism m, const char *initial)
 {
-    const char *one;
-    size_t n;
-    while ((one = next_domain(&list, &n)))
-        if (n == len && strncasecmp(one, domain, n) == 0)
-            return true;
-    return false;
+    struct scram_exchange e = {.plus = m == SCRAM_PLUS};
+    struct verifier v;
+    char final[64];
+    bool right;
+    enum next got = first_response(s, initial);
+    if (got != GO_ON)
+        return got;
+    if (!take_client_first(s, &e))
+        return auth_failed(s, e.name);
+    if (!keys_for(s, e.name, &v) || !make_server_first(&e, &v))
+        return auth_unavailable(s);
+
+    got = sasl_turn(s, e.server_first);
+    if (got != GO_ON)
+        return got;
+    if (!take_client_final(s, &e, &v, &right))
+        return auth_unavailable(s);
+    if (!right || !account_find(s->accounts, e.name))
+        return auth_failed(s, e.name);
+    if (!server_final(&e, &v, final))
+        return auth_unavailable(s);
+
+    got = sasl_turn(s, final);
+    if (got != GO_ON)
+        return got;
+    return s->response_len > 0 ? auth_failed(s, e.name) : auth_succeeded(s, account_find(s->accounts, e.name), m);
 }
 
-/* Equal domains in the order in which they stand in the list. */
-static int by_domain(const void *left, const void *right)
+/* ---- SCRAM, the client's half ---- */
+
+/* A name as SCRAM writes it: "=" and "," would end it. */
+static void scram_escape(char *out, const char *name)
 {
-    const char *a = *(char *const *)left, *b = *(char *const *)right;
-    int order = strcmp(a, b);
-    return order ? order : (a > b) - (a < b);
+    for (; *name; name++)
+        out += sprintf(out, *name == '=' ? "=3D" : *name == ',' ? "=2C" : "%c", *name);
+    *out = '\0';
 }
 
-void tidy_domains(char *list)
+/* client-first. Its GS2 header says what we think of channel binding (RFC 5802, 6): p, we bind; y, we would, but were
+ * not offered it, and if it was then an attacker took it away; n, we cannot, or were told not to. */
+static bool make_client_first(struct session *s, const struct customer *c, struct scram_exchange *e, bool plus_offered)
 {
-    const char *end = list + strlen(list);
-    size_t count = 0, kept = 0;
-    char **domains;
-    lower_case(list);
-    for (const char *p = list; p < end; p++)
-        count += *p == ',';
-    if (!(domains = malloc((count + 1) * sizeof *domains)))
-        return;
-    count = 0;
-    for (char *next = list; next;)
-        domains[count++] = strsep(&next, ",");
-    qsort(domains, count, sizeof *domains, by_domain);
-    while (--count > 0)
-        if (strcmp(domains[count - 1], domains[count]) == 0)
-            domains[count][0] = ','; /* struck out */
-    free(domains);
-    for (size_t at = 0, len; list + at < end; at += len + 1) {
-        len = strlen(list + at);
-        if (list[at] != ',') {
-            memmove(list + kept, list + at, len);
-            kept += len;
-            list[kept++] = ',';
-        }
+    const char *type = s->io.tls && SSL_version(s->io.tls) >= TLS1_3_VERSION ? "tls-exporter" : "tls-server-end-point";
+    char name[3 * MAILBOX_MAX + 1];
+    if (!add_nonce(e))
+        return false;
+    if (e->plus)
+        e->binding_len = channel_binding(s->io.tls, false, type, e->binding);
+    if (e->plus && e->binding_len == 0)
+        return false;
+    snprintf(e->header, sizeof e->header, "%s%s,,", e->plus ? "p=" : s->io.tls && !plus_offered ? "y" : "n",
+             e->plus ? type : "");
+    scram_escape(name, c->user);
+    return (size_t)snprintf(e->bare, sizeof e->bare, "n=%s,r=%s", name, e->nonce) < sizeof e->bare;
+}
+
+/* server-first must be fit to answer: our nonce with something behind it, or the challenge could be an old one; a salt;
+ * a count, once. */
+static bool take_server_first(struct scram_exchange *e, const char *challenge, struct verifier *v)
+{
+    char nonce[CHALLENGE_MAX], salt[BASE64_SIZE(SALT_MAX) + 1], count[8], again[CHALLENGE_MAX];
+    const char *extensions = strstr(challenge, ",i=");
+    size_t own = strlen(e->nonce);
+    if (strncmp(challenge, "r=", 2) != 0 || !scram_attribute(challenge, 'r', nonce, sizeof nonce) ||
+        strncmp(nonce, e->nonce, own) != 0 || !nonce_valid(nonce + own) ||
+        !scram_attribute(challenge, 's', salt, sizeof salt) || !scram_attribute(challenge, 'i', count, sizeof count) ||
+        !extensions || scram_attribute(extensions + 3, 'i', again, sizeof again) || !salt_and_count(v, salt, count))
+        return false;
+    snprintf(e->nonce, sizeof e->nonce, "%s", nonce);
+    return (size_t)snprintf(e->server_first, sizeof e->server_first, "%s", challenge) < sizeof e->server_first;
+}
+
+/* client-final. */
+static bool make_client_final(const struct customer *c, struct scram_exchange *e, struct verifier *v, char *out,
+                              size_t size)
+{
+    char encoded[BASE64_SIZE(32) + 1];
+    unsigned char proof[32];
+    if (!scram_final(e) || !scram_keys(&v->keys, c->secret, v->salt, v->salt_len, v->iterations) ||
+        !scram_mask(&v->keys, e->auth_message, v->keys.client, proof))
+        return false;
+    base64_encode(encoded, proof, sizeof proof);
+    return (size_t)snprintf(out, size, "%s,p=%s", e->final, encoded) < size;
+}
+
+static int prove_scram(struct session *s, const struct customer *c, enum mechanism m, struct reply *r)
+{
+    struct scram_exchange e = {.plus = m == SCRAM_PLUS};
+    struct verifier v;
+    char message[3 * CHALLENGE_MAX], encoded[BASE64_SIZE(sizeof message) + 1], final[64];
+    int code;
+    if (!make_client_first(s, c, &e, reply_offers(r, "AUTH", mechanism_name(SCRAM_PLUS))))
+        return cannot_compute(s);
+    base64_encode(encoded, message, (size_t)snprintf(message, sizeof message, "%s%s", e.header, e.bare));
+    send_line(s, "5.1.2-d", "AUTH %s %s", mechanism_name(m), encoded);
+
+    code = read_challenge(s, r);
+    if (code != EX_OK)
+        return code;
+    if (!take_server_first(&e, s->response, &v)) {
+        log_event(s, LOG_ERR, "%s: its SCRAM challenge is not acceptable: %s; AUTH is given up", s->peer, s->response);
+        return cancel_auth(s, r, EX_NOPERM);
     }
-    list[kept - 1] = '\0';
-}
+    if (!make_client_final(c, &e, &v, message, sizeof message))
+        return cancel_auth(s, r, cannot_compute(s));
+    base64_encode(encoded, message, strlen(message));
+    send_line(s, "5.1.2-a", "%s", encoded);
 
-static int by_name(const void *left, const void *right)
-{
-    const struct account *a = left, *b = right;
-    return strcmp(a->name, b->name);
-}
-
-static int by_iterations(const void *left, const void *right)
-{
-    const struct account *a = left, *b = right;
-    return a->iterations - b->iterations;
-}
-
-/* The count that most verifiers have, the least of several: it is what any unknown name costs. Sorts the list. */
-static int common_iterations(struct accounts *all)
-{
-    size_t most = 0, run = 0;
-    int common = SCRAM_ITERATIONS;
-    qsort(all->list, all->count, sizeof *all->list, by_iterations);
-    for (size_t i = 0; i < all->count; i++) {
-        run = i > 0 && all->list[i].iterations == all->list[i - 1].iterations ? run + 1 : 1;
-        if (all->list[i].iterations > 0 && run > most) {
-            most = run;
-            common = all->list[i].iterations;
-        }
+    code = read_challenge(s, r);
+    if (code != EX_OK && r->code != 235)
+        return code;
+    if (!server_final(&e, &v, final))
+        return r->code == 334 ? cancel_auth(s, r, cannot_compute(s)) : cannot_compute(s);
+    if (r->code == 235 || strcspn(s->response, ",") != strlen(final) || /* extensions may stand behind a comma */
+        CRYPTO_memcmp(s->response, final, strlen(final)) != 0) {
+        log_event(s, LOG_ERR,
+                  "%s has not proved that it knows the account; it is not the provider it claims to be", s->peer);
+        stream_break(&s->io, "the provider did not authenticate itself");
+        return EX_NOPERM;
     }
-    return common;
+    send_line(s, "5.1.2-a", "%s", "");
+    return read_outcome(s, r);
 }
 
-const struct account *account_find(const struct accounts *all, const char *name)
-{
-    struct account wanted = {.name = (char *)name};
-    return all->count ? bsearch(&wanted, all->list, all->count, sizeof wanted, by_name) : NULL;
-}
+/* ---- EXTERNAL (RFC 4422, appendix A) ----
+ *
+ *     AUTH EXTERNAL = or a name  ------------->     the certificate of the TLS handshake says who the client is
+ *                                <-------------  235 */
 
-/* The account's verifier, if it has no secret but that. */
-bool account_verifier(const struct account *a, struct verifier *v)
+/* The account is the one that the certificate names and, if the client gives a name, that this is too. */
+static enum next serve_external(struct session *s, enum mechanism m, const char *initial)
 {
-    size_t n = strlen(SCRAM_SCHEME);
-    return a && strncmp(a->secret, SCRAM_SCHEME, n) == 0 && verifier_parse(a->secret + n, v);
-}
-
-/* Takes one line apart; returns what is wrong with it, or NULL. */
-static const char *account_parse(struct accounts *all, char *line, size_t number)
-{
-    char *domains = strchr(line, ':');
-    char *secret = domains ? strchr(domains + 1, ':') : NULL;
-    struct verifier verifier = {.iterations = 0};
-    struct account *a;
-    if (!secret)
-        return "not of the form name:domain[,domain...]:secret";
-    *domains++ = *secret++ = '\0';
-    if (*line == '\0')
-        return "the name is missing";
-    if (!domain_list_valid(domains))
-        return "not a list of domains, each of two labels or more, with commas and without blanks";
-    if (*secret == '\0')
-        return "the secret is missing";
-    if (strncmp(secret, SCRAM_SCHEME, strlen(SCRAM_SCHEME)) == 0 &&
-        !verifier_parse(secret + strlen(SCRAM_SCHEME), &verifier))
-        return "not a verifier: " SCRAM_SCHEME "iterations,salt,StoredKey,ServerKey (RFC 5803)";
-    if (all->count % ACCOUNTS_STEP == 0) {
-        a = realloc(all->list, (all->count + ACCOUNTS_STEP) * sizeof *a);
-        if (!a)
-            return "out of memory";
-        all->list = a;
+    const struct account *account = NULL;
+    X509 *certificate;
+    char *name = NULL;
+    enum next got = first_response(s, initial);
+    if (got != GO_ON)
+        return got;
+    certificate = SSL_get1_peer_certificate(s->io.tls);
+    for (int i = 0; !account && certificate && (name = certificate_name(certificate, i)); i++) {
+        account = account_find(s->accounts, name);
+        if (account && s->response_len > 0 &&
+            (strcmp(s->response, name) != 0 || strlen(name) != (size_t)s->response_len))
+            account = NULL; /* an authorization identity that is not this account */
+        OPENSSL_free(name);
     }
-    tidy_domains(domains);
-    a = &all->list[all->count];
-    *a = (struct account){.name = strdup(line), .domains = strdup(domains), .secret = strdup(secret),
-                          .iterations = verifier.iterations, .line = number};
-    all->count++;
-    return a->name && a->domains && a->secret ? NULL : "out of memory";
+    X509_free(certificate);
+    if (account)
+        return auth_succeeded(s, account, m);
+    return auth_failed(s, s->response_len > 0 ? s->response : "the certificate's name");
 }
 
-static struct accounts *accounts_read(FILE *file, const char *path, char *why, size_t why_size)
+static int prove_external(struct session *s, const struct customer *c, enum mechanism m, struct reply *r)
 {
-    struct accounts *all = calloc(1, sizeof *all);
-    const char *wrong = all ? NULL : "out of memory";
-    char *line = NULL;
-    size_t size = 0, number = 0;
-    ssize_t len;
-    if (all)
-        atomic_init(&all->users, 1);
-    while (!wrong && (len = getline(&line, &size, file)) >= 0) {
-        number++;
-        if ((size_t)len != strlen(line))
-            wrong = "a NUL octet in it";
-        else if (line[len - 1] != '\n')
-            wrong = "the line has no end: the file was cut, or is not yet written";
-        else if (number == 1 && strncmp(line, BYTE_ORDER_MARK, 3) == 0)
-            wrong = "a byte order mark in front; save the file as UTF-8 without it";
-        else if (strcspn(line, "\r") < (size_t)len - 1 - (len > 1 && line[len - 2] == '\r'))
-            wrong = "a CR in it that ends no line; lines end with LF or CRLF";
-        line[strcspn(line, "\r\n")] = '\0';
-        if (!wrong && line[0] != '\0' && line[0] != '#')
-            wrong = account_parse(all, line, number);
-    }
-    if (!wrong && !feof(file)) /* getline() can fail for want of memory, too */
-        wrong = "cannot be read to its end";
-    if (!wrong && all->count > 0) {
-        all->iterations = common_iterations(all);
-        qsort(all->list, all->count, sizeof *all->list, by_name);
-        for (size_t i = 1; i < all->count && !wrong; i++)
-            if (by_name(&all->list[i - 1], &all->list[i]) == 0) {
-                wrong = "this name has another line already";
-                number = all->list[i].line > all->list[i - 1].line ? all->list[i].line : all->list[i - 1].line;
-            }
-    }
-    if (line)
-        OPENSSL_cleanse(line, size);
-    free(line);
-    if (!wrong)
-        return all;
-    snprintf(why, why_size, "%s:%zu: %s", path, number, wrong);
-    accounts_release(all);
-    return NULL;
+    char encoded[BASE64_SIZE(MAILBOX_MAX) + 1] = "=";
+    if (c->user)
+        base64_encode(encoded, c->user, strlen(c->user));
+    send_line(s, "5.1.2-f", "AUTH %s %s", mechanism_name(m), encoded);
+    return read_outcome(s, r);
 }
 
-/* What the salts of names without a verifier are made from. It lasts as long as the file, as the verifiers' salts do.
- * It is not made from the secrets: anybody can ask for a salt, and could then try out secrets without asking again. */
-static bool accounts_key(struct accounts *all, const struct stat *st)
+/* ---- PLAIN (RFC 4616): the secret itself, so only inside TLS, and not in the trace ----
+ *
+ *     AUTH PLAIN response        ------------->     [authorization identity] NUL name NUL secret
+ *                                <-------------  235 */
+
+static enum next serve_plain(struct session *s, enum mechanism m, const char *initial)
 {
-    char text[96];
-    snprintf(text, sizeof text, "%ju %jd.%09ld", (uintmax_t)st->st_ino, (intmax_t)st->st_mtim.tv_sec,
-             st->st_mtim.tv_nsec);
-    return hmac_sha256((const unsigned char *)"salt", 4, text, all->salt_key);
+    const char *identity = s->response, *name, *secret, *end;
+    const struct account *account;
+    struct verifier v;
+    struct scram_keys keys;
+    enum next got;
+    s->hide_response = true;
+    got = first_response(s, initial);
+    s->hide_response = false;
+    if (got != GO_ON)
+        return got;
+
+    end = s->response + s->response_len;
+    name = identity + strlen(identity) + 1;
+    secret = name < end ? name + strlen(name) + 1 : end + 1;
+    if (secret > end || secret + strlen(secret) != end)
+        return auth_failed(s, "");
+    account = account_find(s->accounts, name);
+    if (!keys_for(s, name, &v) || !scram_keys(&keys, secret, v.salt, v.salt_len, v.iterations))
+        return auth_unavailable(s);
+    if (CRYPTO_memcmp(keys.stored, v.keys.stored, sizeof keys.stored) == 0 && account &&
+        (*identity == '\0' || strcmp(identity, name) == 0))
+        return auth_succeeded(s, account, m);
+    return auth_failed(s, name);
 }
 
-struct accounts *accounts_load(const char *path, char *why, size_t why_size)
+static int prove_plain(struct session *s, const struct customer *c, enum mechanism m, struct reply *r)
 {
-    struct accounts *all = NULL;
-    struct stat st;
-    int fd = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
-    FILE *file = NULL;
-    if (fd < 0 || fstat(fd, &st) < 0)
-        snprintf(why, why_size, "%s: %s", path,
-                 errno == ELOOP ? "it is a symbolic link; name the file itself" : strerror(errno));
-    else if (!S_ISREG(st.st_mode))
-        snprintf(why, why_size, "%s: not a regular file", path);
-    else if (st.st_mode & (S_IRWXG | S_IRWXO))
-        snprintf(why, why_size, "%s: others than its owner may use it; do: chmod 600 %s", path, path);
-    else if (!(file = fdopen(fd, "r")))
-        snprintf(why, why_size, "%s: %s", path, strerror(errno));
-    else
-        all = accounts_read(file, path, why, why_size);
-    if (all && !accounts_key(all, &st)) {
-        snprintf(why, why_size, "%s: OpenSSL cannot compute HMAC-SHA-256", path);
-        accounts_release(all);
-        all = NULL;
-    }
-    if (file)
-        fclose(file);
-    else if (fd >= 0)
+    char response[MAILBOX_MAX + SECRET_MAX + 4], encoded[BASE64_SIZE(sizeof response) + 1];
+    int len = snprintf(response, sizeof response, "%c%s%c%s", '\0', c->user, '\0', c->secret);
+    base64_encode(encoded, response, (size_t)len);
+    trace_line(s, CUSTOMER, "5.1.2-d", "AUTH %s (response not shown)", mechanism_name(m));
+    stream_write(&s->io, "AUTH PLAIN ", 11);
+    stream_write(&s->io, encoded, strlen(encoded));
+    stream_write(&s->io, "\r\n", 2);
+    OPENSSL_cleanse(response, sizeof response);
+    OPENSSL_cleanse(encoded, sizeof encoded);
+    return read_outcome(s, r);
+}
+
+/* ==== Failure notices ==================================================================================
+ *
+ * 4-e: who has accepted mail owns it until it is delivered or its sender has been told. What the customer
+ * refuses for good is returned: one notice (RFC 3461 to 3464) for all recipients of a message that were
+ * refused in this session. It is handed to the site's own MTA; only when that has taken it, the recipients
+ * leave the queue. Mail from the null sender is a notice itself, and nobody is told about that: it is set
+ * aside in the folder .Undeliverable of its domain, for a person to see.
+ */
+
+#define TEXT_LINE 998            /* RFC 5322, 2.1.1: octets of a line without CRLF */
+#define NOTICE_HEADER_MAX 65536  /* octets of a returned header */
+
+/* A file without a name, which no program that is run inherits: tmpfile(3) would leave a moment for that. */
+static FILE *scratch_file(void)
+{
+    char path[] = P_tmpdir "/odmr-XXXXXX";
+    int fd = mkostemp(path, O_CLOEXEC);
+    FILE *file = fd < 0 ? NULL : fdopen(fd, "w+");
+    if (fd >= 0)
+        unlink(path);
+    if (fd >= 0 && !file)
         close(fd);
-    return all;
+    return file;
+}
+
+/* RFC 3463: the enhanced code that the reply starts with, or the little that its first digit tells. */
+static void write_status(FILE *out, const char *refusal)
+{
+    char class[2], subject[4], detail[4], after = ' ';
+    if (sscanf(refusal + 4, "%1[45].%3[0-9].%3[0-9]%c", class, subject, detail, &after) >= 3 && after == ' ')
+        fprintf(out, "Status: %s.%s.%s\n", class, subject, detail);
+    else
+        fprintf(out, "Status: %c.0.0\n", refusal[0]);
+}
+
+/* RFC 3464, 2.3; with an address in UTF-8, RFC 6533. */
+static void write_recipient_fields(FILE *out, const struct session *s, const char *address, const char *refusal)
+{
+    fprintf(out, "\nFinal-Recipient: %s; %s\nAction: failed\n", ascii(address) ? "rfc822" : "utf-8", address);
+    write_status(out, refusal);
+    if (strncmp(refusal, "000", 3) == 0) {
+        fprintf(out, "Diagnostic-Code: x-odmr; %s\n", refusal + 4);
+        return;
+    }
+    if (s)
+        fprintf(out, "Remote-MTA: dns; %s\n", s->peer_name);
+    fprintf(out, "Diagnostic-Code: smtp; %s\n", refusal);
+    write_date(out, "Last-Attempt-Date: ", time(NULL));
+}
+
+/* Calls the writer for each refused recipient: the human part and the machine's part list the same. */
+static void for_each_refused(FILE *out, const struct session *s, const struct message *m,
+                             void (*write_one)(FILE *, const struct session *, const char *, const char *))
+{
+    for (size_t i = 0; i < m->recipients; i++)
+        if (m->list[i].fate == REFUSED)
+            write_one(out, s, m->list[i].address, m->list[i].reason->text);
+}
+
+static void write_plain_words(FILE *out, const struct session *s, const char *address, const char *refusal)
+{
+    (void)s;
+    fprintf(out, "  <%s>\n      %s\n\n", address, strncmp(refusal, "000", 3) == 0 ? refusal + 10 : refusal);
+}
+
+/* The header of what is returned, not its body (RFC 3461, 6.3 lets us choose). It is text when it leaves, whatever it
+ * was: lines of at most 998 octets (RFC 5322, 2.1.1), no control characters, nothing over 127 that is not UTF-8. False:
+ * it cannot be read now. */
+static bool write_original_header(FILE *out, const struct message *m)
+{
+    struct line_reader r = {.of = m, .next_read = m->start};
+    while (r.end - m->start < NOTICE_HEADER_MAX && next_line(&r) && r.line[0]) {
+        size_t len = strlen(r.line);
+        for (char *p = r.line; *p; p++) {
+            unsigned char c = (unsigned char)*p;
+            if ((c < 0x20 && c != '\t') || c == 0x7f || (c > 0x7f && !m->utf8_header))
+                *p = '?';
+        }
+        fprintf(out, "%.*s\n", (int)utf8_prefix(r.line, len < TEXT_LINE ? len : TEXT_LINE), r.line);
+    }
+    return !r.failed;
+}
+
+static void write_notice_top(FILE *out, const char *host, const struct message *m, const char *boundary, bool utf8)
+{
+    fprintf(out, "From: Mail Delivery System <MAILER-DAEMON@%s>\nTo: <%s>\n", host, m->sender);
+    fprintf(out, "Subject: Undelivered mail returned to its sender\n");
+    write_date(out, "Date: ", time(NULL));
+    fprintf(out, "Message-ID: <%s@%s>\nAuto-Submitted: auto-replied\nMIME-Version: 1.0\n", boundary, host);
+    fprintf(out, "Content-Type: multipart/report; report-type=%sdelivery-status;\n\tboundary=\"%s\"\n%s\n",
+            utf8 ? "global-" : "", boundary, utf8 ? "Content-Transfer-Encoding: 8bit\n" : "");
+}
+
+/* multipart/report (RFC 6522): for a person, for a program, and what it was about. */
+static bool write_notice(FILE *out, const char *host, const struct session *s, const struct message *m)
+{
+    bool utf8 = m->utf8_header || m->utf8_address; /* then RFC 6533's types */
+    const char *eight_bit = utf8 ? "Content-Transfer-Encoding: 8bit\n" : "";
+    char boundary[48];
+    unsigned char random[12];
+    bool done;
+    if (RAND_bytes(random, sizeof random) != 1)
+        return false;
+    for (size_t i = 0; i < sizeof random; i++)
+        snprintf(boundary + 2 * i, 3, "%02x", random[i]);
+    write_notice_top(out, host, m, boundary, utf8);
+    fprintf(out, "--%s\nContent-Type: text/plain; charset=%s\n%s\n", boundary, utf8 ? "utf-8" : "us-ascii", eight_bit);
+    fprintf(out, "This is the mail relay at %s.\n\nYour message could not be delivered to the recipients below, and "
+                 "will not\nbe tried again. The reason stands below each of them. The header of your\nmessage is "
+                 "attached.\n\n", host);
+    for_each_refused(out, s, m, write_plain_words);
+    fprintf(out, "--%s\nContent-Type: message/%sdelivery-status\n%s\nReporting-MTA: dns; %s\n", boundary,
+            utf8 ? "global-" : "", eight_bit, host);
+    write_date(out, "Arrival-Date: ", m->arrived.tv_sec);
+    for_each_refused(out, s, m, write_recipient_fields);
+    fprintf(out, "\n--%s\nContent-Type: %s\n%s\n", boundary, utf8 ? "message/global-headers" : "text/rfc822-headers",
+            eight_bit);
+    done = write_original_header(out, m);
+    fprintf(out, "\n--%s--\n", boundary);
+    return done && fflush(out) == 0 && !ferror(out);
+}
+
+/* Runs sendmail, without a shell; true: it has taken the notice. If it hangs, it is waited for once in a session: the
+ * other refused messages stay queued, so a shutdown does not wait for each of them. */
+static bool hand_over_notice(const struct provider *p, FILE *notice, const struct message *m, struct session *s)
+{
+    char *const argv[] = {(char *)p->sendmail, "-i", "-f", "<>", "--", (char *)m->sender, NULL};
+    pid_t pid;
+    int problem, status;
+    rewind(notice);
+    problem = start_program(argv, fileno(notice), -1, &pid);
+    if (problem) {
+        log_event(s, LOG_ERR, "%s: %s; the notice about %s cannot be sent, and the message stays", p->sendmail,
+                  strerror(problem), m->path);
+        return false;
+    }
+    status = finish_program(pid, NOTICE_TIMEOUT);
+    if (status != 0)
+        log_event(s, LOG_ERR, "%s did not take the notice about %s (exit %d); the message stays", p->sendmail, m->path,
+                  status);
+    if (status < 0 && s)
+        s->no_notices = true;
+    return status == 0;
+}
+
+/* The sender is told, or, where there is none, the message set aside. */
+static bool return_refused(const struct provider *p, struct session *s, const struct message *m)
+{
+    FILE *notice;
+    bool done;
+    if (m->sender[0] == '\0') {
+        done = message_set_aside(m);
+        log_event(s, done ? LOG_NOTICE : LOG_ERR,
+                  done ? "%s, from the null sender, is set aside in " UNDELIVERABLE
+                       : "%s, from the null sender, cannot be set aside, and stays", m->path);
+        return done;
+    }
+    if (s && (s->no_notices || atomic_load(&p->stopping))) {
+        log_event(s, LOG_NOTICE, "no notice about %s in this session any more; the message stays", m->path);
+        return false;
+    }
+    notice = scratch_file();
+    done = notice && write_notice(notice, p->name, s, m);
+    if (!done)
+        log_event(s, LOG_ERR, "the notice about %s cannot be written (%s); the message stays", m->path,
+                  strerror(errno));
+    done = done && hand_over_notice(p, notice, m, s);
+    if (notice)
+        fclose(notice);
+    if (done)
+        log_event(s, LOG_NOTICE, "returned %s to <%s>", m->path, m->sender);
+    return done;
+}
+
+/* If the provider is killed in between, the message is sent again; it is never lost. */
+bool message_settle(const struct provider *p, struct session *s, struct message *m)
+{
+    size_t count[VERDICTS] = {0};
+    enum update got;
+    bool sound = true;
+    for (size_t i = 0; i < m->recipients; i++)
+        count[m->list[i].fate]++;
+    if (count[REFUSED] > 0 && return_refused(p, s, m)) {
+        for (size_t i = 0; i < m->recipients; i++)
+            if (m->list[i].fate == REFUSED)
+                m->list[i].fate = RETURNED;
+        count[RETURNED] += count[REFUSED];
+    }
+    if (count[DELIVERED] + count[RETURNED] == 0)
+        return true;
+    if (count[DELIVERED] + count[RETURNED] + count[REPEATED] < m->recipients) {
+        got = message_strike_out(m);
+    } else if ((got = message_remove(m)) == FAILED) {
+        log_event(s, LOG_ERR, "cannot remove %s (%s): all its recipients are struck out, and no more is taken from its "
+                              "directory in this session", m->path, strerror(m->problem));
+        got = message_strike_out(m);
+        sound = false;
+    }
+    if (got == REPLACED)
+        log_event(s, LOG_WARNING, "%s was replaced or written into while it was sent: it stays, and is sent again",
+                  m->path);
+    else if (got == FAILED)
+        log_event(s, LOG_ERR, "cannot strike out recipients of %s (%s): they get it again", m->path,
+                  strerror(m->problem));
+    return sound && got != FAILED;
 }
 
 /* ==== The envelope ====================================================================================
@@ -2689,1434 +4072,6 @@ enum update message_remove(struct message *m)
     return result;
 }
 
-/* ==== The provider, 5.1 and 5.2: the server ===========================================================
- *
- * One function for each state of the RFC, in its order. A state's function reads commands until one of
- * them leads out of it; what every state answers alike stands in common_command(). EHLO, AUTH, ATRN and
- * QUIT are all the server that ODMR asks for (4-c); no mail is taken in here. */
-
-#define BAD_COMMANDS 10          /* then 421 */
-#define LAST_WORD 5              /* seconds for a 421 to leave */
-
-/* A reply that refuses a command. Ten of them and the session is over: nobody needs that many, and a
- * peer that does not speak our protocol (a web browser, say) is told to go. */
-void refuse(struct session *s, const char *clause, const char *fmt, ...)
-{
-    char text[SEND_LINE];
-    va_list args;
-    va_start(args, fmt);
-    vsnprintf(text, sizeof text, fmt, args);
-    va_end(args);
-    send_line(s, clause, "%s", text);
-    s->bad_commands++;
-}
-
-void end_with_421(struct session *s, const char *why)
-{
-    if (s->io.broken && !s->io.woken && !s->io.timed_out)
-        return;
-    s->io.broken = NULL; /* our patience is over, not the connection: the last word still goes out */
-    s->io.deadline = 0;
-    s->io.timeout = LAST_WORD;
-    s->io.wake_fd = -1;
-    send_line(s, NULL, "421 %s closing connection: %s", s->name, why);
-    stream_end(&s->io);
-    stream_break(&s->io, why);
-}
-
-/* PLAIN and its response on one line, even if it is none that will be obeyed. */
-static bool tells_secret(const char *line)
-{
-    if (strncasecmp(line, "AUTH", 4) != 0)
-        return false;
-    line += 4 + strspn(line + 4, " \t");
-    return strncasecmp(line, "PLAIN", 5) == 0 && line[5];
-}
-
-static void trace_command(struct session *s)
-{
-    if (tells_secret(s->line))
-        trace_line(s, CUSTOMER, NULL, "AUTH PLAIN (response not shown)");
-    else
-        trace_line(s, CUSTOMER, NULL, "%s", s->line);
-}
-
-/* RFC 4954, 4: 12288 octets are enough for any AUTH; RFC 5321, 4.5.3.1.4: 512 for the others, but an ATRN may
- * name many domains. The limits count the line end. */
-static bool command_too_long(const struct session *s)
-{
-    size_t limit = COMMAND_LINE;
-    if (strncasecmp(s->line, "AUTH ", 5) == 0)
-        limit = AUTH_LINE;
-    else if (strncasecmp(s->line, "ATRN ", 5) == 0)
-        limit = ATRN_LINE;
-    return s->io.line_octets > limit;
-}
-
-/* Nothing came, and nothing will be waited for: the session is over, and the peer is told why, if it is there. */
-void stop_waiting(struct session *s)
-{
-    if (s->io.timed_out)
-        end_with_421(s, s->state == INITIAL ? "not authenticated in time" : "silent for too long");
-    else if (s->io.woken)
-        end_with_421(s, "this server is shutting down");
-}
-
-/* ATRN is answered as it always is, whatever stands behind it (5.2.1-b, 5.2.1-l): what is no text is no domain. */
-static bool command_readable(struct session *s)
-{
-    bool readable = printable(s->line, s->line_len);
-    if (readable || strncasecmp(s->line, "ATRN ", 5) != 0)
-        return readable;
-    for (size_t i = 0; i < s->line_len; i++)
-        if (!printable(s->line + i, 1))
-            s->line[i] = '?';
-    return true;
-}
-
-/* Reads the next command and splits it: the verb in s->line, s->argument (NULL when there is none). Lines that
- * are no commands are answered here. False: the session is over, and the peer has been told. */
-static bool read_command(struct session *s)
-{
-    while (s->bad_commands < BAD_COMMANDS) {
-        if (atomic_load(&s->provider->stopping)) { /* a client that pipelines without pause is never woken */
-            end_with_421(s, "this server is shutting down");
-            return false;
-        }
-        if (!read_line(s)) {
-            stop_waiting(s);
-            return false;
-        }
-        if (s->io.line_cut || command_too_long(s)) {
-            trace_line(s, CUSTOMER, NULL, "(a line that is too long)");
-            refuse(s, NULL, "500 Line too long");
-        } else {
-            trace_command(s);
-            if (command_readable(s)) {
-                split_command(s);
-                return true;
-            }
-            refuse(s, NULL, "500 A command consists of printable US-ASCII");
-        }
-    }
-    end_with_421(s, "too many bad commands");
-    return false;
-}
-
-bool verb_is(const struct session *s, const char *verb)
-{
-    return strcasecmp(s->line, verb) == 0;
-}
-
-/* What every state answers alike. The code 502 for all the rest is 5.4-a. */
-static void common_command(struct session *s)
-{
-    if (verb_is(s, "NOOP") || (verb_is(s, "RSET") && !s->argument))
-        send_line(s, NULL, "250 OK");
-    else if (verb_is(s, "HELP"))
-        send_line(s, NULL, "214 On-Demand Mail Relay, RFC 2645: EHLO, AUTH, ATRN, QUIT");
-    else if (verb_is(s, "RSET"))
-        refuse(s, NULL, "501 RSET takes no argument");
-    else
-        refuse(s, "5.4-a", "502 Command not implemented");
-}
-
-/* QUIT ends each state (5-a, 5.1.3-a). */
-static bool quit_command(struct session *s)
-{
-    if (!verb_is(s, "QUIT"))
-        return false;
-    if (s->argument) {
-        refuse(s, NULL, "501 QUIT takes no argument");
-        return false;
-    }
-    send_line(s, "5.1.3-a", "221 %s closing connection", s->name);
-    s->io.said_quit = true;
-    stream_flush(&s->io);
-    return true;
-}
-
-/* ---- 5.1.2 AUTH ---- */
-
-/* The session's accounts become those of now, for SIGHUP may have read others since, and so does its account, if it has
- * one already. False: that account is gone, or has another secret. */
-bool accounts_renew(struct session *s)
-{
-    struct provider *p = s->provider;
-    struct accounts *old = s->accounts;
-    const struct account *account = NULL;
-    bool good;
-    pthread_mutex_lock(&p->lock);
-    if (s->account)
-        account = account_find(p->accounts, s->account->name);
-    good = !s->account || (account && strcmp(account->secret, s->account->secret) == 0);
-    if (good) {
-        s->accounts = p->accounts;
-        atomic_fetch_add(&s->accounts->users, 1);
-        s->account = account;
-    }
-    pthread_mutex_unlock(&p->lock);
-    if (good)
-        accounts_release(old);
-    return good;
-}
-
-/* CRAM-MD5 is what every pair has in common (5.1.2-c); others may stand beside it (5.1.2-d).
- * In the clear only what does not reveal the secret; what is bound to TLS only inside it; EXTERNAL only
- * for a certificate that verified (5.1.2-f); CRAM-MD5 unless the site has given it up (5.1.2-e). */
-static bool mechanism_offered(const struct session *s, enum mechanism m)
-{
-    switch (m) {
-    case CRAM_MD5:
-        return !s->provider->no_cram_md5;
-    case SCRAM:
-        return true;
-    case SCRAM_PLUS:
-    case PLAIN:
-        return s->io.tls != NULL;
-    case EXTERNAL:
-        return s->provider->client_ca && certificate_verified(s->io.tls);
-    default:
-        return false;
-    }
-}
-
-/* 5.1.1: EHLO is ESMTP's (5.1.1-a), and lists AUTH and ATRN in every state (5.1.1-b). */
-static void ehlo_command(struct session *s)
-{
-    char list[128] = "";
-    if (!s->argument || strchr(s->argument, ' ')) {
-        refuse(s, NULL, "501 EHLO takes the name of the host");
-        return;
-    }
-    snprintf(s->peer_name, sizeof s->peer_name, "%s", s->argument);
-    s->greeted = true;
-    for (enum mechanism m = NO_MECHANISM + 1; m < MECHANISMS; m++)
-        if (mechanism_offered(s, m)) {
-            strcat(list, " ");
-            strcat(list, mechanism_name(m));
-        }
-    send_line(s, "5.1.1-a", "250-%s", s->name);
-    send_line(s, "5.1.1-b", "250-AUTH%s", list);
-    if (s->tls_context && !s->io.tls && s->state == INITIAL)
-        send_line(s, "RFC 3207", "250-STARTTLS");
-    send_line(s, "5.1.1-b", "250 ATRN");
-}
-
-/* What was said may have been a secret; nothing of it stays in memory that is freed one day. */
-static void forget_responses(struct session *s)
-{
-    OPENSSL_cleanse(s->line, sizeof s->line);
-    OPENSSL_cleanse(s->response, sizeof s->response);
-    OPENSSL_cleanse(s->io.in, s->io.in_at);
-}
-
-/* AUTH is RFC 4954's (5.1.2-a). GO_ON: authenticated. STAY: not, try again. END: the session is over. */
-static enum next auth_command(struct session *s)
-{
-    char *initial = s->argument ? strchr(s->argument, ' ') : NULL;
-    enum mechanism m;
-    if (!s->greeted) {
-        refuse(s, NULL, "503 EHLO first");
-        return STAY;
-    }
-    if (!s->argument) {
-        refuse(s, NULL, "501 AUTH takes the name of a mechanism");
-        return STAY;
-    }
-    if (initial)
-        *initial++ = '\0';
-    m = mechanism_named(s->argument);
-    if (s->provider->require_tls && !s->io.tls) {
-        refuse(s, "5.1.2-b", "538 Encryption required: STARTTLS first");
-        return STAY;
-    }
-    if (m == PLAIN && !s->io.tls && s->tls_context) {
-        refuse(s, "5.1.2-b", "538 Encryption required for this mechanism");
-        return STAY;
-    }
-    if (!mechanism_offered(s, m)) {
-        refuse(s, "5.1.2-b", "504 Mechanism not offered");
-        return STAY;
-    }
-    accounts_renew(s);
-    return sasl_serve(s, m, initial);
-}
-
-/* RFC 3207. Afterwards nothing of what came before is known (4.2): no EHLO, no name, no half-read command.
- * False: the session is over. */
-static bool starttls_command(struct session *s)
-{
-    SSL *tls;
-    if (!s->tls_context) {
-        refuse(s, "5.4-a", "502 Command not implemented");
-    } else if (s->argument) {
-        refuse(s, NULL, "501 STARTTLS takes no argument");
-    } else if (s->io.tls || !s->greeted) {
-        refuse(s, NULL, s->io.tls ? "503 TLS is on already" : "503 EHLO first");
-    } else if (!(tls = stream_offer_tls(&s->io, s->tls_context, NULL))) {
-        refuse(s, "RFC 3207", "454 TLS not available just now");
-    } else {
-        if (stream_discard_input(&s->io))
-            log_event(s, LOG_WARNING, "%s sent something behind STARTTLS in the clear; it is thrown away", s->peer);
-        send_line(s, "RFC 3207", "220 Ready to start TLS");
-        s->greeted = false;
-        snprintf(s->peer_name, sizeof s->peer_name, "unknown");
-        return stream_start_tls(&s->io, tls, NULL);
-    }
-    return true;
-}
-
-/* 5.1: connected, not authenticated. EHLO, AUTH and QUIT are valid (5.1-a); only AUTH leads on (5-a). */
-static enum next initial_state(struct session *s)
-{
-    enter_state(s, INITIAL);
-    send_line(s, "5.1-a", "220 %s on-demand mail relay server ready", s->name);
-    for (;;) {
-        if (!read_command(s))
-            return END;
-        if (verb_is(s, "EHLO")) {
-            ehlo_command(s);
-        } else if (verb_is(s, "AUTH")) {
-            enum next got = auth_command(s);
-            forget_responses(s);
-            if (got != STAY)
-                return got;
-        } else if (verb_is(s, "STARTTLS")) {
-            if (!starttls_command(s))
-                return END;
-        } else if (verb_is(s, "ATRN")) {
-            refuse(s, "5.2.1-b", "530 Authentication required"); /* whatever else is wrong with it */
-        } else if (quit_command(s)) {
-            return END;
-        } else if (!verb_is(s, "QUIT")) {
-            common_command(s);
-        }
-    }
-}
-
-/* ---- 5.2.1 ATRN ---- */
-
-/* The domains of this request (5.2.1-a), each once; none named: all that the account has (5.2.1-d). False when the
- * customer has no access to one of them (5.2.1-e): not even for those it has access to. */
-static bool atrn_domains(struct session *s)
-{
-    const char *list = s->argument, *domain;
-    size_t len;
-    while ((domain = next_domain(&list, &len)))
-        if (!domain_in_list(s->account->domains, domain, len)) {
-            log_event(s, LOG_WARNING, "ATRN refused (450): %s has no access to %.*s", s->account->name, (int)len,
-                      domain);
-            return false;
-        }
-    s->asked = s->account->domains;
-    if (s->argument) {
-        snprintf(s->domains, sizeof s->domains, "%s", s->argument);
-        tidy_domains(s->domains);
-        s->asked = s->domains;
-    }
-    return true;
-}
-
-/* One file that cannot be read may be a bad sector; when the next one says the same, the disk is gone. */
-static const char *reason_to_stop(int problem, int before)
-{
-    if (problem == ENOTCONN || problem == ESHUTDOWN || (problem == EIO && before == EIO))
-        return "the file system of the queue is gone";
-    if (problem == EMFILE || problem == ENFILE)
-        return "short of file descriptors";
-    return problem == ENOMEM ? "out of memory" : NULL;
-}
-
-/* Claims the oldest message that can be sent. CLAIMED: there it is, in *claimed. NOTHING: no mail. BUSY: mail
- * waits, but others are at work on all of it, or it cannot be read; the log says of one of them which. b->stopped: the
- * walk has ended before a message that may well be claimed later: the file system is gone, or we are short of
- * descriptors or memory. */
-static enum claim claim_next(struct session *s, struct backlog *b, struct message **claimed)
-{
-    enum claim result = NOTHING;
-    struct message *m = malloc(sizeof *m);
-    const char *busy = NULL;
-    int problem = b->stopped ? EIO : 0; /* of the message before; the log has it then */
-    *claimed = NULL;
-    b->stopped = NULL;
-    if (!m) {
-        s->postponed = "there is no memory to send it";
-        log_event(s, LOG_ERR, "out of memory; the mail that waits stays queued");
-        b->stopped = "out of memory";
-        return BUSY;
-    }
-    while (b->next < b->count && !b->stopped) {
-        enum claim got = message_claim(m, b->queue, b->list[b->next].path);
-        int before = problem;
-        problem = m->trouble ? m->problem : 0;
-        if (got == CLAIMED) {
-            b->next++;
-            *claimed = m;
-            return CLAIMED;
-        }
-        if (got == BUSY) {
-            s->postponed = m->trouble ? m->trouble : "other sessions have claimed it";
-            result = BUSY;
-        }
-        if (m->held)
-            log_event(s, LOG_WARNING, "held %s: %s", m->path, m->held);
-        else if (m->trouble && !(file_system_gone(problem) && file_system_gone(before)))
-            log_event(s, LOG_WARNING, "cannot send %s now: %s (%s)", m->path, m->trouble, strerror(problem));
-        else if (got == BUSY)
-            busy = m->path;
-        b->stopped = reason_to_stop(problem, before);
-        b->next += !b->stopped;
-        message_close(m);
-    }
-    free(m);
-    if (busy)
-        log_event(s, LOG_INFO, "%s is left for later: another session is at work on it", busy);
-    return result;
-}
-
-/* Under the lock. NULL: the account has had no answer yet. */
-static struct last_atrn *last_atrn_of(const struct provider *p, const char *account)
-{
-    struct last_atrn *last = p->last_atrn;
-    while (last && strcmp(last->name, account) != 0)
-        last = last->next;
-    return last;
-}
-
-/* (5.2.1-i) An account that asks again too soon: told to wait. */
-static bool asked_too_soon(struct session *s)
-{
-    struct provider *p = s->provider;
-    const struct last_atrn *last;
-    bool soon;
-    pthread_mutex_lock(&p->lock);
-    last = last_atrn_of(p, s->account->name);
-    soon = last && now_ms() - last->when < (int64_t)p->interval * 1000;
-    pthread_mutex_unlock(&p->lock);
-    if (soon)
-        log_event(s, LOG_WARNING, "ATRN refused (450): %s repeats it within --interval %d s", s->account->name,
-                  p->interval);
-    return soon;
-}
-
-/* The clock of that is set by an answer: mail that was handed over, or 453. A 450, a 451, and a connection lost before
- * any mail was taken are none. It outlives the session. */
-static void start_interval(struct session *s)
-{
-    struct provider *p = s->provider;
-    const char *name = s->account->name;
-    struct last_atrn *last;
-    pthread_mutex_lock(&p->lock);
-    last = last_atrn_of(p, name);
-    if (!last && p->interval > 0 && (last = malloc(sizeof *last + strlen(name) + 1))) {
-        strcpy(last->name, name);
-        last->next = p->last_atrn;
-        p->last_atrn = last;
-    }
-    if (last)
-        last->when = now_ms();
-    pthread_mutex_unlock(&p->lock);
-}
-
-/* 5.2.1: GO_ON when the roles are to be reversed; then s->backlog and s->first hold what is to be sent. This
- * is the only place that looks into the queue: no timer and no new mail ever starts a delivery (4-d). The
- * codes are those of section 7 (7-a). */
-static enum next atrn_command(struct session *s)
-{
-    enum claim got;
-    bool complete;
-    if (s->argument && !domain_list_valid(s->argument)) { /* (5.2.1-l) */
-        refuse(s, "5.2.1-l", "501 ATRN takes domains, with commas and without blanks between them");
-        return STAY;
-    }
-    if (!accounts_renew(s)) {
-        log_event(s, LOG_WARNING, "ATRN refused (530): %s is no longer an account, or has another secret",
-                  s->account->name);
-        refuse(s, "5.2.1-b", "530 Authentication required, for the account has changed");
-        return STAY;
-    }
-    if (!atrn_domains(s) || asked_too_soon(s)) {
-        send_line(s, "5.2.1-f", "450 ATRN request refused");
-        return STAY;
-    }
-    s->postponed = "it cannot be listed";
-    complete = backlog_read(&s->backlog, s, s->provider->queue, s->asked);
-    got = claim_next(s, &s->backlog, &s->first);
-    if (got == NOTHING && !complete)
-        got = BUSY; /* a domain that cannot be read may have mail */
-    if (got == CLAIMED) { /* (5.2.1-j) */
-        send_line(s, "5.2.1-j", "250 OK now reversing the connection");
-        return GO_ON;
-    }
-    backlog_free(&s->backlog);
-    if (got == BUSY) {
-        log_event(s, LOG_WARNING, "ATRN %s: 451, mail waits, but %s", s->asked, s->postponed);
-        send_line(s, "5.2.1-k", "451 Unable to process ATRN request now");
-    } else {
-        log_event(s, LOG_INFO, "ATRN %s: 453, no mail", s->asked);
-        start_interval(s);
-        send_line(s, "5.2.1-g", "453 You have no mail");
-    }
-    return STAY;
-}
-
-/* 5.2: ATRN and QUIT are valid (5.2-a). Only ATRN leads on (5-a). The time to log in does not bound this state, so
- * commands other than ATRN are counted. */
-static enum next authenticated_state(struct session *s)
-{
-    enter_state(s, AUTHENTICATED);
-    s->io.deadline = 0;
-    for (int idle = 0;;) {
-        if (idle++ == IDLE_COMMANDS) {
-            end_with_421(s, "too many commands without ATRN");
-            return END;
-        }
-        if (!read_command(s))
-            return END;
-        if (verb_is(s, "ATRN")) {
-            idle = 0;
-            if (atrn_command(s) == GO_ON)
-                return GO_ON;
-        } else if (verb_is(s, "EHLO")) {
-            ehlo_command(s);
-        } else if (verb_is(s, "AUTH")) {
-            refuse(s, "5-a", "503 Already authenticated as %s", s->account->name);
-        } else if (verb_is(s, "STARTTLS") && s->tls_context) {
-            refuse(s, NULL, "503 Too late for TLS, or on already");
-        } else if (quit_command(s)) {
-            return END;
-        } else if (!verb_is(s, "QUIT")) {
-            common_command(s);
-        }
-    }
-}
-
-/* ==== Failure notices ==================================================================================
- *
- * 4-e: who has accepted mail owns it until it is delivered or its sender has been told. What the customer
- * refuses for good is returned: one notice (RFC 3461 to 3464) for all recipients of a message that were
- * refused in this session. It is handed to the site's own MTA; only when that has taken it, the recipients
- * leave the queue. Mail from the null sender is a notice itself, and nobody is told about that: it is set
- * aside in the folder .Undeliverable of its domain, for a person to see.
- */
-
-#define TEXT_LINE 998            /* RFC 5322, 2.1.1: octets of a line without CRLF */
-#define NOTICE_HEADER_MAX 65536  /* octets of a returned header */
-
-/* A file without a name, which no program that is run inherits: tmpfile(3) would leave a moment for that. */
-static FILE *scratch_file(void)
-{
-    char path[] = P_tmpdir "/odmr-XXXXXX";
-    int fd = mkostemp(path, O_CLOEXEC);
-    FILE *file = fd < 0 ? NULL : fdopen(fd, "w+");
-    if (fd >= 0)
-        unlink(path);
-    if (fd >= 0 && !file)
-        close(fd);
-    return file;
-}
-
-/* RFC 3463: the enhanced code that the reply starts with, or the little that its first digit tells. */
-static void write_status(FILE *out, const char *refusal)
-{
-    char class[2], subject[4], detail[4], after = ' ';
-    if (sscanf(refusal + 4, "%1[45].%3[0-9].%3[0-9]%c", class, subject, detail, &after) >= 3 && after == ' ')
-        fprintf(out, "Status: %s.%s.%s\n", class, subject, detail);
-    else
-        fprintf(out, "Status: %c.0.0\n", refusal[0]);
-}
-
-/* RFC 3464, 2.3; with an address in UTF-8, RFC 6533. */
-static void write_recipient_fields(FILE *out, const struct session *s, const char *address, const char *refusal)
-{
-    fprintf(out, "\nFinal-Recipient: %s; %s\nAction: failed\n", ascii(address) ? "rfc822" : "utf-8", address);
-    write_status(out, refusal);
-    if (strncmp(refusal, "000", 3) == 0) {
-        fprintf(out, "Diagnostic-Code: x-odmr; %s\n", refusal + 4);
-        return;
-    }
-    if (s)
-        fprintf(out, "Remote-MTA: dns; %s\n", s->peer_name);
-    fprintf(out, "Diagnostic-Code: smtp; %s\n", refusal);
-    write_date(out, "Last-Attempt-Date: ", time(NULL));
-}
-
-/* Calls the writer for each refused recipient: the human part and the machine's part list the same. */
-static void for_each_refused(FILE *out, const struct session *s, const struct message *m,
-                             void (*write_one)(FILE *, const struct session *, const char *, const char *))
-{
-    for (size_t i = 0; i < m->recipients; i++)
-        if (m->list[i].fate == REFUSED)
-            write_one(out, s, m->list[i].address, m->list[i].reason->text);
-}
-
-static void write_plain_words(FILE *out, const struct session *s, const char *address, const char *refusal)
-{
-    (void)s;
-    fprintf(out, "  <%s>\n      %s\n\n", address, strncmp(refusal, "000", 3) == 0 ? refusal + 10 : refusal);
-}
-
-/* The header of what is returned, not its body (RFC 3461, 6.3 lets us choose). It is text when it leaves, whatever it
- * was: lines of at most 998 octets (RFC 5322, 2.1.1), no control characters, nothing over 127 that is not UTF-8. False:
- * it cannot be read now. */
-static bool write_original_header(FILE *out, const struct message *m)
-{
-    struct line_reader r = {.of = m, .next_read = m->start};
-    while (r.end - m->start < NOTICE_HEADER_MAX && next_line(&r) && r.line[0]) {
-        size_t len = strlen(r.line);
-        for (char *p = r.line; *p; p++) {
-            unsigned char c = (unsigned char)*p;
-            if ((c < 0x20 && c != '\t') || c == 0x7f || (c > 0x7f && !m->utf8_header))
-                *p = '?';
-        }
-        fprintf(out, "%.*s\n", (int)utf8_prefix(r.line, len < TEXT_LINE ? len : TEXT_LINE), r.line);
-    }
-    return !r.failed;
-}
-
-static void write_notice_top(FILE *out, const char *host, const struct message *m, const char *boundary, bool utf8)
-{
-    fprintf(out, "From: Mail Delivery System <MAILER-DAEMON@%s>\nTo: <%s>\n", host, m->sender);
-    fprintf(out, "Subject: Undelivered mail returned to its sender\n");
-    write_date(out, "Date: ", time(NULL));
-    fprintf(out, "Message-ID: <%s@%s>\nAuto-Submitted: auto-replied\nMIME-Version: 1.0\n", boundary, host);
-    fprintf(out, "Content-Type: multipart/report; report-type=%sdelivery-status;\n\tboundary=\"%s\"\n%s\n",
-            utf8 ? "global-" : "", boundary, utf8 ? "Content-Transfer-Encoding: 8bit\n" : "");
-}
-
-/* multipart/report (RFC 6522): for a person, for a program, and what it was about. */
-static bool write_notice(FILE *out, const char *host, const struct session *s, const struct message *m)
-{
-    bool utf8 = m->utf8_header || m->utf8_address; /* then RFC 6533's types */
-    const char *eight_bit = utf8 ? "Content-Transfer-Encoding: 8bit\n" : "";
-    char boundary[48];
-    unsigned char random[12];
-    bool done;
-    if (RAND_bytes(random, sizeof random) != 1)
-        return false;
-    for (size_t i = 0; i < sizeof random; i++)
-        snprintf(boundary + 2 * i, 3, "%02x", random[i]);
-    write_notice_top(out, host, m, boundary, utf8);
-    fprintf(out, "--%s\nContent-Type: text/plain; charset=%s\n%s\n", boundary, utf8 ? "utf-8" : "us-ascii", eight_bit);
-    fprintf(out, "This is the mail relay at %s.\n\nYour message could not be delivered to the recipients below, and "
-                 "will not\nbe tried again. The reason stands below each of them. The header of your\nmessage is "
-                 "attached.\n\n", host);
-    for_each_refused(out, s, m, write_plain_words);
-    fprintf(out, "--%s\nContent-Type: message/%sdelivery-status\n%s\nReporting-MTA: dns; %s\n", boundary,
-            utf8 ? "global-" : "", eight_bit, host);
-    write_date(out, "Arrival-Date: ", m->arrived.tv_sec);
-    for_each_refused(out, s, m, write_recipient_fields);
-    fprintf(out, "\n--%s\nContent-Type: %s\n%s\n", boundary, utf8 ? "message/global-headers" : "text/rfc822-headers",
-            eight_bit);
-    done = write_original_header(out, m);
-    fprintf(out, "\n--%s--\n", boundary);
-    return done && fflush(out) == 0 && !ferror(out);
-}
-
-/* Runs sendmail, without a shell; true: it has taken the notice. If it hangs, it is waited for once in a session: the
- * other refused messages stay queued, so a shutdown does not wait for each of them. */
-static bool hand_over_notice(const struct provider *p, FILE *notice, const struct message *m, struct session *s)
-{
-    char *const argv[] = {(char *)p->sendmail, "-i", "-f", "<>", "--", (char *)m->sender, NULL};
-    pid_t pid;
-    int problem, status;
-    rewind(notice);
-    problem = start_program(argv, fileno(notice), -1, &pid);
-    if (problem) {
-        log_event(s, LOG_ERR, "%s: %s; the notice about %s cannot be sent, and the message stays", p->sendmail,
-                  strerror(problem), m->path);
-        return false;
-    }
-    status = finish_program(pid, NOTICE_TIMEOUT);
-    if (status != 0)
-        log_event(s, LOG_ERR, "%s did not take the notice about %s (exit %d); the message stays", p->sendmail, m->path,
-                  status);
-    if (status < 0 && s)
-        s->no_notices = true;
-    return status == 0;
-}
-
-/* The sender is told, or, where there is none, the message set aside. */
-static bool return_refused(const struct provider *p, struct session *s, const struct message *m)
-{
-    FILE *notice;
-    bool done;
-    if (m->sender[0] == '\0') {
-        done = message_set_aside(m);
-        log_event(s, done ? LOG_NOTICE : LOG_ERR,
-                  done ? "%s, from the null sender, is set aside in " UNDELIVERABLE
-                       : "%s, from the null sender, cannot be set aside, and stays", m->path);
-        return done;
-    }
-    if (s && (s->no_notices || atomic_load(&p->stopping))) {
-        log_event(s, LOG_NOTICE, "no notice about %s in this session any more; the message stays", m->path);
-        return false;
-    }
-    notice = scratch_file();
-    done = notice && write_notice(notice, p->name, s, m);
-    if (!done)
-        log_event(s, LOG_ERR, "the notice about %s cannot be written (%s); the message stays", m->path,
-                  strerror(errno));
-    done = done && hand_over_notice(p, notice, m, s);
-    if (notice)
-        fclose(notice);
-    if (done)
-        log_event(s, LOG_NOTICE, "returned %s to <%s>", m->path, m->sender);
-    return done;
-}
-
-/* If the provider is killed in between, the message is sent again; it is never lost. */
-bool message_settle(const struct provider *p, struct session *s, struct message *m)
-{
-    size_t count[VERDICTS] = {0};
-    enum update got;
-    bool sound = true;
-    for (size_t i = 0; i < m->recipients; i++)
-        count[m->list[i].fate]++;
-    if (count[REFUSED] > 0 && return_refused(p, s, m)) {
-        for (size_t i = 0; i < m->recipients; i++)
-            if (m->list[i].fate == REFUSED)
-                m->list[i].fate = RETURNED;
-        count[RETURNED] += count[REFUSED];
-    }
-    if (count[DELIVERED] + count[RETURNED] == 0)
-        return true;
-    if (count[DELIVERED] + count[RETURNED] + count[REPEATED] < m->recipients) {
-        got = message_strike_out(m);
-    } else if ((got = message_remove(m)) == FAILED) {
-        log_event(s, LOG_ERR, "cannot remove %s (%s): all its recipients are struck out, and no more is taken from its "
-                              "directory in this session", m->path, strerror(m->problem));
-        got = message_strike_out(m);
-        sound = false;
-    }
-    if (got == REPLACED)
-        log_event(s, LOG_WARNING, "%s was replaced or written into while it was sent: it stays, and is sent again",
-                  m->path);
-    else if (got == FAILED)
-        log_event(s, LOG_ERR, "cannot strike out recipients of %s (%s): they get it again", m->path,
-                  strerror(m->problem));
-    return sound && got != FAILED;
-}
-
-/* ==== The provider, 5.3: the client ===================================================================
- *
- * The connection has turned: the customer greets, the provider sends the mail. One sender does it, in
- * whatever way the customer can take:
- *
- *   nothing offered   each command waits for its reply;
- *   PIPELINING        MAIL, RCPT and DATA leave together, the end of one message with the start of the
- *                     next: one wait a message (RFC 2920);
- *   CHUNKING too      BDAT needs no go-ahead, so many messages are on their way at once (RFC 3030).
- *
- * What makes these one path: every command is noted in a FIFO of the replies it will bring, and replies
- * are read from it in order, each deciding what it was expected for. may_stay_outstanding() is the rule,
- * the only one, that says when the sender waits. Replies that have arrived are settled before the next
- * message, without waiting for more. The FIFO is short: REPLIES_IN_FLIGHT replies of 512 octets fit into
- * the receive buffer that the listener asked for, so the customer can always write its replies while the
- * provider writes mail, and two peers that block cannot deadlock.
- *
- * RFC 2920 and RFC 3030 rest on the order of replies. When that can no longer be trusted, the connection
- * is broken, and nothing that comes after is believed. */
-
-#define RECIPIENTS_A_TRANSACTION 100 /* RFC 5321, 4.5.3.1.8: what every server must take */
-#define REPLIES_IN_FLIGHT 320    /* times 512 octets: under RECEIVE_BUFFER, see the sender */
-#define REFUSED_MESSAGES_MAX 10  /* when so many were refused and none was taken, the session ends */
-
-struct transaction {
-    struct message *message;
-    size_t first, last;   /* the entries of its list: first <= i < last */
-    size_t accepted;      /* how many of them the customer has taken */
-    unsigned outstanding; /* replies it still waits for */
-    bool open;            /* commands of it are still being written */
-    bool behind_end;      /* MAIL left before the reply to the end of an earlier message had come */
-    bool again;           /* and was refused for that: the same is sent again */
-    bool mail_refused;    /* MAIL failed, so nothing after it counts */
-    bool go_ahead;        /* DATA was answered with 354 */
-    enum verdict verdict; /* on the mail, of the reply to MAIL that failed */
-    struct reply reply;
-};
-
-/* FOR_CONTENT: the lone dot. FOR_BDAT: BDAT with its octets. */
-enum expectation { FOR_RSET, FOR_MAIL, FOR_RCPT, FOR_DATA, FOR_CONTENT, FOR_BDAT, FOR_QUIT };
-
-struct expected {
-    enum expectation what;
-    struct transaction *of;
-    struct recipient *recipient;
-    uint64_t written; /* octets of the stream up to the end of the command */
-};
-
-struct sender {
-    struct session *s;
-    bool pipelining, chunking, eight_bit, utf8, size;
-    uint64_t size_limit;        /* 0: none told */
-    size_t mail_max, rcpt_max;  /* RFC 9422: transactions in this session, 0: any number; recipients in each */
-    bool unclean;               /* a transaction was left open on the other side: RSET before the next */
-    bool wait_at_ends;          /* the server wants no command before its reply to the end of a message */
-    bool over;                  /* no more is sent in this session; the log says why */
-    bool abandoned;             /* what is not settled by now stays */
-    struct expected fifo[REPLIES_IN_FLIGHT];
-    size_t oldest, count;
-    struct message *again;      /* to be sent once more, in order of arrival */
-    size_t delivered, deferred, refused; /* recipients, for the log */
-    size_t transactions, messages_refused;
-    uint64_t octets;
-};
-
-/* ---- What becomes of a message when its replies are in ---- */
-
-/* One line for each recipient's fate, so that an administrator finds a mail by sender, recipient or Message-ID. */
-static void log_fate(const struct session *s, int priority, const char *fate, const struct message *m,
-                     const struct recipient *to, const char *why)
-{
-    log_event(s, priority, "%s to=<%s> from=<%s> message-id=%s file=%s: %s", fate, to->address, m->sender,
-              *m->id ? m->id : "none", m->path, why);
-}
-
-/* The verdict of this reply on the mail. Code 0: the reason is ours, not the customer's. */
-static void note_verdict(struct sender *x, struct message *m, struct recipient *to, enum verdict verdict,
-                         const struct reply *r)
-{
-    char text[REFUSAL_SIZE - 4], why[REFUSAL_SIZE];
-    join_lines(r, text, sizeof text);
-    if (verdict == REFUSED && r->code && x->messages_refused >= REFUSED_MESSAGES_MAX && x->s->messages == 0)
-        verdict = DEFERRED; /* a server that refuses everything returns no more of the queue */
-    if (verdict == REFUSED && !(to->reason = message_reason(m, r->code, text)))
-        verdict = DEFERRED; /* without the reason there could be no notice */
-    to->fate = verdict;
-    x->delivered += verdict == DELIVERED;
-    x->deferred += verdict == DEFERRED;
-    x->refused += verdict == REFUSED;
-    if (r->code)
-        snprintf(why, sizeof why, "%d %s", r->code, text);
-    else
-        memcpy(why, text, sizeof text);
-    log_fate(x->s, LOG_INFO,
-             verdict == DELIVERED ? "delivered" : verdict == DEFERRED ? "deferred" : "refused", m, to, why);
-}
-
-/* Ends the session early, with QUIT. Outstanding replies are still settled; the other messages stay queued. */
-__attribute__((format(printf, 2, 3))) static void end_early(struct sender *x, const char *fmt, ...)
-{
-    char why[LOG_LINE];
-    va_list args;
-    va_start(args, fmt);
-    vsnprintf(why, sizeof why, fmt, args);
-    va_end(args);
-    if (!x->over)
-        log_event(x->s, LOG_WARNING, "%s; the rest of the mail stays queued, and the session ends", why);
-    x->over = true;
-}
-
-static void count_message(struct sender *x, const struct message *m)
-{
-    bool taken = false, refused = false;
-    for (size_t i = 0; i < m->recipients; i++) {
-        taken |= m->list[i].fate == DELIVERED;
-        refused |= m->list[i].fate == REFUSED && strncmp(m->list[i].reason->text, "000", 3) != 0;
-    }
-    x->s->messages += taken;
-    x->octets += taken ? m->wire_size : 0;
-    x->messages_refused += refused && !taken;
-    if (x->s->messages == 0 && x->messages_refused == REFUSED_MESSAGES_MAX)
-        end_early(x, "the customer's server has refused %d messages and taken none", REFUSED_MESSAGES_MAX);
-}
-
-/* All transactions of this message are settled, or the line is gone. */
-static void message_conclude(struct sender *x, struct message *m)
-{
-    struct session *s = x->s;
-    struct message **at = &x->again;
-    for (size_t i = 0; i < m->recipients; i++) {
-        struct recipient *r = &m->list[i];
-        if (r->fate == OWED && m->again && !x->abandoned) {
-            while (*at)
-                at = &(*at)->next;
-            *at = m;
-            return;
-        }
-        if (r->fate == ACCEPTED || (r->fate == OWED && (s->io.broken || x->abandoned))) {
-            r->fate = DEFERRED;
-            x->deferred++;
-            log_fate(s, LOG_INFO, "deferred", m, r, s->io.broken ? s->io.broken : "the session ended before a reply");
-        }
-    }
-    count_message(x, m);
-    if (!message_settle(s->provider, s, m))
-        backlog_skip_box(&s->backlog, m->path);
-    message_close(m);
-    free(m);
-}
-
-static void message_release(struct sender *x, struct message *m)
-{
-    if (--m->holders == 0)
-        message_conclude(x, m);
-}
-
-static void transaction_release(struct sender *x, struct transaction *t)
-{
-    if (!t || t->open || t->outstanding > 0)
-        return;
-    message_release(x, t->message);
-    free(t);
-}
-
-/* ---- Replies: each settles what the oldest command expects ---- */
-
-/* Replies in 5xx that are about the session, not about this mail: the server wants TLS or a log-in first, does not know
- * the command, or is not ready. The mail stays. To RCPT, 503 complains about the order of commands, and 552 is how
- * servers of old say "too many recipients" (RFC 5321, 4.5.3.1.10). What is said after the last octet of DATA's content
- * is a verdict on the message, whatever its number. */
-static bool about_session(enum expectation what, int code)
-{
-    static const int codes[] = {500, 502, 503, 504, 521, 530, 534, 535, 538};
-    if (what == FOR_RCPT)
-        return code == 503 || code == 552;
-    for (size_t i = 0; i < sizeof codes / sizeof *codes; i++)
-        if (code == codes[i])
-            return what == FOR_MAIL || what == FOR_DATA || what == FOR_BDAT;
-    return false;
-}
-
-static enum verdict verdict_of(enum expectation what, const struct reply *r)
-{
-    return about_session(what, r->code) ? DEFERRED : reply_verdict(r);
-}
-
-static void not_ready(struct sender *x, const struct reply *r)
-{
-    char text[REFUSAL_SIZE];
-    join_lines(r, text, sizeof text);
-    end_early(x, "the customer's server is not ready for mail: %d %s", r->code, text);
-}
-
-/* RFC 2920, 3.1, lets MAIL follow the end of a message at once, but some servers refuse what arrives before their reply
- * to that end, with one 503 for each command. Then the sender waits there from now on, and sends the same again. */
-static void settle_mail(struct sender *x, struct transaction *t, const struct reply *r)
-{
-    t->verdict = verdict_of(FOR_MAIL, r);
-    t->mail_refused = t->verdict != DELIVERED;
-    t->reply = *r;
-    x->unclean = !t->mail_refused;
-    if (r->code == 503 && t->behind_end) {
-        t->again = t->message->again = true;
-        if (!x->wait_at_ends)
-            log_event(x->s, LOG_NOTICE, "the customer's server wants no MAIL before its reply to the end of a message; "
-                                        "from now on the sender waits for that");
-        x->wait_at_ends = true;
-    } else if (about_session(FOR_MAIL, r->code)) {
-        not_ready(x, r);
-    }
-}
-
-static void settle_recipient(struct sender *x, struct transaction *t, struct recipient *to, const struct reply *r)
-{
-    if (t->again)
-        return;
-    if (t->mail_refused) {
-        note_verdict(x, t->message, to, t->verdict, &t->reply);
-    } else if (reply_verdict(r) == DELIVERED) {
-        to->fate = ACCEPTED;
-        t->accepted++;
-    } else {
-        note_verdict(x, t->message, to, verdict_of(FOR_RCPT, r), r);
-    }
-}
-
-/* The reply to DATA if it is not 354, to the last octet otherwise. A 2xx to the last octet is the moment
- * when the responsibility passes to the customer (RFC 5321, 4.2.5); if the line drops right before it
- * arrives, the customer has the message and we send it again: twice, but never not at all. */
-static void settle_content(struct sender *x, struct transaction *t, enum expectation what, const struct reply *r)
-{
-    enum verdict verdict = verdict_of(what, r);
-    for (size_t i = t->first; i < t->last; i++)
-        if (t->message->list[i].fate == ACCEPTED)
-            note_verdict(x, t->message, &t->message->list[i], verdict, r);
-    x->unclean = verdict != DELIVERED;
-    if (t->accepted > 0 && about_session(what, r->code))
-        not_ready(x, r);
-}
-
-/* Some replies show that the order of replies is lost. A server that does not know BDAT reads the content as commands,
- * and its replies to those would be taken for verdicts on mail. A 2xx in the place of 354 answers another command.
- * Returns the reason; NULL: the order holds. */
-static const char *order_lost(enum expectation what, int code)
-{
-    if (what == FOR_BDAT && (code == 500 || code == 502 || code == 504))
-        return "the customer's server does not know BDAT, though CHUNKING was offered";
-    if (what == FOR_DATA && code < 300)
-        return "the customer's server answers DATA with 2xx in the place of 354";
-    return code == 421 ? "the customer closes the service (421)" : NULL;
-}
-
-/* Settles the oldest command with its reply. False: the connection is of no more use. */
-static bool settle(struct sender *x, const struct reply *r)
-{
-    struct expected e = x->fifo[x->oldest];
-    const char *lost = order_lost(e.what, r->code);
-    if (lost) {
-        stream_break(&x->s->io, lost);
-        stream_end_input(&x->s->io);
-        return false;
-    }
-    x->oldest = (x->oldest + 1) % REPLIES_IN_FLIGHT;
-    x->count--;
-    switch (e.what) {
-    case FOR_MAIL:
-        settle_mail(x, e.of, r);
-        break;
-    case FOR_RCPT:
-        settle_recipient(x, e.of, e.recipient, r);
-        break;
-    case FOR_DATA:
-        e.of->go_ahead = r->code == 354;
-        if (!e.of->go_ahead)
-            settle_content(x, e.of, FOR_DATA, r);
-        break;
-    case FOR_CONTENT:
-    case FOR_BDAT:
-        settle_content(x, e.of, e.what, r);
-        break;
-    case FOR_RSET:
-        x->unclean = false;
-        break;
-    case FOR_QUIT:
-        break;
-    }
-    if (e.of) {
-        e.of->outstanding--;
-        transaction_release(x, e.of);
-    }
-    return true;
-}
-
-/* Settles the replies that have arrived, without waiting. Accepted mail leaves the queue soon, so a provider that is
- * killed causes few second copies. A reply that arrives before its command has left is not believed. */
-/* Where the reply to the oldest command stands in RFC 2645. */
-static const char *reply_clause(const struct sender *x)
-{
-    static const char *const clause[] = {
-        [FOR_RSET] = "5.3-c", [FOR_MAIL] = "5.3-c,4-e", [FOR_RCPT] = "5.3-c,4-e", [FOR_DATA] = "5.3-c,4-e",
-        [FOR_CONTENT] = "4-e", [FOR_BDAT] = "4-e", [FOR_QUIT] = "5-b",
-    };
-    return clause[x->fifo[x->oldest].what];
-}
-
-static bool settle_arrived(struct sender *x)
-{
-    struct reply r;
-    while (x->count > 0 && x->fifo[x->oldest].written <= x->s->io.gone && reply_arrived(x->s))
-        if (!read_arrived_reply(x->s, reply_clause(x), &r) || !settle(x, &r))
-            return false;
-    return true;
-}
-
-static bool settle_down_to(struct sender *x, size_t left)
-{
-    struct reply r;
-    while (x->count > left)
-        if (!read_reply(x->s, reply_clause(x), &r) || !settle(x, &r))
-            return false;
-    return true;
-}
-
-/* The session is over. Replies that arrived before the connection broke still count. The others will not come, so the
- * recipients that they were expected for stay in the queue. */
-static void abandon(struct sender *x)
-{
-    settle_arrived(x);
-    x->abandoned = true;
-    while (x->count > 0) {
-        struct expected e = x->fifo[x->oldest];
-        x->oldest = (x->oldest + 1) % REPLIES_IN_FLIGHT;
-        x->count--;
-        if (e.of) {
-            e.of->outstanding--;
-            transaction_release(x, e.of);
-        }
-    }
-    while (x->again) {
-        struct message *m = x->again;
-        x->again = m->next;
-        message_conclude(x, m);
-    }
-}
-
-/* The one rule: how many replies may be left outstanding after this command. Without PIPELINING none.
- * With it, DATA must be the last of its group (RFC 2920, 3.1), so there all are awaited. Otherwise we
- * write on until the FIFO is full, and then make room for half of it. */
-static size_t may_stay_outstanding(const struct sender *x, enum expectation what)
-{
-    if (!x->pipelining || what == FOR_DATA || what == FOR_QUIT)
-        return 0;
-    if (x->wait_at_ends && (what == FOR_CONTENT || what == FOR_BDAT))
-        return 0;
-    return x->count < REPLIES_IN_FLIGHT ? x->count : REPLIES_IN_FLIGHT / 2;
-}
-
-/* Notes that the command just written will be answered, and waits if the rule says so. */
-static bool expect(struct sender *x, enum expectation what, struct transaction *t, struct recipient *to)
-{
-    struct stream *io = &x->s->io;
-    x->fifo[(x->oldest + x->count++) % REPLIES_IN_FLIGHT] = (struct expected){what, t, to, io->gone + io->out_end};
-    if (t)
-        t->outstanding++;
-    return settle_down_to(x, may_stay_outstanding(x, what));
-}
-
-/* ---- Commands ---- */
-
-static bool send_content(struct sender *x, struct transaction *t, bool dots)
-{
-    if (!message_send(t->message, &x->s->io, dots)) {
-        stream_break(&x->s->io, "a message in the queue cannot be read, or somebody wrote into it");
-        return false;
-    }
-    trace_line(x->s, PROVIDER, "5.3-c", "... %llu octets of message ...", (unsigned long long)t->message->wire_size);
-    return true;
-}
-
-static bool send_data(struct sender *x, struct transaction *t)
-{
-    send_line(x->s, "5.3-c", "DATA");
-    if (!expect(x, FOR_DATA, t, NULL))
-        return false;
-    if (!t->go_ahead)
-        return true;
-    /* RFC 2920, 3.1: a 354 although every RCPT failed must be honoured, with no content. */
-    if (t->accepted > 0 && !send_content(x, t, true))
-        return false;
-    send_line(x->s, "4-e", ".");
-    return expect(x, FOR_CONTENT, t, NULL);
-}
-
-static bool send_bdat(struct sender *x, struct transaction *t)
-{
-    send_line(x->s, "RFC 3030", "BDAT %llu LAST", (unsigned long long)t->message->wire_size);
-    return send_content(x, t, false) && expect(x, FOR_BDAT, t, NULL);
-}
-
-/* With what the customer wants to know beforehand (RFC 1870, RFC 6152, RFC 6531), when it is so. */
-static void send_mail_command(struct sender *x, const struct message *m)
-{
-    char size[32] = "";
-    if (x->size)
-        snprintf(size, sizeof size, " SIZE=%llu", (unsigned long long)m->wire_size);
-    send_line(x->s, "5.3-c", "MAIL FROM:<%s>%s%s%s", m->sender, size,
-              m->eight_bit && x->eight_bit ? " BODY=8BITMIME" : "",
-              (m->utf8_header || m->utf8_address) && x->utf8 ? " SMTPUTF8" : "");
-}
-
-/* What this customer cannot take is not sent in breach of the standard, but returned. True, and why. A header with
- * octets over 127 needs 8BITMIME only, as everybody else sees it; an address in UTF-8 needs SMTPUTF8. */
-static bool customer_cannot_take(const struct sender *x, const struct message *m, const char *recipient,
-                                 struct reply *why)
-{
-    why->code = 0;
-    if (x->size_limit > 0 && m->wire_size > x->size_limit)
-        snprintf(why->text, sizeof why->text, "5.3.4 The message has %llu octets; the recipient's server takes %llu",
-                 (unsigned long long)m->wire_size, (unsigned long long)x->size_limit);
-    else if (!x->utf8 && !(ascii(m->sender) && ascii(recipient)))
-        snprintf(why->text, sizeof why->text, "5.6.7 An address is in UTF-8, and the recipient's server does not take "
-                                              "that (SMTPUTF8)");
-    else if (!x->eight_bit && m->eight_bit)
-        snprintf(why->text, sizeof why->text, "5.6.3 The content has 8-bit octets, and the recipient's server does not "
-                                              "take them (8BITMIME)");
-    else
-        return false;
-    return true;
-}
-
-static void refuse_beforehand(struct sender *x, struct message *m)
-{
-    struct reply why;
-    for (size_t i = 0; i < m->recipients; i++)
-        if (m->list[i].fate == OWED && customer_cannot_take(x, m, m->list[i].address, &why))
-            note_verdict(x, m, &m->list[i], REFUSED, &why);
-}
-
-/* The next recipient that is owed the message, from entry *next on; *next is then the number after it. */
-static struct recipient *next_owed(const struct message *m, size_t *next)
-{
-    while (*next < m->recipients)
-        if (m->list[(*next)++].fate == OWED)
-            return &m->list[*next - 1];
-    return NULL;
-}
-
-/* MAIL, RCPT ..., and the content: one transaction, for the next recipients, no more than the customer takes at
- * once. */
-static bool send_transaction(struct sender *x, struct transaction *t, struct recipient *to)
-{
-    struct message *m = t->message;
-    size_t n = 1;
-    t->behind_end = x->count > 0; /* before RSET, which is no end */
-    if (x->unclean && x->count == 0) {
-        send_line(x->s, "5.3-c", "RSET");
-        if (!expect(x, FOR_RSET, NULL, NULL))
-            return false;
-    }
-    send_mail_command(x, m);
-    x->transactions++;
-    if (!expect(x, FOR_MAIL, t, NULL))
-        return false;
-    do {
-        if (!t->mail_refused) {
-            send_line(x->s, "5.3-c", "RCPT TO:<%s>", to->address);
-            if (!expect(x, FOR_RCPT, t, to))
-                return false;
-        } else if (!t->again) {
-            note_verdict(x, m, to, t->verdict, &t->reply);
-        }
-    } while (n++ < x->rcpt_max && (to = next_owed(m, &t->last)));
-    if (x->count == 0 && (t->mail_refused || t->accepted == 0))
-        return true; /* all is answered and nobody wants it: no content */
-    return x->chunking ? send_bdat(x, t) : send_data(x, t);
-}
-
-/* The whole message, in as many transactions as its recipients need. */
-static bool send_message(struct sender *x, struct message *m)
-{
-    struct recipient *to;
-    size_t next = 0;
-    bool connected = true;
-    m->holders = 1;
-    m->again = false;
-    m->next = NULL;
-    refuse_beforehand(x, m);
-    while (connected && !x->over && (to = next_owed(m, &next))) {
-        struct transaction *t = calloc(1, sizeof *t);
-        if (!t) {
-            stream_break(&x->s->io, "out of memory");
-            connected = false;
-            break;
-        }
-        *t = (struct transaction){.message = m, .first = next - 1, .last = next, .open = true};
-        m->holders++;
-        connected = send_transaction(x, t, to);
-        next = t->last;
-        t->open = false;
-        transaction_release(x, t);
-        if (x->mail_max > 0 && x->transactions == x->mail_max)
-            end_early(x, "the customer takes no more than %zu transactions a session (RFC 9422)", x->mail_max);
-    }
-    message_forget_top(m);
-    message_release(x, m);
-    return connected;
-}
-
-/* ---- The session in this state ---- */
-
-/* RFC 9422: the number after NAME= in the parameters of LIMITS; none: there is no such number. */
-static size_t limit_of(const char *limits, const char *name, size_t none)
-{
-    size_t len, before = strlen(name);
-    const char *word;
-    while (limits && (word = next_word(&limits, &len))) {
-        size_t limit = strncasecmp(word, name, before) == 0 ? strtoull(word + before, NULL, 10) : 0;
-        if (limit > 0 && len <= before + 6 && strspn(word + before, "0123456789") == len - before)
-            return limit;
-    }
-    return none;
-}
-
-static void read_capabilities(struct sender *x, const struct reply *r)
-{
-    const char *size = reply_keyword(r, "SIZE"), *limits = reply_keyword(r, "LIMITS");
-    x->pipelining = reply_keyword(r, "PIPELINING") != NULL;
-    x->chunking = x->pipelining && reply_keyword(r, "CHUNKING") != NULL;
-    x->eight_bit = reply_keyword(r, "8BITMIME") != NULL;
-    x->utf8 = reply_keyword(r, "SMTPUTF8") != NULL;
-    x->size = size != NULL;
-    x->size_limit = size && isdigit((unsigned char)*size) ? strtoull(size, NULL, 10) : 0;
-    x->mail_max = limit_of(limits, "MAILMAX=", 0);
-    if (limit_of(limits, "RCPTMAX=", x->rcpt_max) < x->rcpt_max)
-        x->rcpt_max = limit_of(limits, "RCPTMAX=", x->rcpt_max);
-}
-
-/* 5.3-b: the customer greets; 5.3-c: then EHLO, or HELO where EHLO is not known. */
-static bool greet_customer(struct sender *x)
-{
-    struct session *s = x->s;
-    struct reply r;
-    if (!read_reply(s, "5.3-b", &r) || r.code != 220)
-        return false;
-    send_line(s, "5.3-c", "EHLO %s", s->name);
-    if (!read_ehlo_reply(s, "5.3-a", &r))
-        return false;
-    if (r.code < 300) {
-        read_capabilities(x, &r);
-        return true;
-    }
-    if (r.code < 500)
-        return false;
-    send_line(s, "5.3-c", "HELO %s", s->name);
-    return read_reply(s, "5.3-a", &r) && r.code < 300;
-}
-
-/* The message to be sent next: the one that was claimed for ATRN, then the others, then those that must be sent
- * again, once nothing is outstanding. When the walk through the queue was stopped (see claim_next), what is
- * outstanding is settled, which gives descriptors and memory back, and the same message is tried once more. NULL:
- * that was all, or the connection is broken: after a walk that did not come to its end there is no QUIT, which
- * would say that it did. */
-static struct message *next_message(struct sender *x)
-{
-    struct session *s = x->s;
-    struct message *m = s->first;
-    s->first = NULL;
-    if (!m && !x->again)
-        claim_next(s, &s->backlog, &m);
-    if (m || !settle_down_to(x, 0))
-        return m;
-    if (x->again) {
-        m = x->again;
-        x->again = m->next;
-    } else if (s->backlog.stopped) {
-        claim_next(s, &s->backlog, &m);
-        if (!m && s->backlog.stopped)
-            stream_break(&s->io, s->backlog.stopped);
-    }
-    return m;
-}
-
-/* The session as the client: the customer's greeting, the mail that ATRN found, oldest first, and QUIT (5-b). Nothing
- * that is in the queue by then has been touched without a reply. */
-static void send_mail(struct session *s)
-{
-    struct sender x = {.s = s, .rcpt_max = RECIPIENTS_A_TRANSACTION};
-    struct message *m;
-    bool good, settled;
-
-    good = greet_customer(&x);
-    while (good && !x.over && !atomic_load(&s->provider->stopping) && (m = next_message(&x)))
-        good = send_message(&x, m) && settle_arrived(&x);
-
-    /* When the customer hears QUIT, the queue shows what it took. */
-    settled = settle_down_to(&x, 0) && !s->io.broken;
-    if (s->messages > 0)
-        start_interval(s);
-    if (settled) {
-        send_line(s, "5-b", "QUIT");
-        good = expect(&x, FOR_QUIT, NULL, NULL);
-    }
-    abandon(&x);
-
-    log_event(s, LOG_INFO,
-              "%s: %zu message%s, %llu octets, recipients: %zu delivered, %zu deferred, %zu refused; %lu wait%s",
-              s->account->name, s->messages, plural(s->messages), (unsigned long long)x.octets, x.delivered, x.deferred,
-              x.refused, s->io.waits, plural(s->io.waits));
-    if (!good || s->io.broken)
-        log_event(s, LOG_WARNING, "the reversed session ended early: %s; what is not delivered stays queued",
-                  s->io.broken ? s->io.broken : "the customer does not take mail");
-}
-
-/* 5.3: from here on the provider is the client (5.3-a), and sends what it holds. What it did not come to stays. */
-static void reversed_state(struct session *s)
-{
-    enter_state(s, REVERSED);
-    s->io.wake_fd = -1; /* a shutdown lets the message under way finish */
-    s->io.waits = 0;
-    send_mail(s);
-    if (s->first) {
-        message_close(s->first);
-        free(s->first);
-    }
-    backlog_free(&s->backlog);
-}
-
-/* --tls-listen: TLS from the first octet. */
-static bool tls_at_once(struct session *s)
-{
-    SSL *tls = stream_offer_tls(&s->io, s->tls_context, NULL);
-    if (!tls)
-        stream_break(&s->io, "TLS cannot be set up");
-    return tls && stream_start_tls(&s->io, tls, NULL);
-}
-
-/* (4-b): authenticate, ask, turn, and SMTP on the same connection. */
-void provider_session(struct session *s)
-{
-    log_event(s, LOG_INFO, "%s connected", s->peer);
-    s->io.wake_fd = s->provider->wake_fd;
-    s->io.deadline = now_ms() + (int64_t)s->provider->login_timeout * 1000;
-    if ((!s->tls_at_once || tls_at_once(s)) && initial_state(s) == GO_ON &&
-        authenticated_state(s) == GO_ON)
-        reversed_state(s);
-    log_event(s, LOG_INFO, "%s disconnected%s%s", s->peer, s->io.broken ? ": " : "", s->io.broken ? s->io.broken : "");
-    s->io.woken |= atomic_load(&s->provider->stopping);
-    stream_close(&s->io);
-}
-
-/* ==== The caretaker ====================================================================================
- *
- * A thread that looks through the queue now and then: debris goes, and so does what nobody has collected
- * for --max-age days, back to its sender. It never delivers anything: 4-d, that is done on request only. */
-
-#define CARE_INTERVAL 3600       /* seconds between two looks through the queue */
-
-/* Returns one message, if it is too old and no session has claimed it. False: no other need be tried now. */
-static bool expire_message(struct provider *p, const char *path)
-{
-    char why[REFUSAL_SIZE];
-    struct message m;
-    int64_t began = now_ms();
-    bool go_on = true;
-    snprintf(why, sizeof why, "4.4.7 The recipient's server has not collected the message for %d days", p->max_age);
-    if (message_claim(&m, p->queue, path) == CLAIMED) {
-        for (size_t i = 0; i < m.recipients; i++)
-            if (m.list[i].fate == OWED && (m.list[i].reason = message_reason(&m, 0, why))) {
-                m.list[i].fate = REFUSED;
-                log_fate(NULL, LOG_NOTICE, "expired", &m, &m.list[i], why);
-            }
-        go_on = message_settle(p, NULL, &m) && now_ms() - began < NOTICE_TIMEOUT * 1000; /* or sendmail hangs */
-    }
-    message_close(&m);
-    return go_on;
-}
-
-/* A clock that is years ahead when the provider starts makes everything too old at once. So when even the newest
- * message is, the first look returns nothing: the next one, an hour later, does. */
-static void expire_domain(struct provider *p, struct backlog *b, const char *domain)
-{
-    int64_t oldest = time(NULL) - (int64_t)p->max_age * 86400;
-    size_t i = 0;
-    if (p->first_look && b->count > 0 && b->list[b->count - 1].second <= oldest) {
-        log_event(NULL, LOG_ERR, "all mail of %s is older than %d days; none is returned in the next hour: is the clock"
-                                 " right?", domain, p->max_age);
-        return;
-    }
-    while (i < b->count && b->list[i].second <= oldest && !atomic_load(&p->stopping) &&
-           expire_message(p, b->list[i].path))
-        i++;
-}
-
-static bool care_for_domain(void *context, int queue, const char *domain)
-{
-    struct provider *p = context;
-    struct backlog b;
-    clean_domain(NULL, queue, domain);
-    if (p->max_age > 0) {
-        backlog_read(&b, NULL, queue, domain);
-        expire_domain(p, &b, domain);
-        backlog_free(&b);
-    }
-    return !atomic_load(&p->stopping);
-}
-
-static void *caretaker(void *argument)
-{
-    struct provider *p = argument;
-    struct pollfd wake = {.fd = p->wake_fd, .events = POLLIN};
-    p->first_look = true;
-    do {
-        for_each_domain(p->queue, care_for_domain, p);
-        p->first_look = false;
-    } while (poll(&wake, 1, CARE_INTERVAL * 1000) == 0);
-    return NULL;
-}
-
 /* ==== Delivery into a Maildir =========================================================================
  *
  * Used by the customer and by enqueue, which write what the provider reads: the envelope on top, then
@@ -4266,992 +4221,6 @@ bool deliveries_store(struct delivery *d, size_t count)
     for (size_t i = 0; i < count; i++)
         all = all && d[i].problem == 0;
     return all;
-}
-
-/* ==== The customer, before the reversal: the client ===================================================
- *
- * Greeting, EHLO, AUTH, ATRN, each reply checked; then the roles turn. The result is an exit code of
- * sysexits(3), because a script that polls needs to know: mail, no mail, try later, or a permanent error. */
-
-#define ATRN_TIMEOUT 600         /* 5.2.1-c: seconds; at least ten minutes */
-#define REPLY_TEXT 512           /* octets of a reply in the log */
-#define EXIT_NO_MAIL 1 /* the reply to ATRN was 453, or 250 and then no mail */
-
-/* After SIGTERM the customer takes the message under way, then says 421. An octet in the pipe ends a wait for a
- * command. A second signal ends the program at once. */
-static int stop_pipe[2] = {-1, -1};
-static volatile sig_atomic_t customer_stops;
-
-static int session_with_provider(const struct customer *c, struct receiver *receiver);
-static int client_dialogue(struct session *s, const struct customer *c);
-static int client_ehlo(struct session *s, struct reply *r);
-static int client_starttls(struct session *s, const struct customer *c, struct reply *r);
-static int client_tls(struct session *s, const struct customer *c);
-static int client_authenticate(struct session *s, const struct customer *c, struct reply *r);
-static int client_atrn(struct session *s, const struct customer *c, struct reply *r);
-
-int customer_session(const struct customer *c)
-{
-    struct receiver receiver = {.session = NULL};
-    int code = EX_OK;
-    if (c->smtp || c->exec)
-        code = reach_receiver(c, &receiver, "no ATRN is sent");
-    if (code == EX_OK)
-        code = session_with_provider(c, &receiver);
-    leave_receiver(c, &receiver);
-    return code;
-}
-
-static int session_with_provider(const struct customer *c, struct receiver *receiver)
-{
-    struct session *s;
-    int code, fd = connect_to(c->provider, ODMR_PORT, c->timeout, &code);
-    if (fd < 0)
-        return code;
-    s = must_alloc(session_new(fd, CUSTOMER, c->timeout, c->name, c->trace));
-    s->quiet = c->quiet;
-    s->stepwise = c->stepwise;
-    s->progress = !c->quiet && !c->trace && isatty(STDERR_FILENO);
-    s->io.wake_fd = stop_pipe[0];
-    code = client_dialogue(s, c);
-    if (code == EX_OK)
-        code = receiver->session ? hand_session_on(s, c, receiver) : take_mail_ourselves(s, c);
-    stream_close(&s->io);
-    free(s);
-    return code;
-}
-
-/* From the connection to the reversal (4-b): the transcript of section 6, from the customer's side. */
-static int client_dialogue(struct session *s, const struct customer *c)
-{
-    struct reply r;
-    int code;
-    enter_state(s, INITIAL);
-    if (c->tls && (code = client_tls(s, c)) != EX_OK)
-        return code;
-    if (!read_reply(s, "5.1-a", &r))
-        return exit_code_lost(s);
-    if (r.code != 220)
-        return exit_code_refused(s, "connecting", &r, EX_UNAVAILABLE);
-    code = client_ehlo(s, &r);
-    if (code == EX_OK)
-        code = client_starttls(s, c, &r);
-    if (code == EX_OK && !reply_keyword(&r, "ATRN")) {
-        log_event(s, LOG_ERR, "%s does not offer ATRN", s->peer);
-        code = EX_UNAVAILABLE;
-    }
-    if (code == EX_OK)
-        code = client_authenticate(s, c, &r);
-    if (code == EX_OK) {
-        enter_state(s, AUTHENTICATED);
-        code = client_atrn(s, c, &r);
-    }
-    if (code != EX_OK && !s->io.broken) {
-        send_line(s, "5.1.3-a", "QUIT");
-        read_reply(s, "5.1.3-a", &r);
-    }
-    return code;
-}
-
-static int client_ehlo(struct session *s, struct reply *r)
-{
-    send_line(s, "5.1.1-a", "EHLO %s", s->name);
-    if (!read_ehlo_reply(s, "5.1.1-a", r))
-        return exit_code_lost(s);
-    return r->code == 250 ? EX_OK : exit_code_refused(s, "EHLO", r, EX_UNAVAILABLE);
-}
-
-/* RFC 3207: STARTTLS is used whenever it is offered. What the provider said before is forgotten, so EHLO is sent again.
- * Without the offer, which an attacker may have removed, the session goes on in the clear unless --require-tls. */
-static int client_starttls(struct session *s, const struct customer *c, struct reply *r)
-{
-    int code;
-    if (s->io.tls)
-        return EX_OK;
-    if (!reply_keyword(r, "STARTTLS")) {
-        if (!c->require_tls)
-            return EX_OK;
-        log_event(s, LOG_ERR, "%s does not offer STARTTLS, which --require-tls asks for", s->peer);
-        return EX_UNAVAILABLE;
-    }
-    send_line(s, "RFC 3207", "STARTTLS");
-    if (!read_reply(s, "RFC 3207", r))
-        return exit_code_lost(s);
-    if (r->code != 220)
-        return exit_code_refused(s, "STARTTLS", r, EX_UNAVAILABLE);
-    if (stream_discard_input(&s->io))
-        log_event(s, LOG_WARNING, "%s sent something behind its reply to STARTTLS; it is thrown away", s->peer);
-    code = client_tls(s, c);
-    return code == EX_OK ? client_ehlo(s, r) : code;
-}
-
-/* The handshake. The certificate must be valid, and for the host that was asked for. */
-static int client_tls(struct session *s, const struct customer *c)
-{
-    char host[256], port[32];
-    SSL *tls;
-    if (!split_host_port(c->provider, ODMR_PORT, host, sizeof host, port, sizeof port) ||
-        !(tls = stream_offer_tls(&s->io, c->tls_context, host))) {
-        log_event(s, LOG_ERR, "%s: TLS cannot be set up", s->peer);
-        return EX_SOFTWARE;
-    }
-    if (stream_start_tls(&s->io, tls, host))
-        return EX_OK;
-    log_event(s, LOG_ERR, "%s: %s; no credentials were sent", s->peer, s->io.broken);
-    if (SSL_get_verify_result(tls) != X509_V_OK && !c->insecure)
-        return EX_NOPERM;
-    return s->io.tls_failed ? EX_PROTOCOL : EX_TEMPFAIL;
-}
-
-/* ---- AUTH: which mechanism ---- */
-
-/* Whether the customer has what the mechanism needs, and the connection allows it. */
-static bool mechanism_usable(const struct session *s, const struct customer *c, enum mechanism m)
-{
-    unsigned char binding[EVP_MAX_MD_SIZE];
-    switch (m) {
-    case SCRAM_PLUS:
-        return c->secret && channel_binding(s->io.tls, false, "tls-server-end-point", binding) > 0;
-    case EXTERNAL:
-        return c->cert && s->io.tls && (!c->secret || c->mechanism == EXTERNAL);
-    case PLAIN:
-        return c->secret && certificate_verified(s->io.tls);
-    default:
-        return c->secret != NULL;
-    }
-}
-
-/* The strongest mechanism that the provider offers and the customer can use, or the one that --mechanism names. */
-static enum mechanism choose_mechanism(const struct session *s, const struct customer *c, const struct reply *r)
-{
-    static const enum mechanism by_strength[] = {SCRAM_PLUS, SCRAM, EXTERNAL, CRAM_MD5, PLAIN};
-    for (size_t i = 0; i < sizeof by_strength / sizeof *by_strength; i++) {
-        enum mechanism m = by_strength[i];
-        if ((c->mechanism == NO_MECHANISM || c->mechanism == m) && mechanism_usable(s, c, m) &&
-            reply_offers(r, "AUTH", mechanism_name(m)))
-            return m;
-    }
-    return NO_MECHANISM;
-}
-
-static int client_authenticate(struct session *s, const struct customer *c, struct reply *r)
-{
-    enum mechanism m = choose_mechanism(s, c, r);
-    if (m != NO_MECHANISM)
-        return sasl_prove(s, c, m, r);
-    log_event(s, LOG_ERR, "%s offers no mechanism that we can use here%s%s", s->peer, c->mechanism ? "; wanted: " : "",
-              mechanism_name(c->mechanism));
-    return EX_NOPERM;
-}
-
-/* ---- ATRN, and the exit codes ---- */
-
-static int client_atrn(struct session *s, const struct customer *c, struct reply *r)
-{
-    int timeout = s->io.timeout;
-    char text[REPLY_TEXT];
-    if (timeout < ATRN_TIMEOUT) /* (5.2.1-c) */
-        s->io.timeout = ATRN_TIMEOUT;
-    send_line(s, *c->domains ? "5.2.1-a" : "5.2.1-d", "ATRN%s%s", *c->domains ? " " : "", c->domains);
-    if (!read_reply(s, "5.2.1", r))
-        return exit_code_lost(s);
-    s->io.timeout = timeout;
-    switch (r->code) {
-    case 250:
-        return EX_OK;
-    case 453:
-        join_lines(r, text, sizeof text);
-        if (!s->quiet)
-            log_event(s, LOG_INFO, "%s: %d %s", s->peer, r->code, text);
-        return EXIT_NO_MAIL;
-    case 530:
-        return exit_code_refused(s, "ATRN", r, EX_NOPERM);
-    default:
-        return exit_code_refused(s, "ATRN", r, EX_UNAVAILABLE);
-    }
-}
-
-/* A provider without mail may answer ATRN with 250 and say QUIT right after EHLO (5.2.1-h). That is no error. */
-int session_outcome(struct session *s, bool ended, size_t messages, size_t unwritten)
-{
-    if (!ended)
-        return exit_code_lost(s);
-    if (unwritten > 0)
-        return EX_CANTCREAT;
-    return messages > 0 ? EX_OK : EXIT_NO_MAIL;
-}
-
-int exit_code_lost(const struct session *s)
-{
-    log_event(s, LOG_ERR, "%s: %s", s->peer, s->io.broken ? s->io.broken : "the connection was lost");
-    return s->protocol_broken ? EX_PROTOCOL : EX_TEMPFAIL;
-}
-
-int exit_code_refused(const struct session *s, const char *command, const struct reply *r, int permanent)
-{
-    char text[REPLY_TEXT];
-    join_lines(r, text, sizeof text);
-    log_event(s, LOG_ERR, "%s: the reply to %s was %d %s", s->peer, command, r->code, text);
-    return r->code >= 500 ? permanent : r->code >= 400 ? EX_TEMPFAIL : EX_PROTOCOL;
-}
-
-/* ---- Connect, and stop ---- */
-
-/* For `return`: no socket. */
-static int not_connected(const char *where, const char *why, int *code, int exit_code)
-{
-    log_event(NULL, LOG_ERR, "%s: %s", where, why);
-    *code = exit_code;
-    return -1;
-}
-
-int connect_to(const char *where, const char *default_port, int timeout, int *code)
-{
-    char host[256], port[32];
-    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *list = NULL;
-    struct timeval limit = {.tv_sec = timeout};
-    int fd = -1, problem;
-    if (!split_host_port(where, default_port, host, sizeof host, port, sizeof port))
-        return not_connected(where, "not HOST:PORT", code, EX_USAGE);
-    problem = getaddrinfo(host, port, &hints, &list);
-    if (problem == EAI_AGAIN || problem == EAI_MEMORY || problem == EAI_SYSTEM)
-        return not_connected(where, gai_strerror(problem), code, EX_TEMPFAIL);
-    if (problem)
-        return not_connected(where, gai_strerror(problem), code, EX_NOHOST);
-
-    for (struct addrinfo *a = list; a && fd < 0; a = a->ai_next) {
-        fd = socket(a->ai_family, a->ai_socktype | SOCK_CLOEXEC, a->ai_protocol);
-        if (fd < 0) {
-            problem = problem ? problem : errno; /* what connect() said of another address tells more */
-            continue;
-        }
-        setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit); /* bounds connect() */
-        if (connect(fd, a->ai_addr, a->ai_addrlen) < 0) {
-            problem = errno;
-            close(fd);
-            fd = -1;
-        }
-    }
-    freeaddrinfo(list);
-    if (fd < 0)
-        return not_connected(where, strerror(problem == EINPROGRESS ? ETIMEDOUT : problem), code,
-                             problem == ECONNREFUSED ? EX_UNAVAILABLE : EX_TEMPFAIL);
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
-    return fd;
-}
-
-bool split_host_port(const char *text, const char *default_port, char *host, size_t host_size, char *port,
-                     size_t port_size)
-{
-    bool bracket = *text == '[', bare_ipv6 = strchr(text, ':') != strrchr(text, ':');
-    const char *start = text + bracket;
-    size_t len = strcspn(start, bracket ? "]" : bare_ipv6 ? "" : ":");
-    const char *rest = start + len, *wanted;
-    if (bracket && *rest++ != ']')
-        return false;
-
-    wanted = *rest == ':' ? rest + 1 : default_port;
-    if ((*rest != ':' && *rest != '\0') || len >= host_size || !wanted || !*wanted || strlen(wanted) >= port_size)
-        return false;
-    if (isdigit((unsigned char)*wanted) && strtoul(wanted, NULL, 10) > UINT16_MAX)
-        return false; /* getaddrinfo() would take it modulo 65536 */
-    memcpy(host, start, len);
-    host[len] = '\0';
-    snprintf(port, port_size, "%s", wanted);
-    return true;
-}
-
-void address_text(char *out, size_t size, const struct sockaddr_storage *a, socklen_t len)
-{
-    char host[64], port[16];
-    if ((a->ss_family != AF_INET && a->ss_family != AF_INET6) ||
-        getnameinfo((const struct sockaddr *)a, len, host, sizeof host, port, sizeof port,
-                    NI_NUMERICHOST | NI_NUMERICSERV) != 0)
-        snprintf(out, size, "local program");
-    else
-        snprintf(out, size, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
-}
-
-struct session *session_new(int fd, enum side self, int timeout, const char *name, enum trace trace)
-{
-    static atomic_ulong numbers[2]; /* of each side's sessions */
-    struct sockaddr_storage address = {.ss_family = AF_UNSPEC};
-    socklen_t len = sizeof address;
-    struct session *s = malloc(sizeof *s);
-    if (!s)
-        return NULL;
-    memset(s, 0, offsetof(struct session, io)); /* the buffers behind are left alone: untouched, they cost nothing */
-    stream_init(&s->io, fd, timeout);
-    s->number = atomic_fetch_add(&numbers[self], 1) + 1;
-    s->self = self;
-    s->name = name;
-    s->trace = trace;
-    snprintf(s->peer_name, sizeof s->peer_name, "unknown");
-    getpeername(fd, (struct sockaddr *)&address, &len);
-    address_text(s->peer, sizeof s->peer, &address, len);
-    return s;
-}
-
-static void stop_customer(int number)
-{
-    int problem = errno;
-    (void)number;
-    customer_stops = 1;
-    if (write(stop_pipe[1], "", 1) < 0)
-        _exit(EX_TEMPFAIL);
-    errno = problem;
-}
-
-/* ==== The customer, after the reversal: the server ====================================================
- *
- * A small SMTP server that trusts no input. What it has answered 250 for is on disk. */
-
-#define BAD_COMMANDS_SERVER 100  /* the customer allows its provider more */
-#define RECIPIENTS_MAX 1000      /* what our customer takes */
-#define DOMAINS_A_MESSAGE 32     /* and in how many domains */
-#define TRACE_FIELDS_MAX 100     /* RFC 5321, 6.3: more Received fields mean a loop */
-#define DELIVERIES_MAX 96 /* files that go to disk together */
-#define ANSWERS_MAX 512   /* that wait for them */
-#define STORED_SIZE 512   /* octets of the domains that the summary names */
-
-/* The content of the message under way, on its way into its files. */
-struct content {
-    bool under_way;
-    bool dots;  /* DATA: a lone dot ends it. BDAT: dots mean nothing */
-    bool ended; /* the lone dot came */
-    bool bare;  /* it has a CR or LF by itself */
-    bool after_cr, begun, in_body;
-    enum { AT_LINE_START, AFTER_DOT, IN_TEXT } state;
-    size_t column, trace_fields;
-    char name[32]; /* the start of this header line, to count Received fields */
-    struct delivery deliveries[DOMAINS_A_MESSAGE];
-    size_t files; /* 0: they cannot be opened */
-};
-
-/* An answer that waits for its turn. */
-struct answer {
-    char text[128];
-    const char *clause;
-    size_t files; /* the promise for so many of the deliveries that wait; 0: text is the answer */
-};
-
-struct smtp_server {
-    struct session *s;
-    const struct customer *c;
-    bool greeted, esmtp; /* EHLO or HELO was said; it was EHLO */
-    bool in_mail, utf8;  /* MAIL was accepted; it said SMTPUTF8 */
-    bool done;           /* the session has a proper end */
-    char sender[MAILBOX_MAX + 2];
-    char *recipients[RECIPIENTS_MAX], mailboxes[RECIPIENTS_MAX][MAILBOX_MAX + 2];
-    size_t count, domains; /* of the recipients; of their domains */
-    struct content content;
-
-    struct answer answers[ANSWERS_MAX];
-    struct delivery waiting[DELIVERIES_MAX]; /* the files of these answers */
-    size_t answer_count, waiting_count;
-
-    size_t messages, unwritten; /* stored; answered with 452 */
-    uint64_t octets;            /* of content */
-    char stored[STORED_SIZE];   /* a,b,c: the domains that mail was stored for, as many as fit */
-    unsigned idle;              /* commands in a row that brought no mail forward */
-};
-
-static void receive_mail(struct smtp_server *server);
-static void receive_command(struct smtp_server *server);
-static void bad_command(struct smtp_server *server, const char *reply);
-static void hello_command(struct smtp_server *server);
-static void mail_command(struct smtp_server *server);
-static void rcpt_command(struct smtp_server *server);
-static void data_command(struct smtp_server *server);
-static void bdat_command(struct smtp_server *server);
-static void forget_transaction(struct smtp_server *server);
-static void begin_content(struct smtp_server *server, bool dots);
-static bool read_content(struct smtp_server *server, uint64_t left);
-static void end_content(struct smtp_server *server);
-static const char *not_stored(struct smtp_server *server, const struct delivery *d);
-static void settle_answers(struct smtp_server *server);
-static void before_reading(struct smtp_server *server, bool (*arrived)(struct stream *));
-__attribute__((format(printf, 3, 4)))
-static void answer(struct smtp_server *server, const char *clause, const char *fmt, ...);
-static void store_then_answer(struct smtp_server *server);
-
-int take_mail_ourselves(struct session *s, const struct customer *c)
-{
-    struct smtp_server *server = must_alloc(calloc(1, sizeof *server));
-    char what[STORED_SIZE + 16] = "received";
-    int code;
-    server->s = s;
-    server->c = c;
-    for_each_domain(c->queue, clean_domain, NULL);
-    receive_mail(server);
-    code = session_outcome(s, server->done, server->messages, server->unwritten);
-    if (!*c->domains && *server->stored)
-        snprintf(what, sizeof what, "received for %s", server->stored);
-    show_summary(s, what, server->messages, server->octets);
-    free(server);
-    return code;
-}
-
-/* 5.3 on the customer's side, now the server (5.3-a): a greeting line (5.3-b), then commands until QUIT. */
-static void receive_mail(struct smtp_server *server)
-{
-    struct session *s = server->s;
-    enter_state(s, REVERSED);
-    answer(server, "5.3-b", "220 %s ready to receive email", s->name);
-    while (!server->done && !s->protocol_broken) {
-        bool between = !server->in_mail && !server->content.under_way; /* two messages */
-        if (customer_stops && between) {
-            settle_answers(server);
-            server->done = true;
-            end_with_421(s, "this server is shutting down");
-            break;
-        }
-
-        s->io.wake_fd = between ? stop_pipe[0] : -1;
-        before_reading(server, stream_has_line);
-        if (!read_line(s)) {
-            if (s->io.woken)
-                continue;
-            break;
-        }
-        if (s->io.line_cut || s->line_len != strlen(s->line)) {
-            trace_line(s, PROVIDER, NULL, "(a line that is too long, or has a NUL octet)");
-            bad_command(server, "500 5.5.2 Not a command");
-            continue;
-        }
-        trace_line(s, PROVIDER, NULL, "%s", s->line);
-        split_command(s);
-        receive_command(server);
-    }
-
-    if (!s->io.broken)
-        settle_answers(server);
-    deliveries_discard(server->waiting, server->waiting_count); /* they were not settled, so not promised */
-    forget_transaction(server);
-    stream_flush(&s->io);
-    if (s->protocol_broken)
-        stream_break(&s->io, "that is not SMTP as a server could follow it");
-}
-
-/* Counts commands in a row that bring no mail forward. Octets of content set the count back, too. */
-static bool too_idle(struct smtp_server *server)
-{
-    if (server->in_mail && verb_is(server->s, "RCPT"))
-        server->idle = 0;
-    return !verb_is(server->s, "QUIT") && ++server->idle >= IDLE_COMMANDS;
-}
-
-/* One command of the provider, answered. */
-static void receive_command(struct smtp_server *server)
-{
-    struct session *s = server->s;
-    if (too_idle(server)) {
-        s->protocol_broken = true;
-        answer(server, NULL, "421 4.5.2 Too many commands without mail, closing connection");
-    } else if (verb_is(s, "BDAT")) {
-        bdat_command(server);
-    } else if (server->content.under_way && !verb_is(s, "RSET") && !verb_is(s, "QUIT")) {
-        answer(server, NULL, "503 5.5.1 BDAT with LAST first");
-    } else if (verb_is(s, "EHLO") || verb_is(s, "HELO")) {
-        hello_command(server);
-    } else if (verb_is(s, "MAIL")) {
-        mail_command(server);
-    } else if (verb_is(s, "RCPT")) {
-        rcpt_command(server);
-    } else if (verb_is(s, "DATA")) {
-        data_command(server);
-    } else if (verb_is(s, "RSET")) {
-        forget_transaction(server);
-        answer(server, NULL, "250 2.0.0 OK");
-    } else if (verb_is(s, "NOOP")) {
-        answer(server, NULL, "250 2.0.0 OK");
-    } else if (verb_is(s, "VRFY")) {
-        answer(server, NULL, "252 2.5.0 Send it and see");
-    } else if (verb_is(s, "QUIT")) {
-        answer(server, "5-b", "221 2.0.0 %s closing connection", s->name);
-        s->io.said_quit = server->done = true;
-    } else {
-        bad_command(server, "502 5.5.1 Command not implemented");
-    }
-}
-
-/* After BAD_COMMANDS_SERVER of them the reply is 421. */
-static void bad_command(struct smtp_server *server, const char *reply)
-{
-    struct session *s = server->s;
-    s->protocol_broken = ++s->bad_commands == BAD_COMMANDS_SERVER;
-    answer(server, NULL, "%s", s->protocol_broken ? "421 4.5.2 Too many of them, closing connection" : reply);
-}
-
-/* ---- Commands ---- */
-
-static void hello_command(struct smtp_server *server)
-{
-    struct session *s = server->s;
-    if (!s->argument || !printable(s->argument, strlen(s->argument)) || strchr(s->argument, ' ')) {
-        answer(server, NULL, "501 5.5.4 That is not the name of a host");
-        return;
-    }
-    forget_transaction(server);
-    snprintf(s->peer_name, sizeof s->peer_name, "%s", s->argument);
-    server->greeted = true;
-    server->esmtp = verb_is(s, "EHLO");
-    if (!server->esmtp) {
-        answer(server, "5.3-a", "250 %s", s->name);
-        return;
-    }
-
-    answer(server, "5.3-a", "250-%s", s->name);
-    answer(server, "RFC 2920", "250-PIPELINING");
-    answer(server, "RFC 1870", "250-SIZE");
-    answer(server, "RFC 6152", "250-8BITMIME");
-    answer(server, "RFC 6531", "250-SMTPUTF8");
-    answer(server, "RFC 3030", "250-CHUNKING");
-    answer(server, "RFC 9422", "250-LIMITS RCPTMAX=%d", RECIPIENTS_MAX);
-    answer(server, "RFC 2034", "250 ENHANCEDSTATUSCODES");
-}
-
-/* Reads `FROM:<path> parameters`. A blank before the bracket is against RFC 5321 but in RFC 2645's own example (6-a).
- * A source route is dropped, as RFC 5321 (4.1.1.3) allows. Returns the parameters; NULL: the syntax is wrong. */
-static const char *parse_path(const char *argument, const char *keyword, char *mailbox, size_t size)
-{
-    size_t n = strlen(keyword);
-    const char *p = argument ? argument : "", *end;
-    bool quoted = false;
-    if (strncasecmp(p, keyword, n) != 0)
-        return NULL;
-    p += n;
-    p += strspn(p, " ");
-    if (*p++ != '<')
-        return NULL;
-    if (*p == '@' && strchr(p, ':'))
-        p = strchr(p, ':') + 1;
-
-    for (end = p; *end && (quoted || *end != '>'); end++) {
-        if (quoted && *end == '\\' && end[1])
-            end++;
-        else if (*end == '"')
-            quoted = !quoted;
-    }
-    if (*end != '>' || (end[1] != ' ' && end[1] != '\0') || (size_t)(end - p) >= size)
-        return NULL;
-    memcpy(mailbox, p, (size_t)(end - p));
-    mailbox[end - p] = '\0';
-    return end + 1;
-}
-
-/* The parameters of MAIL that our EHLO response offers; any other is refused (RFC 5321, 4.1.1.11). */
-static bool mail_parameters_known(const char *parameters)
-{
-    size_t len;
-    const char *word;
-    while ((word = next_word(&parameters, &len))) {
-        bool known = (len > 5 && strncasecmp(word, "SIZE=", 5) == 0 && strspn(word + 5, "0123456789") == len - 5) ||
-                     (len == 9 && strncasecmp(word, "BODY=7BIT", 9) == 0) ||
-                     (len == 13 && strncasecmp(word, "BODY=8BITMIME", 13) == 0) ||
-                     (len == 8 && strncasecmp(word, "SMTPUTF8", 8) == 0);
-        if (!known)
-            return false;
-    }
-    return true;
-}
-
-static void mail_command(struct smtp_server *server)
-{
-    char mailbox[MAILBOX_MAX + 2];
-    const char *parameters = parse_path(server->s->argument, "FROM:", mailbox, sizeof mailbox);
-    if (!server->greeted)
-        answer(server, NULL, "503 5.5.1 EHLO or HELO first");
-    else if (server->in_mail)
-        answer(server, NULL, "503 5.5.1 One message at a time");
-    else if (!parameters || !sender_valid(mailbox))
-        answer(server, "4-e", "501 5.1.7 Not a reverse-path");
-    else if (!mail_parameters_known(parameters))
-        answer(server, "4-e", "555 5.5.4 Parameter not known");
-    else {
-        memcpy(server->sender, mailbox, strlen(mailbox) + 1);
-        server->in_mail = true;
-        server->utf8 = list_has(parameters, "SMTPUTF8");
-        answer(server, "5.3-c", "250 2.1.0 OK");
-    }
-}
-
-static bool has_recipient_in(const struct smtp_server *server, const char *domain)
-{
-    for (size_t i = 0; i < server->count; i++)
-        if (strcasecmp(mailbox_domain(server->recipients[i]), domain) == 0)
-            return true;
-    return false;
-}
-
-/* RFC 5321, 4.5.1: postmaster needs no domain. The first one asked for is meant, or, after a bare ATRN, the first that
- * mail was stored for. */
-static void complete_postmaster(struct smtp_server *server, char *mailbox, size_t size)
-{
-    const char *list = server->c->domains, *domain;
-    size_t len;
-    if (!*list) {
-        settle_answers(server);
-        list = server->stored;
-    }
-    if (*list && (domain = next_domain(&list, &len)))
-        snprintf(mailbox, size, "postmaster@%.*s", (int)len, domain);
-}
-
-static void rcpt_command(struct smtp_server *server)
-{
-    char mailbox[MAILBOX_MAX + 2];
-    const char *parameters = parse_path(server->s->argument, "TO:", mailbox, sizeof mailbox), *domain;
-    bool another; /* the first recipient in this domain */
-    if (parameters && strcasecmp(mailbox, "postmaster") == 0)
-        complete_postmaster(server, mailbox, sizeof mailbox);
-    domain = parameters ? mailbox_domain(mailbox) : NULL;
-    another = domain && !has_recipient_in(server, domain);
-    if (!server->in_mail)
-        answer(server, NULL, "503 5.5.1 MAIL first");
-    else if (parameters && strcasecmp(mailbox, "postmaster") == 0)
-        answer(server, "4-e", "450 4.7.1 Not known yet which domain's postmaster is meant");
-    else if (!parameters || !recipient_valid(mailbox) || !domain_valid(domain, strlen(domain)))
-        answer(server, "4-e", "501 5.1.3 Not a mailbox");
-    else if (*parameters != '\0')
-        answer(server, "4-e", "555 5.5.4 Parameter not known");
-    else if (server->c->domains[0] != '\0' && !domain_in_list(server->c->domains, domain, strlen(domain))) {
-        log_event(server->s, LOG_WARNING, "the provider sent mail for %s, whose domain was not asked for; deferred",
-                  mailbox);
-        answer(server, "4-e", "450 4.7.1 Not a domain that was asked for"); /* 5xx would bounce this mail */
-    } else if (server->c->unknown_mailbox && strcasecmp(mailbox, server->c->unknown_mailbox) == 0)
-        answer(server, "4-e", "550 5.1.1 Nobody of that name here");
-    else if (server->count == RECIPIENTS_MAX || (another && server->domains == DOMAINS_A_MESSAGE))
-        answer(server, "4-e", "452 4.5.3 Too many recipients");
-    else {
-        server->recipients[server->count] = strcpy(server->mailboxes[server->count], mailbox);
-        server->count++;
-        server->domains += another;
-        answer(server, "5.3-c", "250 2.1.5 OK, recipient accepted");
-    }
-}
-
-static void data_command(struct smtp_server *server)
-{
-    uint64_t before = server->octets;
-    if (server->count == 0) {
-        answer(server, NULL, "503 5.5.1 RCPT first");
-        return;
-    }
-    begin_content(server, true);
-    answer(server, "5.3-c", "354 The message, then a dot on a line by itself");
-    if (!read_content(server, UINT64_MAX))
-        return;
-    trace_line(server->s, PROVIDER, "5.3-c", "... %llu octets of message ...",
-               (unsigned long long)(server->octets - before - 3));
-    trace_line(server->s, PROVIDER, "4-e", ".");
-    end_content(server);
-}
-
-/* RFC 3030: the octets follow in any case, so they are read before the answer, even if the answer is no. */
-static void bdat_command(struct smtp_server *server)
-{
-    struct session *s = server->s;
-    char *end = NULL;
-    uint64_t octets = s->argument && isdigit((unsigned char)*s->argument) ? strtoull(s->argument, &end, 10) : 0;
-    bool last = end && strcasecmp(end, " LAST") == 0;
-    if (!end || (!last && *end != '\0') || octets > INT64_MAX) {
-        answer(server, NULL, "501 5.5.4 BDAT takes a number of octets, and LAST");
-        s->protocol_broken = true; /* what follows would be taken for commands */
-        return;
-    }
-
-    if (!server->content.under_way)
-        begin_content(server, false);
-    trace_line(s, PROVIDER, "5.3-c", "... %llu octets of message ...", (unsigned long long)octets);
-    if (!read_content(server, octets))
-        return;
-
-    if (server->count == 0) {
-        answer(server, NULL, "503 5.5.1 RCPT first");
-        server->content.under_way = false;
-    } else if (!last) {
-        answer(server, NULL, "250 2.0.0 OK, go on");
-    } else {
-        end_content(server);
-    }
-}
-
-static void forget_transaction(struct smtp_server *server)
-{
-    deliveries_discard(server->content.deliveries, server->content.files);
-    server->content.files = 0;
-    server->content.under_way = false;
-    server->count = server->domains = 0;
-    server->in_mail = false;
-}
-
-/* ---- The content of a message ----
- *
- * Line ends become LF, and DATA's dots are undone. Only CRLF ends a line: a bare CR or LF is how one peer's end of
- * message is smuggled into the middle of another's (RFC 5321, 2.3.8 and 4.1.1.4). */
-
-/* The name from EHLO; "unknown" if it could be other syntax in the field, a comment for example. */
-static const char *name_for_received(const char *name)
-{
-    size_t literal = name[0] == '[' ? 1 + strspn(name + 1, "0123456789abcdefABCDEFIPv.:") : 0;
-    bool fit = literal ? strcmp(name + literal, "]") == 0
-                       : isalnum((unsigned char)name[0]) && name[strspn(name, "abcdefghijklmnopqrstuvwxyz"
-                                                                     "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.-")] == '\0';
-    return fit ? name : "unknown";
-}
-
-/* Who received it, how (a keyword of RFC 3848 or RFC 6531) and when (RFC 5321, 4.4). */
-static void write_received_field(const struct smtp_server *server, FILE *file)
-{
-    const struct session *s = server->s;
-    fprintf(file, "Received: from %s (%s)\n\tby %s with %s%s (odmr, RFC 2645);\n", name_for_received(s->peer_name),
-            s->peer, s->name, server->utf8 ? "UTF8SMTP" : server->esmtp ? "ESMTP" : "SMTP",
-            server->esmtp && s->io.tls ? "S" : "");
-    write_date(file, "\t", time(NULL));
-}
-
-/* Opens the files. When there are too many open files, those that wait for the disk are settled first. */
-static void begin_content(struct smtp_server *server, bool dots)
-{
-    struct content *c = &server->content;
-    int problem;
-    *c = (struct content){.under_way = true, .dots = dots};
-    do {
-        c->files = deliveries_open(c->deliveries, server->c->queue, server->sender, server->recipients, server->count);
-        problem = c->files == 0 && server->waiting_count > 0 ? c->deliveries->problem : 0;
-        if (problem == EMFILE || problem == ENFILE)
-            settle_answers(server);
-    } while (problem == EMFILE || problem == ENFILE);
-    for (size_t i = 0; i < c->files; i++)
-        write_received_field(server, c->deliveries[i].file);
-}
-
-static void content_write(struct content *c, const char *data, size_t len)
-{
-    for (size_t i = 0; i < c->files; i++)
-        fwrite(data, 1, len, c->deliveries[i].file);
-}
-
-/* Text of one line, without its end. A first line that starts with a blank would continue our Received field, so an
- * empty line is put before it. */
-static void content_text(struct content *c, const char *data, size_t len)
-{
-    if (!c->begun && len > 0 && (*data == ' ' || *data == '\t')) {
-        c->in_body = true;
-        content_write(c, "\n", 1);
-    }
-    c->begun |= len > 0;
-    if (!c->in_body && c->column < sizeof c->name - 1) {
-        size_t part = sizeof c->name - 1 - c->column;
-        memcpy(c->name + c->column, data, len < part ? len : part);
-    }
-    c->column += len;
-    content_write(c, data, len);
-}
-
-/* Counts Received fields. Blanks are allowed before the colon (RFC 5322, 4.5). */
-static void content_line_end(struct content *c)
-{
-    c->name[c->column < sizeof c->name ? c->column : sizeof c->name - 1] = '\0';
-    if (!c->in_body && strncasecmp(c->name, "Received", 8) == 0 && c->name[8 + strspn(c->name + 8, " \t")] == ':')
-        c->trace_fields++;
-    c->begun = true;
-    if (c->column == 0)
-        c->in_body = true;
-    c->column = 0;
-    content_write(c, "\n", 1);
-}
-
-/* Takes content from the peer's octets. Returns their number: after the lone dot no more are taken. */
-static size_t content_take(struct content *c, const char *data, size_t len)
-{
-    size_t i = 0;
-    while (i < len && !c->ended) {
-        bool cr = data[i] == '\r', lf = data[i] == '\n';
-        if (c->after_cr != lf) { /* a CR without LF, or an LF without CR */
-            c->bare = true;
-            c->state = IN_TEXT;
-        }
-
-        if (c->after_cr && lf) {
-            c->ended = c->state == AFTER_DOT;
-            if (!c->ended)
-                content_line_end(c);
-            c->state = AT_LINE_START;
-            i++;
-        } else if (cr || lf) {
-            c->state = c->state == AT_LINE_START ? IN_TEXT : c->state;
-            i++;
-        } else {
-            bool dot = c->dots && c->state == AT_LINE_START && data[i] == '.'; /* is dropped (RFC 5321, 4.5.2) */
-            size_t start = i + dot;
-            for (i = start; i < len && data[i] != '\r' && data[i] != '\n';)
-                i++;
-            c->state = dot && i == start ? AFTER_DOT : IN_TEXT;
-            content_text(c, data + start, i - start);
-        }
-        c->after_cr = cr;
-    }
-    return i;
-}
-
-/* Reads so many octets of content, or up to the lone dot. False: the connection is lost. */
-static bool read_content(struct smtp_server *server, uint64_t left)
-{
-    struct session *s = server->s;
-    struct content *c = &server->content;
-    s->io.wake_fd = -1;
-    while (left > 0 && !c->ended) {
-        const char *data;
-        size_t len;
-        before_reading(server, stream_ready);
-        if (!stream_peek(&s->io, &data, &len)) {
-            stream_end_input(&s->io); /* what comes later would be content, not a command */
-            return false;
-        }
-        len = content_take(c, data, len < left ? len : (size_t)left);
-        stream_skip(&s->io, len);
-        left -= len;
-        server->octets += len;
-        server->idle = 0;
-        show_progress(s, server->messages, server->octets);
-    }
-    return true;
-}
-
-/* The end of the content: the only place that takes responsibility for a message. If the disk is full, the files are
- * removed at once, which makes room for others. */
-static void end_content(struct smtp_server *server)
-{
-    struct content *c = &server->content;
-    if (!c->dots && c->state != AT_LINE_START) { /* BDAT need not end with a line end; a file does */
-        c->bare |= c->after_cr;
-        content_line_end(c);
-    }
-
-    if (c->bare)
-        answer(server, "4-e", "550 5.6.0 A CR or LF by itself is no line end; message refused");
-    else if (c->trace_fields > TRACE_FIELDS_MAX)
-        answer(server, "4-e", "554 5.4.6 Too many hops");
-    else if (deliveries_written(c->deliveries, c->files))
-        store_then_answer(server);
-    else
-        answer(server, "4-e", "%s", not_stored(server, c->deliveries));
-    forget_transaction(server);
-}
-
-/* ---- Progress and summary ---- */
-
-void show_progress(struct session *s, size_t messages, uint64_t octets)
-{
-    int64_t now = s->progress ? now_ms() : 0;
-    if (!s->progress || now - s->last_progress < PROGRESS_MS)
-        return;
-    s->last_progress = now;
-    atomic_store(&progress_shown, true);
-    fprintf(stderr, "\rodmr: %zu message%s, %llu octets ", messages, plural(messages), (unsigned long long)octets);
-}
-
-void show_summary(const struct session *s, const char *what, size_t messages, uint64_t octets)
-{
-    clear_progress();
-    if (!s->quiet)
-        log_event(s, LOG_INFO, "%zu message%s, %llu octets %s", messages, plural(messages), (unsigned long long)octets,
-                  what);
-}
-
-/* ==== Answers that wait for the disk =================================================================
- *
- * 250 to the last octet of a message is a promise: the message is on disk (RFC 5321, 6.1). Writing takes time, and a
- * provider that pipelines has sent more meanwhile. So the server reads on as long as there is something to read.
- * Answers wait in a list, in their order, from the first promise on. Before the server would have to wait for the
- * provider, all messages received so far go to disk together, and then their answers leave. If the connection is lost
- * before that, the messages are discarded: the provider has no answer, keeps them, and sends them again.
- *
- * answer() says a reply in its turn. store_then_answer() promises the message under way. */
-
-/* Logs why a message cannot be stored, and counts it. Returns the reply. */
-static const char *not_stored(struct smtp_server *server, const struct delivery *d)
-{
-    log_event(server->s, LOG_ERR, "cannot write the message (%s); it stays with the provider", strerror(d->problem));
-    server->unwritten++;
-    return "452 4.3.1 Cannot write the message now";
-}
-
-static void note_domain(struct smtp_server *server, const char *domain)
-{
-    size_t used = strlen(server->stored);
-    if (used + strlen(domain) + 2 < sizeof server->stored && !domain_in_list(server->stored, domain, strlen(domain)))
-        snprintf(server->stored + used, sizeof server->stored - used, "%s%s", used ? "," : "", domain);
-}
-
-static void answer_stored(struct smtp_server *server, struct delivery *d, size_t files)
-{
-    if (d->problem) {
-        deliveries_discard(d, files);
-        send_line(server->s, "4-e", "%s", not_stored(server, d));
-        return;
-    }
-    for (size_t i = 0; i < files; i++)
-        note_domain(server, d[i].domain);
-    server->messages++;
-    send_line(server->s, "4-e", "250 2.0.0 OK, message stored");
-}
-
-static void settle_answers(struct smtp_server *server)
-{
-    struct delivery *d = server->waiting;
-    deliveries_store(d, server->waiting_count);
-    for (size_t i = 0; i < server->answer_count; i++) {
-        const struct answer *a = &server->answers[i];
-        if (a->files == 0)
-            send_line(server->s, a->clause, "%s", a->text);
-        else
-            answer_stored(server, d, a->files);
-        d += a->files;
-    }
-    server->answer_count = server->waiting_count = 0;
-}
-
-/* To be called before anything is read: the provider may be waiting for one of these answers, even when it has sent
- * half a command. At the end of the connection it no longer waits. */
-static void before_reading(struct smtp_server *server, bool (*arrived)(struct stream *))
-{
-    if (server->answer_count > 0 && !arrived(&server->s->io) && !server->s->io.ended)
-        settle_answers(server);
-}
-
-static void answer(struct smtp_server *server, const char *clause, const char *fmt, ...)
-{
-    struct answer *a;
-    char text[COMMAND_LINE];
-    va_list args;
-    va_start(args, fmt);
-    vsnprintf(text, sizeof text, fmt, args);
-    va_end(args);
-
-    if (server->answer_count == ANSWERS_MAX || strlen(text) >= sizeof a->text)
-        settle_answers(server);
-    if (server->answer_count == 0) {
-        send_line(server->s, clause, "%s", text);
-        return;
-    }
-    a = &server->answers[server->answer_count++];
-    memcpy(a->text, text, strlen(text) + 1);
-    a->clause = clause;
-    a->files = 0;
-}
-
-static void store_then_answer(struct smtp_server *server)
-{
-    struct content *c = &server->content;
-    if (server->answer_count == ANSWERS_MAX || server->waiting_count + c->files > DELIVERIES_MAX)
-        settle_answers(server);
-    memcpy(server->waiting + server->waiting_count, c->deliveries, c->files * sizeof *c->deliveries);
-    server->waiting_count += c->files;
-    server->answers[server->answer_count++].files = c->files;
-    c->files = 0;
 }
 
 /* ==== Handing the session on: --smtp and --exec ========================================================
@@ -5556,1080 +4525,1877 @@ void leave_receiver(const struct customer *c, struct receiver *receiver)
     *receiver = (struct receiver){.session = NULL};
 }
 
-/* ==== SASL ============================================================================================
+/* ==== Accounts ========================================================================================
  *
- * RFC 4954's AUTH: a mechanism's messages, in base64, as challenges (334) and responses:
- *
- *     the customer, the client                           the provider, the server
- *
- *     AUTH MECHANISM [initial response]  ------------->
- *                                        <-------------  334 challenge
- *     response                           ------------->     (as often as the mechanism needs it)
- *                                        <-------------  235, or 535
- *
- * An initial response "=" is an empty one; a response "*" cancels the exchange, and the reply is 501. Each mechanism
- * stands below once: its exchange, what both halves need, the server's half, the client's half. A new one takes these
- * two functions, a row in the table at the end, and a rank in choose_mechanism() (8-b). */
+ * One line a customer: name:domain[,domain...]:secret. The file is read whole, at start and at SIGHUP;
+ * sessions hold a share in the table they use, so a new one can replace it at any time. AUTH and ATRN
+ * look into the newest. */
 
-#define AUTH_FAILURES 3          /* then 421 */
-#define AUTH_FAILURE_MS 1000     /* what a guess costs */
-#define CHALLENGE_MAX 1024
-#define NONCE_MAX 512            /* the client's half of a SCRAM nonce */
-#define SCRAM_ITERATIONS_LEAST 4096
-#define SCRAM_ITERATIONS_MOST 1000000 /* a server that asks for more only wants to keep us busy */
-#define NOBODYS_SECRET "a secret that no account has, for names that no account has"
+#define ACCOUNTS_STEP 64
 
-static enum next serve_cram_md5(struct session *s, enum mechanism m, const char *initial);
-static enum next serve_plain(struct session *s, enum mechanism m, const char *initial);
-static enum next serve_external(struct session *s, enum mechanism m, const char *initial);
-static enum next serve_scram(struct session *s, enum mechanism m, const char *initial);
-static int prove_cram_md5(struct session *s, const struct customer *c, enum mechanism m, struct reply *r);
-static int prove_plain(struct session *s, const struct customer *c, enum mechanism m, struct reply *r);
-static int prove_external(struct session *s, const struct customer *c, enum mechanism m, struct reply *r);
-static int prove_scram(struct session *s, const struct customer *c, enum mechanism m, struct reply *r);
-
-static const struct {
-    const char *name;
-    enum next (*serve)(struct session *s, enum mechanism m, const char *initial);
-    int (*prove)(struct session *s, const struct customer *c, enum mechanism m, struct reply *r);
-} mechanisms[MECHANISMS] = {
-    [NO_MECHANISM] = {"", NULL, NULL},
-    [CRAM_MD5] = {"CRAM-MD5", serve_cram_md5, prove_cram_md5},
-    [SCRAM] = {"SCRAM-SHA-256", serve_scram, prove_scram},
-    [SCRAM_PLUS] = {"SCRAM-SHA-256-PLUS", serve_scram, prove_scram},
-    [EXTERNAL] = {"EXTERNAL", serve_external, prove_external},
-    [PLAIN] = {"PLAIN", serve_plain, prove_plain},
-};
-
-const char *mechanism_name(enum mechanism m)
+static void account_free(struct account *a)
 {
-    return mechanisms[m].name;
+    if (a->secret)
+        OPENSSL_cleanse(a->secret, strlen(a->secret));
+    free(a->name);
+    free(a->domains);
+    free(a->secret);
 }
 
-enum mechanism mechanism_named(const char *name)
+void accounts_release(struct accounts *all)
 {
-    enum mechanism m = MECHANISMS - 1;
-    while (m > NO_MECHANISM && strcasecmp(name, mechanisms[m].name) != 0)
-        m--;
-    return m;
+    if (!all || atomic_fetch_sub(&all->users, 1) > 1)
+        return;
+    for (size_t i = 0; i < all->count; i++)
+        account_free(&all->list[i]);
+    free(all->list);
+    free(all);
 }
 
-enum next sasl_serve(struct session *s, enum mechanism m, const char *initial)
+const char *next_domain(const char **list, size_t *len)
 {
-    return mechanisms[m].serve(s, m, initial);
+    const char *domain = *list;
+    if (!domain)
+        return NULL;
+    *len = strcspn(domain, ",");
+    *list = domain[*len] ? domain + *len + 1 : NULL;
+    return domain;
 }
 
-int sasl_prove(struct session *s, const struct customer *c, enum mechanism m, struct reply *r)
+bool domain_list_valid(const char *list)
 {
-    return mechanisms[m].prove(s, c, m, r);
-}
-
-/* ---- Base64: OpenSSL does it; what OpenSSL forgives (white space, padding anywhere) is refused first ---- */
-
-size_t base64_encode(char *out, const void *data, size_t len)
-{
-    return (size_t)EVP_EncodeBlock((unsigned char *)out, data, (int)len);
-}
-
-/* Returns the length, -1 unless text is strict base64 that fits; ended by NUL. */
-static ssize_t base64_decode(char *out, size_t size, const char *text)
-{
-    size_t len = strlen(text);
-    size_t body = strspn(text, "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/");
-    size_t padding = strspn(text + body, "=");
-    if (len % 4 != 0 || body + padding != len || padding > 2 || len / 4 * 3 >= size)
-        return -1;
-    if (EVP_DecodeBlock((unsigned char *)out, (const unsigned char *)text, (int)len) < 0)
-        return -1;
-    len = len / 4 * 3 - padding;
-    out[len] = '\0';
-    return (ssize_t)len;
-}
-
-/* ---- The server's steps that all mechanisms share ---- */
-
-/* An exchange that came to nothing, because the secret is wrong (name: whose) or the customer gave it up. Either is
- * answered a second after the last response, however long that took to judge: the work of a challenge cannot be asked
- * for without end. The third ends the session. fail2ban reads this line, so the address stands before the name. */
-static enum next exchange_failed(struct session *s, const char *name, const char *reply)
-{
-    struct pollfd wake = {.fd = s->io.wake_fd, .events = POLLIN};
-    int64_t left = s->responded + AUTH_FAILURE_MS - now_ms();
-    char whose[MAILBOX_MAX] = "";
-    if (name)
-        quote(whose, sizeof whose, name);
-    log_event(s, LOG_WARNING, "authentication failed from %s%s%s", s->peer, name ? " for " : ": ",
-              name ? whose : reply + 4);
-    poll(&wake, 1, left > 0 ? (int)left : 0);
-    send_line(s, "5.1.2-b", "%s", reply);
-    if (++s->auth_failures < AUTH_FAILURES)
-        return STAY;
-    end_with_421(s, "too many failed authentications");
-    return END;
-}
-
-/* A wrong secret and an unknown name are told the same. */
-static enum next auth_failed(struct session *s, const char *name)
-{
-    return exchange_failed(s, name, "535 Authentication failed");
-}
-
-static enum next auth_unavailable(struct session *s)
-{
-    log_event(s, LOG_ERR, "authentication is not possible just now: OpenSSL cannot compute");
-    send_line(s, "5.1.2-b", "454 Temporary authentication failure");
-    return STAY;
-}
-
-static enum next auth_succeeded(struct session *s, const struct account *account, enum mechanism m)
-{
-    s->account = account;
-    if (!accounts_renew(s)) { /* SIGHUP came after the challenge */
-        s->account = NULL;
-        return auth_failed(s, account->name);
-    }
-    account = s->account;
-    send_line(s, "5.1.2-b", "235 now authenticated as %s", account->name);
-    log_event(s, LOG_INFO, "authenticated as %s (%s, %s%s%s)", account->name, mechanism_name(m),
-              s->io.tls ? SSL_get_version(s->io.tls) : "in the clear", s->io.tls ? " " : "",
-              s->io.tls ? SSL_get_cipher_name(s->io.tls) : "");
-    return GO_ON; /* from here on, not before, the session counts as authenticated (5.1.2-b) */
-}
-
-/* Decodes a response into s->response. False: it is not base64. */
-static bool decode_response(struct session *s, const char *text)
-{
-    s->response_len = base64_decode(s->response, sizeof s->response, text);
-    return s->response_len >= 0;
-}
-
-/* One turn of an exchange: our challenge out, the response in s->response (GO_ON). STAY: the customer cancelled, or
- * sent no base64, and has its 501. */
-static enum next sasl_turn(struct session *s, const char *challenge)
-{
-    char encoded[BASE64_SIZE(CHALLENGE_MAX) + 1];
-    base64_encode(encoded, challenge, strlen(challenge));
-    send_line(s, "5.1.2-a", "334 %s", encoded);
-    if (!read_line(s)) {
-        stop_waiting(s);
-        return END;
-    }
-    s->responded = now_ms();
-    if (s->io.line_cut || s->io.line_octets > AUTH_LINE)
-        return exchange_failed(s, NULL, "500 Line too long");
-    trace_line(s, CUSTOMER, "5.1.2-a", "%s", s->hide_response ? "(response not shown)" : s->line);
-    if (strcmp(s->line, "*") == 0)
-        return exchange_failed(s, NULL, "501 Authentication cancelled");
-    if (s->line_len != strlen(s->line) || !decode_response(s, s->line))
-        return exchange_failed(s, NULL, "501 That is not base64");
-    return GO_ON;
-}
-
-/* The client's first message, where the client speaks first: the initial response or, without one, the response to
- * an empty challenge. */
-static enum next first_response(struct session *s, const char *initial)
-{
-    if (!initial)
-        return sasl_turn(s, "");
-    s->responded = now_ms();
-    if (decode_response(s, strcmp(initial, "=") == 0 ? "" : initial))
-        return GO_ON;
-    refuse(s, NULL, "501 That is not base64");
-    return STAY;
-}
-
-/* ---- The client's steps that all mechanisms share: EX_OK, or the exit code ---- */
-
-/* "*" cancels the exchange (RFC 4954, 4). */
-static int cancel_auth(struct session *s, struct reply *r, int code)
-{
-    send_line(s, NULL, "*");
-    return read_reply(s, "5.1.2", r) ? code : exit_code_lost(s);
-}
-
-static int cannot_compute(const struct session *s)
-{
-    log_event(s, LOG_ERR, "%s: no response to it: OpenSSL cannot compute", s->peer);
-    return EX_SOFTWARE;
-}
-
-/* A challenge, decoded, into s->response. */
-static int read_challenge(struct session *s, struct reply *r)
-{
-    if (!read_reply(s, "5.1.2", r))
-        return exit_code_lost(s);
-    if (r->code != 334)
-        return exit_code_refused(s, "AUTH", r, EX_NOPERM);
-    s->response_len = base64_decode(s->response, sizeof s->response, r->text);
-    if (s->response_len < 0 || strlen(s->response) != (size_t)s->response_len) {
-        log_event(s, LOG_ERR, "%s: its challenge is not base64; AUTH is given up", s->peer);
-        return cancel_auth(s, r, EX_PROTOCOL);
-    }
-    return EX_OK;
-}
-
-/* The last reply: 235 or failure. */
-static int read_outcome(struct session *s, struct reply *r)
-{
-    if (!read_reply(s, "5.1.2", r))
-        return exit_code_lost(s);
-    return r->code == 235 ? EX_OK : exit_code_refused(s, "AUTH", r, EX_NOPERM);
-}
-
-/* ---- CRAM-MD5 (5.1.2-c, RFC 2195), which every pair of provider and customer has in common ----
- *
- *     AUTH CRAM-MD5              ------------->
- *                                <-------------  334 "<random.time@host>", never the same twice
- *     name digest                ------------->     digest: HMAC-MD5 of the challenge, keyed with the secret
- *                                <-------------  235 */
-
-static void hex_digits(char *out, const unsigned char octets[16])
-{
-    for (size_t i = 0; i < 16; i++)
-        snprintf(out + 2 * i, 3, "%02x", octets[i]);
-}
-
-/* In 32 lower-case hexadecimal digits. False: OpenSSL failed. */
-static bool cram_md5_digest(char digest[33], const char *secret, const char *challenge)
-{
-    unsigned char mac[16];
-    unsigned int n = 0;
-    if (!HMAC(EVP_md5(), secret, (int)strlen(secret), (const unsigned char *)challenge, strlen(challenge), mac, &n) ||
-        n != sizeof mac)
-        return false;
-    hex_digits(digest, mac);
-    return true;
-}
-
-static bool cram_md5_challenge(char *out, size_t size, const char *host)
-{
-    unsigned char random[16];
-    char text[33];
-    if (RAND_bytes(random, sizeof random) != 1)
-        return false;
-    hex_digits(text, random);
-    return (size_t)snprintf(out, size, "<%s.%lld@%s>", text, (long long)time(NULL), host) < size;
-}
-
-/* An account with only a verifier has no secret to compute a digest from, so it fails. An unknown name and a wrong
- * secret take the same steps, and differ in the last comparison only. */
-static enum next serve_cram_md5(struct session *s, enum mechanism m, const char *initial)
-{
-    char text[CHALLENGE_MAX], digest[33], *theirs;
-    const struct account *account;
-    struct verifier verifier;
-    enum next got;
-    bool known;
-    if (initial) {
-        refuse(s, NULL, "501 In CRAM-MD5 the server speaks first");
-        return STAY;
-    }
-    if (!cram_md5_challenge(text, sizeof text, s->name))
-        return auth_unavailable(s);
-    got = sasl_turn(s, text);
-    if (got != GO_ON)
-        return got;
-
-    theirs = strrchr(s->response, ' ');
-    if (!theirs || strlen(s->response) != (size_t)s->response_len || strlen(theirs + 1) != 32)
-        return auth_failed(s, "");
-    *theirs++ = '\0';
-    account = account_find(s->accounts, s->response);
-    known = account && !account_verifier(account, &verifier);
-    if (!cram_md5_digest(digest, known ? account->secret : NOBODYS_SECRET, text))
-        return auth_unavailable(s);
-    if (CRYPTO_memcmp(digest, theirs, 32) == 0 && known) {
-        s->io.line_records = true; /* it may be fetchmail, which knows no other mechanism */
-        return auth_succeeded(s, account, m);
-    }
-    return auth_failed(s, s->response);
-}
-
-static int prove_cram_md5(struct session *s, const struct customer *c, enum mechanism m, struct reply *r)
-{
-    char digest[33], response[MAILBOX_MAX + 40], encoded[BASE64_SIZE(sizeof response) + 1];
-    int code;
-    send_line(s, "5.1.2-c", "AUTH %s", mechanism_name(m));
-    code = read_challenge(s, r);
-    if (code != EX_OK)
-        return code;
-    if (!cram_md5_digest(digest, c->secret, s->response))
-        return cancel_auth(s, r, cannot_compute(s));
-    snprintf(response, sizeof response, "%s %s", c->user, digest);
-    base64_encode(encoded, response, strlen(response));
-    send_line(s, "5.1.2-a", "%s", encoded);
-    return read_outcome(s, r);
-}
-
-/* ---- SCRAM-SHA-256 (RFC 5802, RFC 7677) ----
- *
- *     AUTH SCRAM-SHA-256 client-first-message   ------------->     header n=name,r=nonce
- *                                               <-------------  334 server-first-message: r=,s=salt,i=count
- *     client-final-message                      ------------->     c=header and channel,r=,p=proof
- *                                               <-------------  334 server-final-message: v=signature
- *     (an empty response)                       ------------->
- *                                               <-------------  235
- *
- * The server keeps StoredKey and ServerKey, with which nobody can log in. The client proves that it has ClientKey
- * without sending it. The server's signature proves that it knows the account too. Proof and signature are over
- * AuthMessage: client-first-bare, server-first and client-final without its proof, with commas between them. -PLUS adds
- * to c= what only the two ends of this TLS connection know. SMTP's success reply carries no data, so server-final is a
- * challenge, too (RFC 4954, 4). Names and secrets are UTF-8 and taken as they are: no SASLprep, so both sides must
- * write them alike. */
-
-struct scram_exchange {
-    bool plus;                        /* the mechanism's name ends in -PLUS */
-    char header[MAILBOX_MAX + 64];    /* the GS2 header of client-first */
-    char bare[CHALLENGE_MAX];         /* the rest of client-first */
-    char name[MAILBOX_MAX];           /* the account's */
-    char nonce[CHALLENGE_MAX];        /* both halves */
-    char server_first[CHALLENGE_MAX];
-    char final[2 * CHALLENGE_MAX];    /* client-final without its proof */
-    char auth_message[5 * CHALLENGE_MAX];
-    unsigned char binding[EVP_MAX_MD_SIZE];
-    size_t binding_len;
-};
-
-bool hmac_sha256(const unsigned char *key, size_t key_len, const char *text, unsigned char out[32])
-{
-    return HMAC(EVP_sha256(), key, (int)key_len, (const unsigned char *)text, strlen(text), out, NULL) != NULL;
-}
-
-bool scram_keys(struct scram_keys *k, const char *secret, const unsigned char *salt, size_t salt_len, int iterations)
-{
-    unsigned char salted[32];
-    bool done = PKCS5_PBKDF2_HMAC(secret, (int)strlen(secret), salt, (int)salt_len, iterations, EVP_sha256(),
-                                  sizeof salted, salted) == 1 &&
-                hmac_sha256(salted, sizeof salted, "Client Key", k->client) &&
-                hmac_sha256(salted, sizeof salted, "Server Key", k->server) &&
-                EVP_Digest(k->client, sizeof k->client, k->stored, NULL, EVP_sha256(), NULL) == 1;
-    OPENSSL_cleanse(salted, sizeof salted);
-    return done;
-}
-
-/* ClientProof = ClientKey XOR ClientSignature: the client makes the one of the other, the server takes it back. */
-static bool scram_mask(const struct scram_keys *k, const char *auth_message, const unsigned char in[32],
-                       unsigned char out[32])
-{
-    unsigned char signature[32];
-    if (!hmac_sha256(k->stored, sizeof k->stored, auth_message, signature))
-        return false;
-    for (size_t i = 0; i < sizeof signature; i++)
-        out[i] = in[i] ^ signature[i];
-    return true;
-}
-
-/* The value of an attribute such as r= in a message, copied out; false: absent, or too long. */
-static bool scram_attribute(const char *message, char name, char *out, size_t size)
-{
-    while (message[0] != name || message[1] != '=') {
-        message = strchr(message, ',');
-        if (!message)
+    const char *domain;
+    size_t len;
+    while ((domain = next_domain(&list, &len)))
+        if (!domain_valid(domain, len))
             return false;
-        message++;
-    }
-    message += 2;
-    return (size_t)snprintf(out, size, "%.*s", (int)strcspn(message, ","), message) < size;
-}
-
-/* RFC 5802, 7: printable US-ASCII; the comma ends it. */
-static bool nonce_valid(const char *nonce)
-{
-    return *nonce && printable(nonce, strlen(nonce)) && !strchr(nonce, ' ');
-}
-
-/* This side's half of the nonce, behind what is there. */
-static bool add_nonce(struct scram_exchange *e)
-{
-    unsigned char random[18];
-    if (RAND_bytes(random, sizeof random) != 1)
-        return false;
-    base64_encode(e->nonce + strlen(e->nonce), random, sizeof random);
     return true;
 }
 
-/* The salt and the count that keys are made with, in text. The count must be large enough to slow down an
- * eavesdropper that guesses secrets, and small enough to be computed. */
-static bool salt_and_count(struct verifier *v, const char *salt, const char *count)
+bool domain_in_list(const char *list, const char *domain, size_t len)
 {
-    char decoded[SALT_MAX + 4];
-    ssize_t len = base64_decode(decoded, sizeof decoded, salt);
-    v->iterations = atoi(count);
-    if (len < 1 || len > SALT_MAX || strspn(count, "0123456789") != strlen(count) ||
-        v->iterations < SCRAM_ITERATIONS_LEAST || v->iterations > SCRAM_ITERATIONS_MOST)
-        return false;
-    v->salt_len = (size_t)len;
-    memcpy(v->salt, decoded, v->salt_len);
-    return true;
-}
-
-static bool decode_key(unsigned char key[32], const char *text)
-{
-    char decoded[64];
-    if (base64_decode(decoded, sizeof decoded, text) != 32)
-        return false;
-    memcpy(key, decoded, 32);
-    return true;
-}
-
-/* As RFC 5803 writes a verifier, less the scheme. */
-bool verifier_parse(const char *text, struct verifier *v)
-{
-    char count[8], salt[BASE64_SIZE(SALT_MAX) + 1], stored[64], server[64];
-    int end = 0;
-    return sscanf(text, "%7[0-9],%88[^,],%63[^,],%63[^,]%n", count, salt, stored, server, &end) == 4 && !text[end] &&
-           salt_and_count(v, salt, count) && decode_key(v->keys.stored, stored) && decode_key(v->keys.server, server);
-}
-
-/* client-final without its proof, and AuthMessage. */
-static bool scram_final(struct scram_exchange *e)
-{
-    char bound[sizeof e->header + EVP_MAX_MD_SIZE], encoded[BASE64_SIZE(sizeof bound) + 1];
-    size_t n = strlen(e->header);
-    memcpy(bound, e->header, n);
-    memcpy(bound + n, e->binding, e->binding_len);
-    base64_encode(encoded, bound, n + e->binding_len);
-    return (size_t)snprintf(e->final, sizeof e->final, "c=%s,r=%s", encoded, e->nonce) < sizeof e->final &&
-           (size_t)snprintf(e->auth_message, sizeof e->auth_message, "%s,%s,%s", e->bare, e->server_first, e->final) <
-               sizeof e->auth_message;
-}
-
-/* server-final, which only a server that knows the account can compute. */
-static bool server_final(const struct scram_exchange *e, const struct verifier *v, char final[64])
-{
-    unsigned char signature[32];
-    if (!hmac_sha256(v->keys.server, sizeof v->keys.server, e->auth_message, signature))
-        return false;
-    memcpy(final, "v=", 2);
-    base64_encode(final + 2, signature, sizeof signature);
-    return true;
-}
-
-/* ---- SCRAM, the server's half ---- */
-
-/* The keys that a name's proof is checked against. An unknown name gets a salt too, the same one as long as the
- * accounts file stays as it is, and a secret that nobody has; so the client cannot tell. Every call costs one PBKDF2,
- * of as many rounds as most of the file's verifiers have. (What can be told: verifiers of another count, and from a
- * provider with another file, or once the file has changed, a verifier's salt, which stays, from the others.) */
-static bool keys_for(struct session *s, const char *name, struct verifier *v)
-{
-    const struct account *account = account_find(s->accounts, name);
-    struct scram_keys wasted;
-    bool stored = account_verifier(account, v);
-    if (!stored) {
-        v->iterations = s->accounts->iterations;
-        v->salt_len = 16;
-        if (!hmac_sha256(s->accounts->salt_key, sizeof s->accounts->salt_key, name, v->salt))
-            return false;
-    }
-    return scram_keys(stored ? &wasted : &v->keys, account ? account->secret : NOBODYS_SECRET, v->salt, v->salt_len,
-                      v->iterations);
-}
-
-/* RFC 5802, 6: what the client says of channel binding. p: it uses it; n: it cannot; y: it can, but thinks
- * that we cannot. Inside TLS we offered it, so a y there means that an attacker took it out of our offer: a
- * downgrade. */
-static bool scram_flag_right(struct session *s, struct scram_exchange *e, const char *flag)
-{
-    if (strncmp(flag, "p=", 2) == 0 && e->plus) {
-        e->binding_len = channel_binding(s->io.tls, true, flag + 2, e->binding);
-        return e->binding_len > 0;
-    }
-    return !e->plus && (strcmp(flag, "n") == 0 || (strcmp(flag, "y") == 0 && !s->io.tls));
-}
-
-/* "=2C" and "=3D" in a name stand for a comma and an equals sign; no other "=" may stand there. */
-static bool scram_name(char *name)
-{
-    char *to = name;
-    for (; *name; name++) {
-        if (*name != '=') {
-            *to++ = *name;
-        } else if (strncmp(name, "=2C", 3) == 0 || strncmp(name, "=3D", 3) == 0) {
-            *to++ = name[1] == '2' ? ',' : '=';
-            name += 2;
-        } else {
-            return false;
-        }
-    }
-    *to = '\0';
-    return true;
-}
-
-/* client-first: flag "," [ "a=" authorization identity ] "," "n=" name "," "r=" nonce */
-static bool take_client_first(struct session *s, struct scram_exchange *e)
-{
-    char *flag = s->response, *identity, *bare;
-    if (strlen(flag) != (size_t)s->response_len || !(identity = strchr(flag, ',')) ||
-        !(bare = strchr(identity + 1, ',')) || (size_t)(bare + 1 - flag) >= sizeof e->header)
-        return false;
-    memcpy(e->header, flag, (size_t)(bare + 1 - flag));
-    e->header[bare + 1 - flag] = '\0';
-    *identity++ = *bare++ = '\0';
-
-    if ((size_t)snprintf(e->bare, sizeof e->bare, "%s", bare) >= sizeof e->bare || strncmp(bare, "n=", 2) != 0 ||
-        !scram_attribute(bare, 'n', e->name, sizeof e->name) || !scram_name(e->name) ||
-        e->name[0] == '\0' || !scram_attribute(bare, 'r', e->nonce, NONCE_MAX) || !nonce_valid(e->nonce))
-        return false;
-    if (*identity && (strncmp(identity, "a=", 2) != 0 || !scram_name(identity + 2) ||
-                      strcmp(identity + 2, e->name) != 0))
-        return false; /* to act for another account is not offered */
-    return scram_flag_right(s, e, flag);
-}
-
-static bool make_server_first(struct scram_exchange *e, const struct verifier *v)
-{
-    char salt[BASE64_SIZE(SALT_MAX) + 1];
-    base64_encode(salt, v->salt, v->salt_len);
-    return add_nonce(e) && (size_t)snprintf(e->server_first, sizeof e->server_first, "r=%s,s=%s,i=%d", e->nonce, salt,
-                                            v->iterations) < sizeof e->server_first;
-}
-
-/* client-final: c= and r= must be what they have to be (extensions may follow), and the proof must be made of the
- * right secret. False: OpenSSL failed, which says nothing about the secret. */
-static bool take_client_final(struct session *s, struct scram_exchange *e, const struct verifier *v, bool *right)
-{
-    char *proof = strstr(s->response, ",p=");
-    unsigned char proven[32], client[32], stored[32];
+    const char *one;
     size_t n;
-    *right = false;
-    if (!proof || strlen(s->response) != (size_t)s->response_len || !scram_final(e) || !decode_key(proven, proof + 3))
-        return true;
-    *proof = '\0';
-    n = strlen(e->final);
-    if (strncmp(s->response, e->final, n) != 0 || (s->response[n] && s->response[n] != ',') ||
-        (size_t)snprintf(e->auth_message, sizeof e->auth_message, "%s,%s,%s", e->bare, e->server_first,
-                         s->response) >= sizeof e->auth_message)
-        return true;
-
-    if (!scram_mask(&v->keys, e->auth_message, proven, client) ||
-        EVP_Digest(client, sizeof client, stored, NULL, EVP_sha256(), NULL) != 1)
-        return false;
-    *right = CRYPTO_memcmp(stored, v->keys.stored, sizeof stored) == 0;
-    return true;
-}
-
-static enum next serve_scram(struct session *s, enum mechanism m, const char *initial)
-{
-    struct scram_exchange e = {.plus = m == SCRAM_PLUS};
-    struct verifier v;
-    char final[64];
-    bool right;
-    enum next got = first_response(s, initial);
-    if (got != GO_ON)
-        return got;
-    if (!take_client_first(s, &e))
-        return auth_failed(s, e.name);
-    if (!keys_for(s, e.name, &v) || !make_server_first(&e, &v))
-        return auth_unavailable(s);
-
-    got = sasl_turn(s, e.server_first);
-    if (got != GO_ON)
-        return got;
-    if (!take_client_final(s, &e, &v, &right))
-        return auth_unavailable(s);
-    if (!right || !account_find(s->accounts, e.name))
-        return auth_failed(s, e.name);
-    if (!server_final(&e, &v, final))
-        return auth_unavailable(s);
-
-    got = sasl_turn(s, final);
-    if (got != GO_ON)
-        return got;
-    return s->response_len > 0 ? auth_failed(s, e.name) : auth_succeeded(s, account_find(s->accounts, e.name), m);
-}
-
-/* ---- SCRAM, the client's half ---- */
-
-/* A name as SCRAM writes it: "=" and "," would end it. */
-static void scram_escape(char *out, const char *name)
-{
-    for (; *name; name++)
-        out += sprintf(out, *name == '=' ? "=3D" : *name == ',' ? "=2C" : "%c", *name);
-    *out = '\0';
-}
-
-/* client-first. Its GS2 header says what we think of channel binding (RFC 5802, 6): p, we bind; y, we would, but were
- * not offered it, and if it was then an attacker took it away; n, we cannot, or were told not to. */
-static bool make_client_first(struct session *s, const struct customer *c, struct scram_exchange *e, bool plus_offered)
-{
-    const char *type = s->io.tls && SSL_version(s->io.tls) >= TLS1_3_VERSION ? "tls-exporter" : "tls-server-end-point";
-    char name[3 * MAILBOX_MAX + 1];
-    if (!add_nonce(e))
-        return false;
-    if (e->plus)
-        e->binding_len = channel_binding(s->io.tls, false, type, e->binding);
-    if (e->plus && e->binding_len == 0)
-        return false;
-    snprintf(e->header, sizeof e->header, "%s%s,,", e->plus ? "p=" : s->io.tls && !plus_offered ? "y" : "n",
-             e->plus ? type : "");
-    scram_escape(name, c->user);
-    return (size_t)snprintf(e->bare, sizeof e->bare, "n=%s,r=%s", name, e->nonce) < sizeof e->bare;
-}
-
-/* server-first must be fit to answer: our nonce with something behind it, or the challenge could be an old one; a salt;
- * a count, once. */
-static bool take_server_first(struct scram_exchange *e, const char *challenge, struct verifier *v)
-{
-    char nonce[CHALLENGE_MAX], salt[BASE64_SIZE(SALT_MAX) + 1], count[8], again[CHALLENGE_MAX];
-    const char *extensions = strstr(challenge, ",i=");
-    size_t own = strlen(e->nonce);
-    if (strncmp(challenge, "r=", 2) != 0 || !scram_attribute(challenge, 'r', nonce, sizeof nonce) ||
-        strncmp(nonce, e->nonce, own) != 0 || !nonce_valid(nonce + own) ||
-        !scram_attribute(challenge, 's', salt, sizeof salt) || !scram_attribute(challenge, 'i', count, sizeof count) ||
-        !extensions || scram_attribute(extensions + 3, 'i', again, sizeof again) || !salt_and_count(v, salt, count))
-        return false;
-    snprintf(e->nonce, sizeof e->nonce, "%s", nonce);
-    return (size_t)snprintf(e->server_first, sizeof e->server_first, "%s", challenge) < sizeof e->server_first;
-}
-
-/* client-final. */
-static bool make_client_final(const struct customer *c, struct scram_exchange *e, struct verifier *v, char *out,
-                              size_t size)
-{
-    char encoded[BASE64_SIZE(32) + 1];
-    unsigned char proof[32];
-    if (!scram_final(e) || !scram_keys(&v->keys, c->secret, v->salt, v->salt_len, v->iterations) ||
-        !scram_mask(&v->keys, e->auth_message, v->keys.client, proof))
-        return false;
-    base64_encode(encoded, proof, sizeof proof);
-    return (size_t)snprintf(out, size, "%s,p=%s", e->final, encoded) < size;
-}
-
-static int prove_scram(struct session *s, const struct customer *c, enum mechanism m, struct reply *r)
-{
-    struct scram_exchange e = {.plus = m == SCRAM_PLUS};
-    struct verifier v;
-    char message[3 * CHALLENGE_MAX], encoded[BASE64_SIZE(sizeof message) + 1], final[64];
-    int code;
-    if (!make_client_first(s, c, &e, reply_offers(r, "AUTH", mechanism_name(SCRAM_PLUS))))
-        return cannot_compute(s);
-    base64_encode(encoded, message, (size_t)snprintf(message, sizeof message, "%s%s", e.header, e.bare));
-    send_line(s, "5.1.2-d", "AUTH %s %s", mechanism_name(m), encoded);
-
-    code = read_challenge(s, r);
-    if (code != EX_OK)
-        return code;
-    if (!take_server_first(&e, s->response, &v)) {
-        log_event(s, LOG_ERR, "%s: its SCRAM challenge is not acceptable: %s; AUTH is given up", s->peer, s->response);
-        return cancel_auth(s, r, EX_NOPERM);
-    }
-    if (!make_client_final(c, &e, &v, message, sizeof message))
-        return cancel_auth(s, r, cannot_compute(s));
-    base64_encode(encoded, message, strlen(message));
-    send_line(s, "5.1.2-a", "%s", encoded);
-
-    code = read_challenge(s, r);
-    if (code != EX_OK && r->code != 235)
-        return code;
-    if (!server_final(&e, &v, final))
-        return r->code == 334 ? cancel_auth(s, r, cannot_compute(s)) : cannot_compute(s);
-    if (r->code == 235 || strcspn(s->response, ",") != strlen(final) || /* extensions may stand behind a comma */
-        CRYPTO_memcmp(s->response, final, strlen(final)) != 0) {
-        log_event(s, LOG_ERR,
-                  "%s has not proved that it knows the account; it is not the provider it claims to be", s->peer);
-        stream_break(&s->io, "the provider did not authenticate itself");
-        return EX_NOPERM;
-    }
-    send_line(s, "5.1.2-a", "%s", "");
-    return read_outcome(s, r);
-}
-
-/* ---- EXTERNAL (RFC 4422, appendix A) ----
- *
- *     AUTH EXTERNAL = or a name  ------------->     the certificate of the TLS handshake says who the client is
- *                                <-------------  235 */
-
-/* The account is the one that the certificate names and, if the client gives a name, that this is too. */
-static enum next serve_external(struct session *s, enum mechanism m, const char *initial)
-{
-    const struct account *account = NULL;
-    X509 *certificate;
-    char *name = NULL;
-    enum next got = first_response(s, initial);
-    if (got != GO_ON)
-        return got;
-    certificate = SSL_get1_peer_certificate(s->io.tls);
-    for (int i = 0; !account && certificate && (name = certificate_name(certificate, i)); i++) {
-        account = account_find(s->accounts, name);
-        if (account && s->response_len > 0 &&
-            (strcmp(s->response, name) != 0 || strlen(name) != (size_t)s->response_len))
-            account = NULL; /* an authorization identity that is not this account */
-        OPENSSL_free(name);
-    }
-    X509_free(certificate);
-    if (account)
-        return auth_succeeded(s, account, m);
-    return auth_failed(s, s->response_len > 0 ? s->response : "the certificate's name");
-}
-
-static int prove_external(struct session *s, const struct customer *c, enum mechanism m, struct reply *r)
-{
-    char encoded[BASE64_SIZE(MAILBOX_MAX) + 1] = "=";
-    if (c->user)
-        base64_encode(encoded, c->user, strlen(c->user));
-    send_line(s, "5.1.2-f", "AUTH %s %s", mechanism_name(m), encoded);
-    return read_outcome(s, r);
-}
-
-/* ---- PLAIN (RFC 4616): the secret itself, so only inside TLS, and not in the trace ----
- *
- *     AUTH PLAIN response        ------------->     [authorization identity] NUL name NUL secret
- *                                <-------------  235 */
-
-static enum next serve_plain(struct session *s, enum mechanism m, const char *initial)
-{
-    const char *identity = s->response, *name, *secret, *end;
-    const struct account *account;
-    struct verifier v;
-    struct scram_keys keys;
-    enum next got;
-    s->hide_response = true;
-    got = first_response(s, initial);
-    s->hide_response = false;
-    if (got != GO_ON)
-        return got;
-
-    end = s->response + s->response_len;
-    name = identity + strlen(identity) + 1;
-    secret = name < end ? name + strlen(name) + 1 : end + 1;
-    if (secret > end || secret + strlen(secret) != end)
-        return auth_failed(s, "");
-    account = account_find(s->accounts, name);
-    if (!keys_for(s, name, &v) || !scram_keys(&keys, secret, v.salt, v.salt_len, v.iterations))
-        return auth_unavailable(s);
-    if (CRYPTO_memcmp(keys.stored, v.keys.stored, sizeof keys.stored) == 0 && account &&
-        (*identity == '\0' || strcmp(identity, name) == 0))
-        return auth_succeeded(s, account, m);
-    return auth_failed(s, name);
-}
-
-static int prove_plain(struct session *s, const struct customer *c, enum mechanism m, struct reply *r)
-{
-    char response[MAILBOX_MAX + SECRET_MAX + 4], encoded[BASE64_SIZE(sizeof response) + 1];
-    int len = snprintf(response, sizeof response, "%c%s%c%s", '\0', c->user, '\0', c->secret);
-    base64_encode(encoded, response, (size_t)len);
-    trace_line(s, CUSTOMER, "5.1.2-d", "AUTH %s (response not shown)", mechanism_name(m));
-    stream_write(&s->io, "AUTH PLAIN ", 11);
-    stream_write(&s->io, encoded, strlen(encoded));
-    stream_write(&s->io, "\r\n", 2);
-    OPENSSL_cleanse(response, sizeof response);
-    OPENSSL_cleanse(encoded, sizeof encoded);
-    return read_outcome(s, r);
-}
-
-/* ==== The tools =======================================================================================
- *
- * enqueue puts a message into the queue, queue shows what waits, demo runs a whole session here. */
-
-#define SECRET_LONGEST (SECRET_MAX - 2)
-
-int open_queue(const char *dir, bool make)
-{
-    bool made = make && mkdir(dir, 0700) == 0;
-    int fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    if (made && fd >= 0)
-        sync_directory(fd, "..");
-    return fd;
-}
-
-/* What is made in a queue must belong to its owner, or the provider, which runs as that user, could not read it. So
- * root becomes that user; then a link that the owner has put into the queue cannot lead root elsewhere, either. */
-static void become_owner(int queue, const char *path)
-{
-    struct stat st = {.st_uid = 0};
-    if (fstat(queue, &st) == 0 && geteuid() == 0 && setgid(st.st_gid) == 0 &&
-        (st.st_uid == 0 || (setgroups(0, NULL) == 0 && setuid(st.st_uid) == 0)))
-        return;
-    if (geteuid() == 0 || geteuid() != st.st_uid)
-        die(EX_TEMPFAIL, "%s belongs to another user, who could not read the message; nothing is written; run odmr as "
-                         "that user or as root", path);
-}
-
-/* The message on standard input, once for each delivery. A From_ line (mbox's) on top is dropped, as an
- * MTA's pipe may write one; "From :" is a header field (RFC 5322, 4.5.2). If the message itself starts with a
- * field of our envelope, written by an earlier hop, or with a blank, which would continue ours, a Received field
- * goes between: what a sender wrote must never be taken for part of the envelope. */
-static bool copy_message(FILE *in, struct delivery *d, size_t count, const char *name)
-{
-    char data[COPY_SIZE];
-    size_t value, start = 0, n = fread(data, 1, sizeof data - 1, in);
-    data[n] = '\0';
-    if (strncmp(data, "From ", 5) == 0 && data[5 + strspn(data + 5, " \t")] != ':' && strchr(data, '\n'))
-        start = (size_t)(strchr(data, '\n') + 1 - data);
-    if (envelope_field(data + start, &value) != NO_FIELD || data[start] == ' ' || data[start] == '\t')
-        for (size_t i = 0; i < count; i++) {
-            fprintf(d[i].file, "Received: by %s (odmr enqueue);\n", name);
-            write_date(d[i].file, "\t", time(NULL));
-        }
-    while (n > 0) {
-        for (size_t i = 0; i < count; i++)
-            fwrite(data + start, 1, n - start, d[i].file);
-        start = 0;
-        n = fread(data, 1, sizeof data, in);
-    }
-    return !ferror(in);
-}
-
-int enqueue(int queue, const char *sender, const char *name, char **recipients, int count)
-{
-    struct delivery *d = must_alloc(calloc((size_t)count, sizeof *d));
-    size_t files = deliveries_open(d, queue, sender, recipients, (size_t)count);
-    bool copied = files > 0 && copy_message(stdin, d, files, name), stored;
-    int problem = errno;
-
-    stored = copied && deliveries_store(d, files);
-    if (!stored) {
-        log_event(NULL, LOG_ERR, "cannot write the message into the queue: %s; try again later",
-                  strerror(files > 0 && !copied ? problem : d->problem));
-        deliveries_discard(d, files);
-    }
-    free(d);
-    return stored ? EX_OK : EX_TEMPFAIL;
-}
-
-struct domain_summary {
-    size_t messages, held;
-    uint64_t octets;
-    int64_t oldest;
-};
-
-/* The envelope of held mail, as far as it can be read: every address in it, whatever it is. */
-static void list_envelope(const struct message *m)
-{
-    struct line_reader r = {.of = m};
-    char address[sizeof r.line], safe[4 * sizeof r.line];
-    enum field field = NO_FIELD;
-    while (next_line(&r)) {
-        const char *rest = r.line;
-        size_t value = 0;
-        if (field == NO_FIELD || (r.line[0] != ' ' && r.line[0] != '\t'))
-            field = envelope_field(r.line, &value);
-        if (field == NO_FIELD)
-            return;
-        rest += value;
-        while (field != DELIVERY_DATE && cut_address(&rest, address, sizeof address)) {
-            escape(safe, sizeof safe, address);
-            printf("      %s <%s>\n", field == RETURN_PATH ? "from" : "to", safe);
-        }
-    }
-}
-
-static void list_message(const struct message *m, int64_t second)
-{
-    char safe[2 * LOG_LINE], when[32];
-    struct tm tm = local_time((time_t)second);
-    strftime(when, sizeof when, "%Y-%m-%d %H:%M:%S", &tm);
-    escape(safe, sizeof safe, m->path);
-    printf("  %s  %lld  %s\n", when, (long long)m->size, safe);
-    if (m->held) {
-        printf("      held: %s\n", m->held);
-        if (m->size > 0) /* else it is not a regular file, or could not be opened */
-            list_envelope(m);
-        return;
-    }
-    escape(safe, sizeof safe, m->sender);
-    printf("      from <%s>\n", safe);
-    for (size_t i = 0; i < m->recipients; i++) {
-        escape(safe, sizeof safe, m->list[i].address);
-        printf("      to <%s>\n", safe);
-    }
-}
-
-/* A row without figures, for what no ATRN can name and for what cannot be read. */
-static void show_oddity(const char *name, const char *why)
-{
-    char safe[4 * NAME_MAX + 1];
-    escape(safe, sizeof safe, name);
-    printf("%-30s %9s %11s  %-19s %5s  %s\n", safe, "-", "-", "-", "-", why);
-}
-
-/* Has one of these accounts access to it? */
-static bool has_account(const struct accounts *accounts, const char *domain)
-{
-    for (size_t i = 0; i < accounts->count; i++)
-        if (domain_in_list(accounts->list[i].domains, domain, strlen(domain)))
+    while ((one = next_domain(&list, &n)))
+        if (n == len && strncasecmp(one, domain, n) == 0)
             return true;
     return false;
 }
 
-static bool summarize_domain(int queue, const char *domain, bool list, const char *remark)
+/* Equal domains in the order in which they stand in the list. */
+static int by_domain(const void *left, const void *right)
 {
-    struct domain_summary sum = {0};
-    struct backlog b;
-    char when[32] = "-";
-    struct tm tm;
-    if (!backlog_read(&b, NULL, queue, domain)) {
-        show_oddity(domain, "cannot be read");
-        backlog_free(&b);
-        return false;
-    }
-    tm = local_time(b.count > 0 ? (time_t)b.list[0].second : 0);
-    if (b.count > 0)
-        strftime(when, sizeof when, "%Y-%m-%d %H:%M:%S", &tm);
-    for (int pass = 0; pass < (list ? 2 : 1); pass++) {
-        for (size_t i = 0; i < b.count; i++) {
-            struct message m;
-            enum claim got = message_open(&m, queue, b.list[i].path, O_RDONLY);
-            if (got == CLAIMED)
-                got = message_read(&m);
-            if (got == BUSY)
-                m.held = m.fd < 0 ? "this user cannot open it" : m.trouble;
-            if (pass == 0) {
-                sum.messages += got == CLAIMED;
-                sum.held += m.held != NULL; /* what is neither has just gone */
-                sum.octets += got == CLAIMED ? (uint64_t)m.size : 0;
-            } else if (got == CLAIMED || m.held) {
-                list_message(&m, b.list[i].second);
-            }
-            message_close(&m);
+    const char *a = *(char *const *)left, *b = *(char *const *)right;
+    int order = strcmp(a, b);
+    return order ? order : (a > b) - (a < b);
+}
+
+void tidy_domains(char *list)
+{
+    const char *end = list + strlen(list);
+    size_t count = 0, kept = 0;
+    char **domains;
+    lower_case(list);
+    for (const char *p = list; p < end; p++)
+        count += *p == ',';
+    if (!(domains = malloc((count + 1) * sizeof *domains)))
+        return;
+    count = 0;
+    for (char *next = list; next;)
+        domains[count++] = strsep(&next, ",");
+    qsort(domains, count, sizeof *domains, by_domain);
+    while (--count > 0)
+        if (strcmp(domains[count - 1], domains[count]) == 0)
+            domains[count][0] = ','; /* struck out */
+    free(domains);
+    for (size_t at = 0, len; list + at < end; at += len + 1) {
+        len = strlen(list + at);
+        if (list[at] != ',') {
+            memmove(list + kept, list + at, len);
+            kept += len;
+            list[kept++] = ',';
         }
-        if (pass == 0)
-            printf("%-30s %9zu %11llu  %-19s %5zu%s\n", domain, sum.messages, (unsigned long long)sum.octets, when,
-                   sum.held, remark);
     }
-    backlog_free(&b);
+    list[kept - 1] = '\0';
+}
+
+static int by_name(const void *left, const void *right)
+{
+    const struct account *a = left, *b = right;
+    return strcmp(a->name, b->name);
+}
+
+static int by_iterations(const void *left, const void *right)
+{
+    const struct account *a = left, *b = right;
+    return a->iterations - b->iterations;
+}
+
+/* The count that most verifiers have, the least of several: it is what any unknown name costs. Sorts the list. */
+static int common_iterations(struct accounts *all)
+{
+    size_t most = 0, run = 0;
+    int common = SCRAM_ITERATIONS;
+    qsort(all->list, all->count, sizeof *all->list, by_iterations);
+    for (size_t i = 0; i < all->count; i++) {
+        run = i > 0 && all->list[i].iterations == all->list[i - 1].iterations ? run + 1 : 1;
+        if (all->list[i].iterations > 0 && run > most) {
+            most = run;
+            common = all->list[i].iterations;
+        }
+    }
+    return common;
+}
+
+const struct account *account_find(const struct accounts *all, const char *name)
+{
+    struct account wanted = {.name = (char *)name};
+    return all->count ? bsearch(&wanted, all->list, all->count, sizeof wanted, by_name) : NULL;
+}
+
+/* The account's verifier, if it has no secret but that. */
+bool account_verifier(const struct account *a, struct verifier *v)
+{
+    size_t n = strlen(SCRAM_SCHEME);
+    return a && strncmp(a->secret, SCRAM_SCHEME, n) == 0 && verifier_parse(a->secret + n, v);
+}
+
+/* Takes one line apart; returns what is wrong with it, or NULL. */
+static const char *account_parse(struct accounts *all, char *line, size_t number)
+{
+    char *domains = strchr(line, ':');
+    char *secret = domains ? strchr(domains + 1, ':') : NULL;
+    struct verifier verifier = {.iterations = 0};
+    struct account *a;
+    if (!secret)
+        return "not of the form name:domain[,domain...]:secret";
+    *domains++ = *secret++ = '\0';
+    if (*line == '\0')
+        return "the name is missing";
+    if (!domain_list_valid(domains))
+        return "not a list of domains, each of two labels or more, with commas and without blanks";
+    if (*secret == '\0')
+        return "the secret is missing";
+    if (strncmp(secret, SCRAM_SCHEME, strlen(SCRAM_SCHEME)) == 0 &&
+        !verifier_parse(secret + strlen(SCRAM_SCHEME), &verifier))
+        return "not a verifier: " SCRAM_SCHEME "iterations,salt,StoredKey,ServerKey (RFC 5803)";
+    if (all->count % ACCOUNTS_STEP == 0) {
+        a = realloc(all->list, (all->count + ACCOUNTS_STEP) * sizeof *a);
+        if (!a)
+            return "out of memory";
+        all->list = a;
+    }
+    tidy_domains(domains);
+    a = &all->list[all->count];
+    *a = (struct account){.name = strdup(line), .domains = strdup(domains), .secret = strdup(secret),
+                          .iterations = verifier.iterations, .line = number};
+    all->count++;
+    return a->name && a->domains && a->secret ? NULL : "out of memory";
+}
+
+static struct accounts *accounts_read(FILE *file, const char *path, char *why, size_t why_size)
+{
+    struct accounts *all = calloc(1, sizeof *all);
+    const char *wrong = all ? NULL : "out of memory";
+    char *line = NULL;
+    size_t size = 0, number = 0;
+    ssize_t len;
+    if (all)
+        atomic_init(&all->users, 1);
+    while (!wrong && (len = getline(&line, &size, file)) >= 0) {
+        number++;
+        if ((size_t)len != strlen(line))
+            wrong = "a NUL octet in it";
+        else if (line[len - 1] != '\n')
+            wrong = "the line has no end: the file was cut, or is not yet written";
+        else if (number == 1 && strncmp(line, BYTE_ORDER_MARK, 3) == 0)
+            wrong = "a byte order mark in front; save the file as UTF-8 without it";
+        else if (strcspn(line, "\r") < (size_t)len - 1 - (len > 1 && line[len - 2] == '\r'))
+            wrong = "a CR in it that ends no line; lines end with LF or CRLF";
+        line[strcspn(line, "\r\n")] = '\0';
+        if (!wrong && line[0] != '\0' && line[0] != '#')
+            wrong = account_parse(all, line, number);
+    }
+    if (!wrong && !feof(file)) /* getline() can fail for want of memory, too */
+        wrong = "cannot be read to its end";
+    if (!wrong && all->count > 0) {
+        all->iterations = common_iterations(all);
+        qsort(all->list, all->count, sizeof *all->list, by_name);
+        for (size_t i = 1; i < all->count && !wrong; i++)
+            if (by_name(&all->list[i - 1], &all->list[i]) == 0) {
+                wrong = "this name has another line already";
+                number = all->list[i].line > all->list[i - 1].line ? all->list[i].line : all->list[i - 1].line;
+            }
+    }
+    if (line)
+        OPENSSL_cleanse(line, size);
+    free(line);
+    if (!wrong)
+        return all;
+    snprintf(why, why_size, "%s:%zu: %s", path, number, wrong);
+    accounts_release(all);
+    return NULL;
+}
+
+/* What the salts of names without a verifier are made from. It lasts as long as the file, as the verifiers' salts do.
+ * It is not made from the secrets: anybody can ask for a salt, and could then try out secrets without asking again. */
+static bool accounts_key(struct accounts *all, const struct stat *st)
+{
+    char text[96];
+    snprintf(text, sizeof text, "%ju %jd.%09ld", (uintmax_t)st->st_ino, (intmax_t)st->st_mtim.tv_sec,
+             st->st_mtim.tv_nsec);
+    return hmac_sha256((const unsigned char *)"salt", 4, text, all->salt_key);
+}
+
+struct accounts *accounts_load(const char *path, char *why, size_t why_size)
+{
+    struct accounts *all = NULL;
+    struct stat st;
+    int fd = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
+    FILE *file = NULL;
+    if (fd < 0 || fstat(fd, &st) < 0)
+        snprintf(why, why_size, "%s: %s", path,
+                 errno == ELOOP ? "it is a symbolic link; name the file itself" : strerror(errno));
+    else if (!S_ISREG(st.st_mode))
+        snprintf(why, why_size, "%s: not a regular file", path);
+    else if (st.st_mode & (S_IRWXG | S_IRWXO))
+        snprintf(why, why_size, "%s: others than its owner may use it; do: chmod 600 %s", path, path);
+    else if (!(file = fdopen(fd, "r")))
+        snprintf(why, why_size, "%s: %s", path, strerror(errno));
+    else
+        all = accounts_read(file, path, why, why_size);
+    if (all && !accounts_key(all, &st)) {
+        snprintf(why, why_size, "%s: OpenSSL cannot compute HMAC-SHA-256", path);
+        accounts_release(all);
+        all = NULL;
+    }
+    if (file)
+        fclose(file);
+    else if (fd >= 0)
+        close(fd);
+    return all;
+}
+
+/* ==== Lines and replies ===============================================================================
+ *
+ * The dialogue is made of lines, ours and theirs. send_line() and read_line() are the only way they
+ * come and go, so the trace sees each. A reply is validated before it is believed. */
+
+#define REPLY_LINE 2046          /* RFC 5321, 4.5.3.1.5 says 512 with CRLF; some servers say more */
+#define REPLY_LINES 128          /* no reply needs more lines */
+#define REPLY_TIMEOUT 600        /* seconds: at most so long for a whole reply once its first line is there */
+
+void address_text(char *out, size_t size, const struct sockaddr_storage *a, socklen_t len)
+{
+    char host[64], port[16];
+    if ((a->ss_family != AF_INET && a->ss_family != AF_INET6) ||
+        getnameinfo((const struct sockaddr *)a, len, host, sizeof host, port, sizeof port,
+                    NI_NUMERICHOST | NI_NUMERICSERV) != 0)
+        snprintf(out, size, "local program");
+    else
+        snprintf(out, size, strchr(host, ':') ? "[%s]:%s" : "%s:%s", host, port);
+}
+
+struct session *session_new(int fd, enum side self, int timeout, const char *name, enum trace trace)
+{
+    static atomic_ulong numbers[2]; /* of each side's sessions */
+    struct sockaddr_storage address = {.ss_family = AF_UNSPEC};
+    socklen_t len = sizeof address;
+    struct session *s = malloc(sizeof *s);
+    if (!s)
+        return NULL;
+    memset(s, 0, offsetof(struct session, io)); /* the buffers behind are left alone: untouched, they cost nothing */
+    stream_init(&s->io, fd, timeout);
+    s->number = atomic_fetch_add(&numbers[self], 1) + 1;
+    s->self = self;
+    s->name = name;
+    s->trace = trace;
+    snprintf(s->peer_name, sizeof s->peer_name, "unknown");
+    getpeername(fd, (struct sockaddr *)&address, &len);
+    address_text(s->peer, sizeof s->peer, &address, len);
+    return s;
+}
+
+enum side other_side(enum side side)
+{
+    return side == PROVIDER ? CUSTOMER : PROVIDER;
+}
+
+void send_line(struct session *s, const char *clause, const char *fmt, ...)
+{
+    char line[SEND_LINE + 3];
+    va_list args;
+    int n;
+    va_start(args, fmt);
+    n = vsnprintf(line, SEND_LINE + 1, fmt, args);
+    va_end(args);
+    if (n < 0 || n > SEND_LINE) {
+        stream_break(&s->io, "a line of ours would have been too long");
+        return;
+    }
+    trace_line(s, s->self, clause, "%s", line);
+    memcpy(line + n, "\r\n", 3);
+    stream_write(&s->io, line, (size_t)n + 2);
+}
+
+bool read_line(struct session *s)
+{
+    return stream_read_line(&s->io, s->line, sizeof s->line, &s->line_len);
+}
+
+/* Splits a command in place: s->line is left with the verb, s->argument is what stands behind the first
+ * blank, or NULL. Blanks at the end are forgiven (RFC 5321, 4.1.1), but ATRN's syntax knows none. */
+void split_command(struct session *s)
+{
+    char *blank = strchr(s->line, ' ');
+    s->argument = NULL;
+    if (strncasecmp(s->line, "ATRN ", 5) != 0)
+        while (s->line_len > 0 && s->line[s->line_len - 1] == ' ')
+            s->line[--s->line_len] = '\0';
+    if (blank && *blank == ' ') {
+        *blank = '\0';
+        s->argument = blank + 1;
+    }
+}
+
+bool verb_is(const struct session *s, const char *verb)
+{
+    return strcasecmp(s->line, verb) == 0;
+}
+
+/* RFC 5321, 4.2: three digits, then a blank, a hyphen (more lines follow) or the end of the line. */
+static bool reply_line_valid(const char *line, size_t len)
+{
+    return len >= 3 && len == strlen(line) && line[0] >= '2' && line[0] <= '5' && line[1] >= '0' &&
+           line[1] <= '5' && isdigit((unsigned char)line[2]) &&
+           (line[3] == '\0' || line[3] == ' ' || line[3] == '-');
+}
+
+const char *keyword_clause(const char *line)
+{
+    static const char *const known[][2] = {
+        {"ATRN", "5.1.1-b"}, {"AUTH", "5.1.1-b"}, {"STARTTLS", "RFC 3207"}, {"PIPELINING", "RFC 2920"},
+        {"CHUNKING", "RFC 3030"}, {"8BITMIME", "RFC 6152"}, {"SMTPUTF8", "RFC 6531"}, {"SIZE", "RFC 1870"},
+        {"LIMITS", "RFC 9422"}, {"ENHANCEDSTATUSCODES", "RFC 2034"},
+    };
+    for (size_t i = 0; i < sizeof known / sizeof *known; i++)
+        if (strncasecmp(line, known[i][0], strlen(known[i][0])) == 0)
+            return known[i][1];
+    return NULL;
+}
+
+/* The lines of a reply. Its first has our patience; then the rest has what is left of it, and no more than
+ * REPLY_TIMEOUT: a reply that comes line by line is not waited for without end. */
+static bool read_reply_lines(struct session *s, const char *clause, struct reply *r, bool ehlo)
+{
+    size_t used = 0;
+    r->code = 0;
+    r->text[0] = '\0';
+    for (int lines = 0; lines < REPLY_LINES; lines++) {
+        const char *keyword;
+        int code;
+        if (!read_line(s))
+            return false;
+        keyword = ehlo && s->line_len > 4 ? keyword_clause(s->line + 4) : NULL;
+        if (!s->io.line_cut)
+            trace_line(s, other_side(s->self), keyword ? keyword : clause, "%s", s->line);
+        if (s->io.line_cut || s->line_len > REPLY_LINE || !reply_line_valid(s->line, s->line_len))
+            break;
+        code = atoi((char[]){s->line[0], s->line[1], s->line[2], '\0'});
+        if (r->code && code != r->code)
+            break;
+        r->code = code;
+        if (lines == 0 || !ehlo || keyword)
+            used += (size_t)snprintf(r->text + used, sizeof r->text - used, "%s%s", lines ? "\n" : "",
+                                     s->line_len > 4 ? s->line + 4 : "");
+        if (used >= sizeof r->text && ehlo)
+            break;
+        used = used < sizeof r->text ? used : sizeof r->text - 1;
+        if (s->line[3] != '-')
+            return true;
+        if (lines == 0)
+            stream_bound(&s->io, REPLY_TIMEOUT);
+    }
+    s->protocol_broken = true;
+    stream_break(&s->io, "the peer sent something that is not an SMTP reply");
+    return false;
+}
+
+/* When a reply fails to come, what comes later could be the rest of it, and is not read. */
+static bool read_whole_reply(struct session *s, const char *clause, struct reply *r, bool ehlo)
+{
+    int64_t deadline = s->io.deadline;
+    bool complete = read_reply_lines(s, clause, r, ehlo);
+    s->io.deadline = deadline;
+    if (!complete)
+        stream_end_input(&s->io);
+    return complete;
+}
+
+/* What a reply answers has left before: one that lies here already, from a peer that did not wait for the command, is
+ * not believed while the command, or a message, has not gone out and perhaps never will. */
+static bool command_has_left(struct session *s, struct reply *r)
+{
+    r->code = 0;
+    return !s->io.broken && (s->io.out_end == 0 || stream_flush(&s->io));
+}
+
+bool read_reply(struct session *s, const char *clause, struct reply *r)
+{
+    return command_has_left(s, r) && read_whole_reply(s, clause, r, false);
+}
+
+bool read_ehlo_reply(struct session *s, const char *clause, struct reply *r)
+{
+    return command_has_left(s, r) && read_whole_reply(s, clause, r, true);
+}
+
+bool read_arrived_reply(struct session *s, const char *clause, struct reply *r)
+{
+    return read_whole_reply(s, clause, r, false);
+}
+
+bool reply_arrived(struct session *s)
+{
+    const char *line;
+    size_t len, offset = 0;
+    while ((len = stream_line_at(&s->io, offset, &line)) > 0) {
+        if (len < 4 || line[3] != '-')
+            return true;
+        offset += len;
+    }
+    return false;
+}
+
+void join_lines(const struct reply *r, char *out, size_t size)
+{
+    char text[2 * sizeof r->text];
+    size_t n = 0;
+    for (const char *p = r->text; *p; p++) {
+        if (*p == '\n')
+            memcpy(text + n, " / ", 3);
+        else
+            text[n] = *p;
+        n += *p == '\n' ? 3 : 1;
+        if (n + 4 > sizeof text)
+            break;
+    }
+    text[n] = '\0';
+    escape(out, size, text);
+}
+
+enum verdict reply_verdict(const struct reply *r)
+{
+    if (r->code == 0) /* not a reply: our own refusal, in the same form */
+        return REFUSED;
+    return r->code < 300 ? DELIVERED : r->code < 500 ? DEFERRED : REFUSED;
+}
+
+/* Behind the keyword in the first line behind `line` that starts with it; NULL: there is none. */
+static const char *next_keyword(const char *line, const char *keyword)
+{
+    size_t n = strlen(keyword);
+    while (line && (line = strchr(line, '\n'))) {
+        line++;
+        if (strncasecmp(line, keyword, n) == 0 && strchr(" =\n", line[n]))
+            return line + n + (line[n] == ' ' || line[n] == '='); /* strchr finds '\0' too */
+    }
+    return NULL;
+}
+
+const char *reply_keyword(const struct reply *r, const char *keyword)
+{
+    return next_keyword(r->text, keyword); /* the first line is the greeting, not a keyword */
+}
+
+bool reply_offers(const struct reply *r, const char *keyword, const char *word)
+{
+    const char *list = next_keyword(r->text, keyword);
+    while (list && !list_has(list, word))
+        list = next_keyword(list, keyword);
+    return list != NULL;
+}
+
+const char *next_word(const char **list, size_t *len)
+{
+    const char *word;
+    while (**list == ' ' || **list == '\t')
+        (*list)++;
+    word = *list;
+    *len = strcspn(word, " \t\n");
+    *list += *len;
+    return *len ? word : NULL;
+}
+
+bool list_has(const char *list, const char *wanted)
+{
+    size_t len;
+    const char *word;
+    while (list && (word = next_word(&list, &len)))
+        if (len == strlen(wanted) && strncasecmp(word, wanted, len) == 0)
+            return true;
+    return false;
+}
+
+/* ==== Addresses and domains ===========================================================================
+ *
+ * What may be named in ATRN, in an envelope and in a path. A domain that passed domain_valid() has no
+ * slash, no dot at either end and no empty label, so it is safe as the name of a directory. */
+
+#define LABEL_MAX 63             /* RFC 1035, 2.3.4 */
+
+bool domain_valid(const char *domain, size_t len)
+{
+    size_t label = 0, labels = 1;
+    if (len > DOMAIN_MAX)
+        return false;
+    for (size_t i = 0; i <= len; i++) {
+        char c = i < len ? domain[i] : '.';
+        if (c == '.') {
+            if (label == 0 || label > LABEL_MAX || domain[i - 1] == '-')
+                return false;
+            labels += i < len;
+            label = 0;
+        } else if (isascii((unsigned char)c) && (isalnum((unsigned char)c) || (c == '-' && label > 0))) {
+            label++;
+        } else {
+            return false;
+        }
+    }
+    return labels >= 2;
+}
+
+bool printable(const char *text, size_t len)
+{
+    for (size_t i = 0; i < len; i++)
+        if ((unsigned char)text[i] < 0x20 || (unsigned char)text[i] > 0x7e)
+            return false;
     return true;
 }
 
-/* The folder .Undeliverable of this domain, if there is one. */
-static bool summarize_undeliverable(int queue, const char *domain, bool list)
+bool ascii(const char *text)
 {
-    char folder[MAILDIR_PATH];
-    struct stat st;
-    snprintf(folder, sizeof folder, "%s/%s", domain, UNDELIVERABLE);
-    return fstatat(queue, folder, &st, AT_SYMLINK_NOFOLLOW) < 0 || summarize_domain(queue, folder, list, "");
+    while (isascii((unsigned char)*text) && *text)
+        text++;
+    return *text == '\0';
 }
 
-/* One name in the queue's directory. False: its mail cannot be listed. */
-static bool show_name(int queue, const char *name, bool list, const struct accounts *accounts)
+void lower_case(char *text)
 {
-    struct stat st;
-    const char *remark = "";
-    bool done, valid = domain_valid(name, strlen(name));
-    if (!valid || (fstatat(queue, name, &st, AT_SYMLINK_NOFOLLOW) == 0 && !S_ISDIR(st.st_mode))) {
-        show_oddity(name, valid ? "not a directory: no mail can be in it" : "not a domain: no ATRN can name it");
-        return !valid;
+    for (; *text; text++)
+        *text = (char)tolower((unsigned char)*text);
+}
+
+/* Where the domain of a mailbox begins: behind the last @ that is not quoted. */
+const char *mailbox_domain(const char *mailbox)
+{
+    const char *at = NULL;
+    bool quoted = false;
+    for (const char *p = mailbox; *p; p++) {
+        if (*p == '\\' && quoted && p[1])
+            p++;
+        else if (*p == '"')
+            quoted = !quoted;
+        else if (*p == '@' && !quoted)
+            at = p + 1;
     }
-    if (accounts && !has_account(accounts, name))
-        remark = "  no account has it";
-    done = summarize_domain(queue, name, list, remark);
-    return summarize_undeliverable(queue, name, list) && done;
+    return at;
 }
 
-struct domain_list {
-    char **list;
-    size_t count;
-};
-
-static int by_text(const void *left, const void *right)
+size_t utf8_prefix(const char *text, size_t len)
 {
-    return strcmp(*(char *const *)left, *(char *const *)right);
-}
-
-static bool add_domain(void *context, int queue, const char *domain)
-{
-    struct domain_list *all = context;
-    (void)queue;
-    all->list = must_alloc(realloc(all->list, (all->count + 1) * sizeof *all->list));
-    all->list[all->count++] = must_alloc(strdup(domain));
-    return true;
-}
-
-int show_queue(int queue, char **domains, size_t count, bool list, const struct accounts *accounts)
-{
-    struct domain_list all = {NULL, 0};
-    bool done = true;
-    if (count == 0) {
-        if (!for_each_name(queue, true, add_domain, &all))
-            return EX_OSERR;
-        if (all.count > 1)
-            qsort(all.list, all.count, sizeof *all.list, by_text);
-        domains = all.list;
-        count = all.count;
+    size_t at = 0;
+    while (at < len) {
+        unsigned long character;
+        int n = UTF8_getc((const unsigned char *)text + at, len - at > 4 ? 4 : (int)(len - at), &character);
+        if (n <= 0)
+            break;
+        at += (size_t)n;
     }
-    printf("%-30s %9s %11s  %-19s %5s\n", "domain", "messages", "octets", "oldest", "held");
-    for (size_t i = 0; i < count; i++)
-        done = show_name(queue, domains[i], list, accounts) && done;
-    for (size_t i = 0; i < all.count; i++)
-        free(all.list[i]);
-    free(all.list);
-    return done ? EX_OK : EX_TEMPFAIL;
+    return at;
 }
 
-/* ---- account ---- */
-
-/* The first line of a file, all of it or nothing. NULL, or why it cannot be the secret. */
-static const char *read_secret_line(FILE *file, char secret[SECRET_MAX])
+/* The length of the part before the @ (RFC 5321, 4.1.2), which is a quoted string, or atoms and dots. Real senders
+ * write two dots in a row, so dots may stand anywhere. 0: it is neither. */
+static size_t local_part(const char *text)
 {
     size_t n = 0;
-    int c;
-    while ((c = getc(file)) != EOF && c != '\n' && n < SECRET_MAX - 1)
-        secret[n++] = (char)c;
-    n -= n > 0 && secret[n - 1] == '\r';
-    secret[n] = '\0';
-    if (ferror(file))
-        return strerror(errno);
-    if (n > SECRET_LONGEST)
-        return "longer than 1022 octets";
-    if (strlen(secret) != n || strchr(secret, '\r') || strncmp(secret, BYTE_ORDER_MARK, 3) == 0)
-        return "it has a NUL or CR octet or a byte order mark";
-    return n == 0 ? "it is empty" : NULL;
+    if (*text != '"') {
+        while (isalnum((unsigned char)text[n]) || !isascii((unsigned char)text[n]) ||
+               (text[n] && strchr("!#$%&'*+-/=?^_`{|}~.", text[n])))
+            n++;
+        return n;
+    }
+    for (n = 1; text[n] != '"'; n++) {
+        n += text[n] == '\\';
+        if ((unsigned char)text[n] < 0x20 || text[n] == 0x7f)
+            return 0;
+    }
+    return n + 1;
 }
 
-/* One line from standard input; on a terminal it is asked for and not shown. */
-static void ask_secret(const char *prompt, char secret[SECRET_MAX])
+/* [192.0.2.1] or [IPv6:2001:db8::1] (RFC 5321, 4.1.3). */
+static bool address_literal_valid(const char *text)
 {
-    struct termios shown, hidden;
-    bool terminal = tcgetattr(STDIN_FILENO, &shown) == 0;
-    const char *wrong;
-    if (terminal) {
-        hidden = shown;
-        hidden.c_lflag &= ~(tcflag_t)ECHO;
-        tcsetattr(STDIN_FILENO, TCSAFLUSH, &hidden);
-        fputs(prompt, stderr);
-    }
-    wrong = read_secret_line(stdin, secret);
-    if (terminal) {
-        tcsetattr(STDIN_FILENO, TCSAFLUSH, &shown);
-        fputc('\n', stderr);
-    }
-    if (wrong)
-        die(EX_DATAERR, "account: not a secret: %s", wrong);
-}
-
-/* RFC 5803's form: what a server needs, and nobody can log in with. */
-static bool print_verifier(const char *secret)
-{
-    unsigned char salt[16];
-    struct scram_keys keys;
-    char encoded[3][BASE64_SIZE(32) + 1];
-    if (RAND_bytes(salt, sizeof salt) != 1 || !scram_keys(&keys, secret, salt, sizeof salt, SCRAM_ITERATIONS))
+    unsigned char octets[16];
+    char address[64];
+    size_t len = strlen(text);
+    if (len < 3 || len - 2 >= sizeof address || text[0] != '[' || text[len - 1] != ']')
         return false;
-    base64_encode(encoded[0], salt, sizeof salt);
-    base64_encode(encoded[1], keys.stored, sizeof keys.stored);
-    base64_encode(encoded[2], keys.server, sizeof keys.server);
-    printf(SCRAM_SCHEME "%d,%s,%s,%s\n", SCRAM_ITERATIONS, encoded[0], encoded[1], encoded[2]);
+    snprintf(address, sizeof address, "%.*s", (int)len - 2, text + 1);
+    return inet_pton(AF_INET, address, octets) == 1 ||
+           (strncasecmp(address, "IPv6:", 5) == 0 && inet_pton(AF_INET6, address + 5, octets) == 1);
+}
+
+/* The part after the @. More is allowed in a sender's domain, because it is only passed on. */
+static bool mailbox_domain_valid(const char *domain, bool sender)
+{
+    char before = '.';
+    if (sender && address_literal_valid(domain))
+        return true;
+    for (const char *p = domain; *p; before = *p++) {
+        bool letter = isalnum((unsigned char)*p) || *p == '-' || (sender && (*p == '_' || !isascii((unsigned char)*p)));
+        if (*p == '.' ? before == '.' : !letter)
+            return false;
+    }
+    return before != '.' && strlen(domain) <= DOMAIN_MAX;
+}
+
+static bool mailbox_valid(const char *mailbox, bool sender)
+{
+    size_t len = strlen(mailbox), local = local_part(mailbox);
+    return local > 0 && len <= MAILBOX_MAX && mailbox[local] == '@' && utf8_prefix(mailbox, len) == len &&
+           mailbox_domain_valid(mailbox + local + 1, sender);
+}
+
+bool recipient_valid(const char *mailbox)
+{
+    return mailbox_valid(mailbox, false);
+}
+
+bool sender_valid(const char *mailbox)
+{
+    return *mailbox == '\0' || mailbox_valid(mailbox, true);
+}
+
+void write_date(FILE *out, const char *before, time_t when)
+{
+    char date[64];
+    struct tm tm = local_time(when);
+    strftime(date, sizeof date, "%a, %d %b %Y %H:%M:%S %z", &tm);
+    fprintf(out, "%s%s\n", before, date);
+}
+
+/* ==== The stream ======================================================================================
+ *
+ * Buffered bytes over one connected socket, in the clear or through TLS. To everything below this part
+ * a stream blocks: reading waits for the peer, writing waits for room. Three things are known only here:
+ *
+ *   - Waiting. socket_wait() is the one place where a thread waits for its peer, with its patience, its
+ *     deadline and the pipe that says "the server is shutting down".
+ *   - OpenSSL's I/O. TLS reads and writes the socket through the same two functions as everybody else
+ *     (a BIO of our own), so half a TLS record is waited for just like half a line. What counts as input is
+ *     application data: octets of TLS that carry none are taken in and are no reason to read.
+ *   - Why a connection is of no more use. The first reason is kept in `broken`, in words; from then on
+ *     every call fails at once, so callers may check once, at the end of what they do.
+ *
+ * Whatever was written is flushed before any wait for input: two peers never wait for each other. */
+
+#define ENDLESS_LINE (64 << 20)  /* a peer that sends so much without a line end is not one of ours */
+#define EMPTY_RECORDS 16         /* of TLS, without application data, that are taken in one after the other */
+#define LINGER_READS 64          /* of what is thrown away before TLS */
+#define LINGER_MS 1000           /* when closing: so long in all we read on, and throw away what comes */
+#define PATIENCE_OCTETS 16384    /* a peer that has taken so many has its whole time for the next */
+#define TLS_OUT (STREAM_OUT + 4096) /* as TLS records, 16 kB each */
+
+static const char closed_by_peer[] = "the peer closed the connection";
+
+int64_t now_ms(void)
+{
+    struct timespec t;
+    clock_gettime(CLOCK_MONOTONIC, &t);
+    return (int64_t)t.tv_sec * 1000 + t.tv_nsec / 1000000;
+}
+
+void stream_init(struct stream *s, int fd, int timeout)
+{
+    s->fd = fd;
+    s->wake_fd = -1;
+    s->tls = NULL;
+    s->timeout = timeout;
+    s->deadline = s->until = 0;
+    s->broken = s->ended = NULL;
+    s->woken = s->timed_out = s->spoke = s->tls_failed = s->said_quit = s->line_records = s->dry = false;
+    s->in_at = s->in_end = s->out_end = 0;
+    s->line_octets = 0;
+    s->waits = 0;
+    s->sent = 0;
+    s->gone = 0;
+}
+
+void stream_break(struct stream *s, const char *why)
+{
+    if (!s->broken)
+        s->broken = why;
+}
+
+/* How long the operation that starts now may take: the patience for one wait, cut by the deadline. */
+static void set_patience(struct stream *s)
+{
+    s->sent = 0;
+    s->until = now_ms() + (int64_t)s->timeout * 1000;
+    if (s->deadline && s->deadline < s->until)
+        s->until = s->deadline;
+}
+
+void stream_bound(struct stream *s, int seconds)
+{
+    int64_t end = now_ms() + (int64_t)seconds * 1000;
+    end = s->until < end ? s->until : end;
+    s->deadline = s->deadline && s->deadline < end ? s->deadline : end;
+}
+
+static bool out_of_time(struct stream *s)
+{
+    if (now_ms() < s->until)
+        return false;
+    s->timed_out = true;
+    stream_break(s, "the peer kept us waiting too long");
     return true;
 }
 
-int print_account(const char *name, const char *domains, bool scram)
+/* Octets that have left us and that the peer's TCP has not taken yet: Linux buffers up to 4 MB of them. */
+static int octets_on_the_way(const struct stream *s)
 {
-    char secret[SECRET_MAX], again[SECRET_MAX];
-    ask_secret("Secret: ", secret);
-    if (isatty(STDIN_FILENO))
-        ask_secret("Again: ", again);
-    if (isatty(STDIN_FILENO) && strcmp(secret, again) != 0)
-        die(EX_DATAERR, "account: that was not the same secret");
-    if (!scram && strncmp(secret, SCRAM_SCHEME, strlen(SCRAM_SCHEME)) == 0)
-        die(EX_DATAERR, "account: a secret that starts with " SCRAM_SCHEME " would be taken for a verifier");
-    printf("%s:%s:", name, domains);
-    if (!scram)
-        printf("%s\n", secret);
-    else if (!print_verifier(secret))
-        die(EX_SOFTWARE, "account: OpenSSL cannot make a verifier");
-    OPENSSL_cleanse(secret, sizeof secret);
-    return fflush(stdout) == 0 ? EX_OK : EX_IOERR;
+    int octets;
+    return ioctl(s->fd, SIOCOUTQ, &octets) < 0 ? 0 : octets;
+}
+
+/* A peer that reads slowly makes progress, although nothing can be written and no reply is due yet: as long as its TCP
+ * takes PATIENCE_OCTETS within our patience, it has its whole time again. */
+static bool socket_wait(struct stream *s, short events)
+{
+    struct pollfd p[2] = {{.fd = s->fd, .events = events}, {.fd = s->wake_fd, .events = POLLIN}};
+    nfds_t n = s->wake_fd >= 0 ? 2 : 1;
+    int before = octets_on_the_way(s);
+    if (events == POLLIN) {
+        s->waits += s->spoke;
+        s->spoke = false;
+    }
+    for (;;) {
+        int64_t left;
+        int ready;
+        if (now_ms() >= s->until && before - octets_on_the_way(s) >= PATIENCE_OCTETS) {
+            before = octets_on_the_way(s);
+            set_patience(s);
+        }
+        if (out_of_time(s))
+            return false;
+        left = s->until - now_ms();
+        ready = poll(p, n, left < 0 ? 0 : left > INT_MAX ? INT_MAX : (int)left);
+        if (ready > 0 && n == 2 && p[1].revents) {
+            s->woken = true;
+            stream_break(s, "this server is shutting down");
+            return false;
+        }
+        if (ready > 0)
+            return true;
+        if (ready < 0 && errno != EINTR) {
+            stream_break(s, "poll failed");
+            return false;
+        }
+    }
+}
+
+/* The two functions that touch the socket. The descriptor blocks; MSG_DONTWAIT makes the kernel give what it
+ * has, or take what it has room for, so that the waiting stays in socket_wait(). */
+
+/* What has arrived; never waits. -1: nothing has (s->dry), or nothing more will (s->ended). */
+static ssize_t socket_read(struct stream *s, void *data, size_t size)
+{
+    ssize_t n;
+    do
+        n = recv(s->fd, data, size, MSG_DONTWAIT);
+    while (n < 0 && errno == EINTR);
+    s->dry = n < 0 && errno == EAGAIN;
+    if (n <= 0 && !s->dry)
+        s->ended = n == 0 ? closed_by_peer : "the connection was lost";
+    return n > 0 ? n : -1;
+}
+
+static ssize_t socket_write(struct stream *s, const void *data, size_t size)
+{
+    ssize_t n = -1;
+    while (!s->broken && (n = send(s->fd, data, size, MSG_NOSIGNAL | MSG_DONTWAIT)) < 0 &&
+           (errno == EAGAIN || errno == EINTR))
+        socket_wait(s, POLLOUT);
+    if (n < 0)
+        stream_break(s, "the connection was lost");
+    else if ((s->sent += (size_t)n) >= PATIENCE_OCTETS) /* it does read */
+        set_patience(s);
+    return n;
+}
+
+/* ---- TLS over the same two functions ---- */
+
+static int tls_bio_read(BIO *bio, char *data, int size)
+{
+    struct stream *s = BIO_get_data(bio);
+    ssize_t n = socket_read(s, data, (size_t)size);
+    BIO_clear_retry_flags(bio);
+    if (s->dry)
+        BIO_set_retry_read(bio);
+    return (int)n;
+}
+
+/* OpenSSL does not learn of a failure: s->broken stops all writing then, and what has arrived can still be read. */
+static int tls_bio_write(BIO *bio, const char *data, int size)
+{
+    ssize_t n = socket_write(BIO_get_data(bio), data, (size_t)size);
+    return n < 0 ? size : (int)n;
+}
+
+static long tls_bio_control(BIO *bio, int command, long number, void *pointer)
+{
+    (void)bio, (void)number, (void)pointer;
+    return command == BIO_CTRL_FLUSH; /* nothing is kept back, so there is nothing to flush */
+}
+
+/* Made with the first of our contexts. Not with the first session: what fails once under pthread_once() has
+ * failed for good, and that moment's lack of memory would be the end of TLS. */
+static BIO_METHOD *tls_bio_method;
+
+static bool make_tls_bio_method(void)
+{
+    if (tls_bio_method)
+        return true;
+    tls_bio_method = BIO_meth_new(BIO_TYPE_SOURCE_SINK | BIO_get_new_index(), "odmr stream");
+    if (!tls_bio_method)
+        return false;
+    BIO_meth_set_read(tls_bio_method, tls_bio_read);
+    BIO_meth_set_write(tls_bio_method, tls_bio_write);
+    BIO_meth_set_ctrl(tls_bio_method, tls_bio_control);
+    return true;
+}
+
+/* What is written passes a buffer of the library, so that all the records of one flush leave together. */
+static bool set_tls_bios(SSL *tls, struct stream *s)
+{
+    BIO *bio = BIO_new(tls_bio_method), *gathered = BIO_new(BIO_f_buffer());
+    if (!bio || !gathered || BIO_set_write_buffer_size(gathered, TLS_OUT) != 1 || BIO_up_ref(bio) != 1) {
+        BIO_free(gathered);
+        BIO_free(bio);
+        return false;
+    }
+    BIO_set_data(bio, s);
+    BIO_set_init(bio, 1);
+    SSL_set0_rbio(tls, bio);
+    SSL_set0_wbio(tls, BIO_push(gathered, bio));
+    return true;
+}
+
+/* The name or address that the certificate must be for. */
+static bool expect_name(SSL *tls, const char *host)
+{
+    unsigned char address[16];
+    if (inet_pton(AF_INET, host, address) == 1 || inet_pton(AF_INET6, host, address) == 1)
+        return X509_VERIFY_PARAM_set1_ip_asc(SSL_get0_param(tls), host) == 1;
+    return X509_VERIFY_PARAM_set1_host(SSL_get0_param(tls), host, 0) == 1 && SSL_set_tlsext_host_name(tls, host) == 1;
+}
+
+SSL *stream_offer_tls(struct stream *s, SSL_CTX *context, const char *host)
+{
+    SSL *tls = SSL_new(context);
+    if (tls && (!host || expect_name(tls, host)) && set_tls_bios(tls, s))
+        return tls;
+    SSL_free(tls);
+    return NULL;
+}
+
+/* Why SSL_read() or a handshake returned no success. True: the peer has to say more first. */
+static bool tls_wants_more(struct stream *s, int returned)
+{
+    int error = SSL_get_error(s->tls, returned);
+    if (error == SSL_ERROR_WANT_READ)
+        return true;
+    if (error == SSL_ERROR_ZERO_RETURN)
+        s->ended = closed_by_peer;
+    s->tls_failed |= !s->ended && !s->broken;
+    return false;
+}
+
+bool stream_start_tls(struct stream *s, SSL *tls, const char *host)
+{
+    int n;
+    stream_flush(s);
+    s->tls = tls;
+    s->in_at = s->in_end = 0;
+    set_patience(s);
+    do {
+        ERR_clear_error();
+        n = host ? SSL_connect(tls) : SSL_accept(tls);
+    } while (n <= 0 && tls_wants_more(s, n) && socket_wait(s, POLLIN));
+    if (s->ended)
+        stream_break(s, s->ended);
+    if (n <= 0)
+        stream_break(s, SSL_get_verify_result(tls) == X509_V_OK
+                            ? "the TLS handshake failed"
+                            : X509_verify_cert_error_string(SSL_get_verify_result(tls)));
+    return !s->broken;
+}
+
+/* The application data of the next record; never waits. -1: there is none (yet). Not every record carries some: a key
+ * update or a session ticket does not, and a peer that sends nothing else must not keep us here. */
+static ssize_t encrypted_read(struct stream *s, void *data, size_t size)
+{
+    int64_t until = s->until; /* a key update is answered, which must not renew our patience */
+    int n, records = 0;
+    do {
+        ERR_clear_error();
+        n = SSL_read(s->tls, data, (int)size);
+        if (n <= 0 && !tls_wants_more(s, n) && !s->ended)
+            stream_break(s, "TLS failed");
+    } while (n <= 0 && !s->dry && !s->ended && !s->broken && ++records < EMPTY_RECORDS);
+    s->until = until;
+    return n > 0 ? n : -1;
+}
+
+static ssize_t encrypted_write(struct stream *s, const void *data, size_t size)
+{
+    const char *newline = s->line_records ? memchr(data, '\n', size) : NULL;
+    int n;
+    if (newline)
+        size = (size_t)(newline + 1 - (const char *)data);
+    ERR_clear_error();
+    n = SSL_write(s->tls, data, (int)size);
+    if (n <= 0) {
+        s->tls_failed |= !s->broken;
+        stream_break(s, "TLS failed");
+    }
+    return n;
+}
+
+/* ---- Buffered octets ---- */
+
+bool stream_flush(struct stream *s)
+{
+    size_t at = 0;
+    set_patience(s);
+    while (at < s->out_end && !s->broken) {
+        ssize_t n = s->tls ? encrypted_write(s, s->out + at, s->out_end - at)
+                           : socket_write(s, s->out + at, s->out_end - at);
+        if (n > 0)
+            at += (size_t)n;
+    }
+    if (s->tls)
+        (void)BIO_flush(SSL_get_wbio(s->tls)); /* if that fails, socket_write() has said why */
+    s->gone += !s->tls || !s->broken ? at : 0;
+    s->spoke = true;
+    s->out_end = 0;
+    return !s->broken;
+}
+
+void stream_write(struct stream *s, const char *data, size_t len)
+{
+    while (len > 0 && !s->broken) {
+        size_t room = sizeof s->out - s->out_end;
+        size_t part = len < room ? len : room;
+        memcpy(s->out + s->out_end, data, part);
+        s->out_end += part;
+        data += part;
+        len -= part;
+        if (s->out_end == sizeof s->out)
+            stream_flush(s);
+    }
+}
+
+char *stream_space(struct stream *s, size_t len)
+{
+    if (sizeof s->out - s->out_end < len)
+        stream_flush(s);
+    return s->out + s->out_end;
+}
+
+void stream_add(struct stream *s, size_t len)
+{
+    s->out_end += len;
+}
+
+/* Appends the octets that have arrived to the buffer; never waits. False: none has arrived, or there is no room. */
+static bool stream_take_in(struct stream *s)
+{
+    ssize_t n = -1;
+    memmove(s->in, s->in + s->in_at, s->in_end - s->in_at);
+    s->in_end -= s->in_at;
+    s->in_at = 0;
+    if (!s->ended && s->in_end < sizeof s->in)
+        n = s->tls ? encrypted_read(s, s->in + s->in_end, sizeof s->in - s->in_end)
+                   : socket_read(s, s->in + s->in_end, sizeof s->in - s->in_end);
+    s->in_end += n > 0 ? (size_t)n : 0;
+    return n > 0;
+}
+
+bool stream_ready(struct stream *s)
+{
+    return s->in_at < s->in_end || stream_take_in(s) || s->ended;
+}
+
+bool stream_closed_by_peer(const struct stream *s)
+{
+    return s->ended == closed_by_peer;
+}
+
+bool stream_over(const struct stream *s)
+{
+    return s->in_at == s->in_end && (s->ended || s->broken);
+}
+
+size_t stream_line_at(struct stream *s, size_t offset, const char **line)
+{
+    const char *newline;
+    while (!(newline = memchr(s->in + s->in_at + offset, '\n', s->in_end - s->in_at - offset)))
+        if (!stream_take_in(s))
+            break;
+    *line = s->in + s->in_at + offset;
+    if (newline)
+        return (size_t)(newline + 1 - *line);
+    return s->in_end - s->in_at == sizeof s->in ? sizeof s->in - offset : 0;
+}
+
+bool stream_has_line(struct stream *s)
+{
+    const char *line;
+    return stream_line_at(s, 0, &line) > 0;
+}
+
+/* RFC 3207, 4.2: what was said in the clear is of no worth. Octets that somebody put behind STARTTLS are
+ * thrown away, those we have read and those that are still in the socket, and never obeyed. */
+bool stream_discard_input(struct stream *s)
+{
+    bool some = false;
+    for (int i = 0; i < LINGER_READS && (s->in_at < s->in_end || stream_take_in(s)); i++) {
+        some = true;
+        s->in_at = s->in_end = 0;
+    }
+    return some;
+}
+
+/* Nothing that lies here or still comes is read. */
+void stream_end_input(struct stream *s)
+{
+    s->in_at = s->in_end = 0;
+    if (!s->ended)
+        s->ended = s->broken;
+}
+
+/* Called with the input buffer empty: flushes what we owe the peer, then waits for what it has to say. */
+static bool stream_fill(struct stream *s)
+{
+    int64_t until = s->until;
+    if (s->out_end > 0 && !stream_flush(s))
+        return false;
+    s->until = until;
+    if (s->broken || out_of_time(s)) /* a peer that never pauses is never waited for, but its time ends all the same */
+        return false;
+    while (!stream_take_in(s)) {
+        if (s->ended)
+            stream_break(s, s->ended);
+        if (s->broken || !socket_wait(s, POLLIN))
+            return false;
+    }
+    return true;
+}
+
+bool stream_peek(struct stream *s, const char **data, size_t *len)
+{
+    if (s->in_at == s->in_end) {
+        set_patience(s);
+        if (!stream_fill(s))
+            return false;
+    }
+    *data = s->in + s->in_at;
+    *len = s->in_end - s->in_at;
+    return true;
+}
+
+void stream_skip(struct stream *s, size_t len)
+{
+    s->in_at += len;
+}
+
+/* The patience is for the whole line: a peer that sends an octet a minute gets no more of it. */
+bool stream_read_line(struct stream *s, char *line, size_t size, size_t *len)
+{
+    size_t total = 0, kept = 0;
+    set_patience(s);
+    for (;;) {
+        const char *from, *newline;
+        size_t part, room = size - 1 - kept;
+        if (s->in_at == s->in_end && !stream_fill(s))
+            return false;
+        from = s->in + s->in_at;
+        newline = memchr(from, '\n', s->in_end - s->in_at);
+        part = newline ? (size_t)(newline + 1 - from) : s->in_end - s->in_at;
+        memcpy(line + kept, from, part < room ? part : room);
+        kept += part < room ? part : room;
+        total += part;
+        s->in_at += part;
+        if (newline)
+            break;
+        if (total > ENDLESS_LINE) {
+            stream_break(s, "the peer sent a line without an end");
+            return false;
+        }
+    }
+    s->line_octets = total;
+    s->line_cut = total > kept;
+    kept -= kept >= 2 && line[kept - 2] == '\r' ? 2 : 1;
+    line[kept] = '\0';
+    *len = kept;
+    return true;
+}
+
+void stream_end(struct stream *s)
+{
+    if (!s->broken)
+        stream_flush(s);
+    if (s->tls && !s->broken)
+        SSL_shutdown(s->tls);
+    shutdown(s->fd, SHUT_WR);
+}
+
+/* A close() with unread input makes the kernel send a reset, which can overtake our last reply (a 421,
+ * say). So: say that we are done, then throw away what still comes, for LINGER_MS in all. A peer that said
+ * QUIT says no more, and is not waited for, nor is any when this server is shutting down. */
+void stream_close(struct stream *s)
+{
+    int64_t until = now_ms() + LINGER_MS;
+    stream_end(s);
+    SSL_free(s->tls);
+    s->tls = NULL;
+    for (int64_t left; !s->said_quit && !s->woken && (left = until - now_ms()) > 0;) {
+        struct pollfd p = {.fd = s->fd, .events = POLLIN};
+        if (poll(&p, 1, (int)left) <= 0 || recv(s->fd, s->in, sizeof s->in, MSG_DONTWAIT) <= 0)
+            break;
+    }
+    close(s->fd);
+    s->fd = -1;
+    stream_break(s, "closed");
+}
+
+/* ==== TLS =============================================================================================
+ *
+ * Who we are and whom we believe: certificates, keys, authorities. The handshake and the octets are the
+ * stream's affair. TLS 1.2 and up; no sessions are kept, for each connection is one of its own. */
+
+/* Why OpenSSL does not take what an option names: its own words ("system lib") do not tell. wanted: what the file must
+ * have in it; path NULL: it is about no file. */
+static void explain_tls(char *why, size_t size, const char *option, const char *path, const char *wanted)
+{
+    const char *reason = ERR_reason_error_string(ERR_peek_last_error());
+    bool pem = false, found = false, locked = false;
+    char line[256];
+    FILE *file = path ? fopen(path, "re") : NULL;
+    while (file && fgets(line, sizeof line, file)) {
+        pem |= strncmp(line, "-----BEGIN ", 11) == 0;
+        found |= strncmp(line, "-----BEGIN ", 11) == 0 && strstr(line, wanted);
+        locked |= strstr(line, "ENCRYPTED") != NULL;
+    }
+    if (path && (!file || ferror(file)))
+        reason = errno == ENOENT ? "no such file" : strerror(errno);
+    else if (path && !pem)
+        reason = "not PEM";
+    else if (path && !found)
+        reason = strcmp(wanted, "CERTIFICATE") == 0 ? "no certificate in it" : "no private key in it";
+    else if (locked)
+        reason = "the private key is encrypted";
+    else if (!reason || strstr(reason, " lib"))
+        reason = "OpenSSL cannot use it";
+    snprintf(why, size, "%s%s%s: %s", option, path ? " " : "", path ? path : "", reason);
+    if (file)
+        fclose(file);
+    ERR_clear_error();
+}
+
+/* A key that is encrypted cannot be used: nobody sits there to be asked for its pass phrase. */
+static int no_pass_phrase(char *buffer, int size, int writing, void *context)
+{
+    (void)buffer, (void)size, (void)writing, (void)context;
+    return -1;
+}
+
+static SSL_CTX *tls_context(const SSL_METHOD *method, const char *cert, const char *key, char *why, size_t size)
+{
+    SSL_CTX *context = SSL_CTX_new(method);
+    if (context)
+        SSL_CTX_set_default_passwd_cb(context, no_pass_phrase);
+    ERR_clear_error();
+    if (!make_tls_bio_method() || !context || SSL_CTX_set_min_proto_version(context, TLS1_2_VERSION) != 1) {
+        explain_tls(why, size, "TLS", NULL, "");
+    } else if (cert && SSL_CTX_use_certificate_chain_file(context, cert) != 1) {
+        explain_tls(why, size, "--cert", cert, "CERTIFICATE");
+    } else if (cert && (SSL_CTX_use_PrivateKey_file(context, key, SSL_FILETYPE_PEM) != 1 ||
+                        SSL_CTX_check_private_key(context) != 1)) {
+        explain_tls(why, size, key == cert ? "--cert" : "--key", key, "PRIVATE KEY");
+    } else {
+        SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_OFF);
+        SSL_CTX_set_options(context, SSL_OP_NO_TICKET | SSL_OP_NO_RENEGOTIATION);
+        SSL_CTX_set_mode(context, SSL_MODE_RELEASE_BUFFERS);
+        SSL_CTX_clear_mode(context, SSL_MODE_AUTO_RETRY); /* encrypted_read() looks at the time between records */
+        return context;
+    }
+    SSL_CTX_free(context);
+    return NULL;
+}
+
+/* A client's certificate is asked for, and one that does not verify does no harm: its owner may still log
+ * in otherwise. Whether it verified is asked again where it counts, in certificate_verified(). */
+static int let_pass(int verified, X509_STORE_CTX *store)
+{
+    (void)verified, (void)store;
+    return 1;
+}
+
+SSL_CTX *tls_server_context(const char *cert, const char *key, const char *client_ca, char *why, size_t size)
+{
+    SSL_CTX *context = tls_context(TLS_server_method(), cert, key, why, size);
+    STACK_OF(X509_NAME) *names;
+    if (!context)
+        return NULL;
+    SSL_CTX_set_num_tickets(context, 0);
+    if (!client_ca)
+        return context;
+    names = SSL_load_client_CA_file(client_ca);
+    if (!names || SSL_CTX_load_verify_locations(context, client_ca, NULL) != 1) {
+        explain_tls(why, size, "--client-ca", client_ca, "CERTIFICATE");
+        sk_X509_NAME_pop_free(names, X509_NAME_free);
+        SSL_CTX_free(context);
+        return NULL;
+    }
+    SSL_CTX_set_client_CA_list(context, names);
+    SSL_CTX_set_verify(context, SSL_VERIFY_PEER, let_pass);
+    return context;
+}
+
+SSL_CTX *tls_client_context(const char *ca, bool insecure, const char *cert, const char *key, char *why, size_t size)
+{
+    SSL_CTX *context = tls_context(TLS_client_method(), cert, key, why, size);
+    if (!context)
+        return NULL;
+    if (ca ? SSL_CTX_load_verify_locations(context, ca, NULL) != 1 : SSL_CTX_set_default_verify_paths(context) != 1) {
+        explain_tls(why, size, ca ? "--ca" : "the system's certificates", ca, "CERTIFICATE");
+        SSL_CTX_free(context);
+        return NULL;
+    }
+    SSL_CTX_set_verify(context, insecure ? SSL_VERIFY_NONE : SSL_VERIFY_PEER, NULL);
+    return context;
+}
+
+bool certificate_verified(SSL *tls)
+{
+    X509 *certificate = tls ? SSL_get1_peer_certificate(tls) : NULL;
+    bool verified = certificate && SSL_get_verify_result(tls) == X509_V_OK;
+    X509_free(certificate);
+    return verified;
+}
+
+/* The names a certificate gives its owner: each DNS name and e-mail address of subjectAltName, or, where
+ * there is none, the subject's CN. Returns the index-th, allocated by OpenSSL; NULL: no more of them. */
+char *certificate_name(X509 *certificate, int index)
+{
+    GENERAL_NAMES *alternatives = X509_get_ext_d2i(certificate, NID_subject_alt_name, NULL, NULL);
+    const X509_NAME *subject = X509_get_subject_name(certificate);
+    const ASN1_STRING *text = NULL;
+    unsigned char *name = NULL;
+    int found = 0, at;
+    for (int i = 0; i < sk_GENERAL_NAME_num(alternatives); i++) {
+        const GENERAL_NAME *g = sk_GENERAL_NAME_value(alternatives, i);
+        if ((g->type == GEN_DNS || g->type == GEN_EMAIL) && found++ == index)
+            text = g->d.ia5;
+    }
+    if (found == 0 && index == 0 && (at = X509_NAME_get_index_by_NID(subject, NID_commonName, -1)) >= 0)
+        text = X509_NAME_ENTRY_get_data(X509_NAME_get_entry(subject, at));
+    if (text && ASN1_STRING_to_UTF8(&name, text) != (int)strlen((char *)(name ? name : (unsigned char *)"")) && name) {
+        OPENSSL_free(name); /* a NUL octet inside: a name that pretends to be another */
+        name = NULL;
+    }
+    GENERAL_NAMES_free(alternatives);
+    return (char *)name;
+}
+
+/* RFC 5929, 4.1: the hash of the server's certificate, by its signature's hash, SHA-256 for the old ones. */
+static size_t bind_to_certificate(SSL *tls, bool server, unsigned char *out)
+{
+    X509 *certificate = server ? SSL_get_certificate(tls) : SSL_get1_peer_certificate(tls);
+    const EVP_MD *hash = EVP_sha256();
+    unsigned int len = 0;
+    int nid;
+    if (!certificate)
+        return 0;
+    if (X509_get_signature_info(certificate, &nid, NULL, NULL, NULL) == 1 && nid != NID_md5 && nid != NID_sha1 &&
+        EVP_get_digestbynid(nid))
+        hash = EVP_get_digestbynid(nid);
+    if (X509_digest(certificate, hash, out, &len) != 1)
+        len = 0;
+    if (!server)
+        X509_free(certificate);
+    return len;
+}
+
+/* RFC 9266: 32 octets that only the two ends of this very connection can know. */
+static size_t bind_to_exporter(SSL *tls, unsigned char *out)
+{
+    static const char label[] = "EXPORTER-Channel-Binding";
+    return SSL_version(tls) >= TLS1_3_VERSION &&
+                   SSL_export_keying_material(tls, out, 32, label, sizeof label - 1, NULL, 0, 1) == 1
+               ? 32
+               : 0;
+}
+
+size_t channel_binding(SSL *tls, bool server, const char *type, unsigned char out[EVP_MAX_MD_SIZE])
+{
+    if (tls && strcmp(type, "tls-exporter") == 0)
+        return bind_to_exporter(tls, out);
+    if (tls && strcmp(type, "tls-server-end-point") == 0)
+        return bind_to_certificate(tls, server, out);
+    return 0;
+}
+
+/* ---- Connect, and stop ---- */
+
+bool split_host_port(const char *text, const char *default_port, char *host, size_t host_size, char *port,
+                     size_t port_size)
+{
+    bool bracket = *text == '[', bare_ipv6 = strchr(text, ':') != strrchr(text, ':');
+    const char *start = text + bracket;
+    size_t len = strcspn(start, bracket ? "]" : bare_ipv6 ? "" : ":");
+    const char *rest = start + len, *wanted;
+    if (bracket && *rest++ != ']')
+        return false;
+
+    wanted = *rest == ':' ? rest + 1 : default_port;
+    if ((*rest != ':' && *rest != '\0') || len >= host_size || !wanted || !*wanted || strlen(wanted) >= port_size)
+        return false;
+    if (isdigit((unsigned char)*wanted) && strtoul(wanted, NULL, 10) > UINT16_MAX)
+        return false; /* getaddrinfo() would take it modulo 65536 */
+    memcpy(host, start, len);
+    host[len] = '\0';
+    snprintf(port, port_size, "%s", wanted);
+    return true;
+}
+
+/* For `return`: no socket. */
+static int not_connected(const char *where, const char *why, int *code, int exit_code)
+{
+    log_event(NULL, LOG_ERR, "%s: %s", where, why);
+    *code = exit_code;
+    return -1;
+}
+
+int connect_to(const char *where, const char *default_port, int timeout, int *code)
+{
+    char host[256], port[32];
+    struct addrinfo hints = {.ai_socktype = SOCK_STREAM}, *list = NULL;
+    struct timeval limit = {.tv_sec = timeout};
+    int fd = -1, problem;
+    if (!split_host_port(where, default_port, host, sizeof host, port, sizeof port))
+        return not_connected(where, "not HOST:PORT", code, EX_USAGE);
+    problem = getaddrinfo(host, port, &hints, &list);
+    if (problem == EAI_AGAIN || problem == EAI_MEMORY || problem == EAI_SYSTEM)
+        return not_connected(where, gai_strerror(problem), code, EX_TEMPFAIL);
+    if (problem)
+        return not_connected(where, gai_strerror(problem), code, EX_NOHOST);
+
+    for (struct addrinfo *a = list; a && fd < 0; a = a->ai_next) {
+        fd = socket(a->ai_family, a->ai_socktype | SOCK_CLOEXEC, a->ai_protocol);
+        if (fd < 0) {
+            problem = problem ? problem : errno; /* what connect() said of another address tells more */
+            continue;
+        }
+        setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit); /* bounds connect() */
+        if (connect(fd, a->ai_addr, a->ai_addrlen) < 0) {
+            problem = errno;
+            close(fd);
+            fd = -1;
+        }
+    }
+    freeaddrinfo(list);
+    if (fd < 0)
+        return not_connected(where, strerror(problem == EINPROGRESS ? ETIMEDOUT : problem), code,
+                             problem == ECONNREFUSED ? EX_UNAVAILABLE : EX_TEMPFAIL);
+    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &(int){1}, sizeof(int));
+    return fd;
+}
+
+/* ==== Log and trace ===================================================================================
+ *
+ * One event, one line, one write to standard error, so that the lines of many threads never mix.
+ * Whatever a peer sent may be in a line, so every line is escaped as a whole, here and nowhere else:
+ * a terminal never sees a control character that came from the network. */
+
+#define PROGRESS_WIDTH 60
+#define PROGRESS_MS 200          /* between two lines of progress */
+#define LADDER_TEXT 40           /* columns; with the margins 80 */
+
+void escape(char *out, size_t size, const char *text)
+{
+    size_t n = 0;
+    out[0] = '\0';
+    for (; *text && n + 5 < size; text++) {
+        unsigned char c = (unsigned char)*text;
+        n += (size_t)snprintf(out + n, size - n, c >= 0x20 && c < 0x7f ? "%c" : "\\x%02x", c);
+    }
+}
+
+void quote(char *out, size_t size, const char *text)
+{
+    size_t n = 0;
+    out[n++] = '"';
+    for (; *text && n + 6 < size; text++) {
+        if (*text == '"' || *text == '\\')
+            out[n++] = '\\';
+        out[n++] = *text;
+    }
+    snprintf(out + n, size - n, "\"%s", *text ? "..." : "");
+}
+
+struct tm local_time(time_t when)
+{
+    struct tm tm;
+    if (!localtime_r(&when, &tm))
+        tm = (struct tm){.tm_mday = 1, .tm_year = 70, .tm_wday = 4};
+    return tm;
+}
+
+/* The form of the log's lines: as they are for the customer and the tools; the provider's with the time (RFC 3339), or
+ * with the priority that the journal of systemd reads (sd-daemon(3)). */
+static enum { PLAIN_LINES, TIMED_LINES, JOURNAL_LINES } log_form;
+
+void log_start(void)
+{
+    const char *journal = getenv("JOURNAL_STREAM"); /* systemd.exec(5): device and inode of the journal's stream */
+    char ours[48] = "";
+    struct stat st;
+    if (fstat(STDERR_FILENO, &st) == 0)
+        snprintf(ours, sizeof ours, "%llu:%llu", (unsigned long long)st.st_dev, (unsigned long long)st.st_ino);
+    log_form = journal && strcmp(journal, ours) == 0 ? JOURNAL_LINES : TIMED_LINES;
+}
+
+/* The customer's line of progress stands on the terminal, without a line end; the next line takes its place. */
+static atomic_bool progress_shown;
+
+static void clear_progress(void)
+{
+    if (atomic_exchange(&progress_shown, false))
+        fprintf(stderr, "\r%*s\r", PROGRESS_WIDTH, "");
+}
+
+__attribute__((format(printf, 3, 0)))
+static void print_line(int priority, const char *prefix, const char *fmt, va_list args)
+{
+    char plain[LOG_LINE], safe[LOG_LINE * 2], start[64] = "", line[sizeof safe + 128], zone[8] = "";
+    struct tm now = local_time(time(NULL));
+    vsnprintf(plain, sizeof plain, fmt, args);
+    escape(safe, sizeof safe, plain);
+    if (log_form == TIMED_LINES) {
+        size_t n = strftime(start, sizeof start, "%Y-%m-%dT%H:%M:%S", &now);
+        strftime(zone, sizeof zone, "%z", &now);
+        snprintf(start + n, sizeof start - n, "%.3s:%s ", zone, zone + 3); /* RFC 3339 has +00:00, strftime(3) +0000 */
+    } else if (log_form == JOURNAL_LINES) {
+        snprintf(start, sizeof start, "<%d>", priority);
+    }
+    snprintf(line, sizeof line, "%s%s%s\n", start, prefix, safe);
+    clear_progress();
+    fputs(line, stderr);
+}
+
+void log_event(const struct session *s, int priority, const char *fmt, ...)
+{
+    char prefix[48] = "odmr: ";
+    va_list args;
+    if (s && s->muted)
+        return;
+    if (s)
+        snprintf(prefix, sizeof prefix, "odmr: [%lu] ", s->number);
+    va_start(args, fmt);
+    print_line(priority, prefix, fmt, args);
+    va_end(args);
+}
+
+void die(int code, const char *fmt, ...)
+{
+    va_list args;
+    va_start(args, fmt);
+    print_line(LOG_ERR, "odmr: ", fmt, args);
+    va_end(args);
+    exit(code);
+}
+
+void *must_alloc(void *memory)
+{
+    if (!memory)
+        die(EX_OSERR, "out of memory; giving up");
+    return memory;
+}
+
+const char *plural(uint64_t count)
+{
+    return count == 1 ? "" : "s";
+}
+
+/* ---- The ladder: the same dialogue as a picture ----
+ *
+ * The customer on the left, the provider on the right, an arrow for each line; at the margin the clause that
+ * asks for it, and why in a few words. The function that sends or reads a line tells the clause. */
+
+/* A row a requirement, and more where its lines differ. reply 0: a command; 2, 4, 5: any reply of that kind. If starts
+ * is given, the line must begin so, a reply's behind its code. The first row that fits is taken. */
+static const struct note {
+    const char *clause;
+    int reply;
+    const char *starts, *words;
+} notes[2][40] = {{
+    /* 5.1 and 5.2: the customer sends the commands */
+    {"5.1-a", 220, NULL, "greets"},
+    {"5.1.1-a", 0, "EHLO", "says who it is"},
+    {"5.1.1-b", 2, "AUTH", "how to log in"},
+    {"5.1.1-b", 2, "ATRN", "this is ODMR"},
+    {"5.1.1-a", 2, NULL, "says who it is"},
+    {"RFC 3207", 0, "STARTTLS", "asks for TLS"},
+    {"RFC 3207", 2, "STARTTLS", "TLS can be had"},
+    {"RFC 3207", 2, NULL, "TLS from here on"},
+    {"RFC 3207", 4, NULL, "no TLS now"},
+    {"RFC 3207", 5, NULL, "no TLS now"},
+    {"5.1.2-c", 0, "AUTH CRAM-MD5", "wants to log in"},
+    {"5.1.2-f", 0, "AUTH EXTERNAL", "TLS says who I am"},
+    {"5.1.2-d", 0, "AUTH", "wants to log in"},
+    {"5.1.2-a", 0, "", "response"},
+    {"5.1.2-a", 334, NULL, "challenge"},
+    {"5.1.2-b", 235, NULL, "logged in: now"},
+    {"5.1.2-b", 4, NULL, "not logged in"},
+    {"5.1.2-b", 5, NULL, "not logged in"},
+    {"5-a", 503, NULL, "not now"},
+    {"5.1.3-a", 0, "QUIT", "takes its leave"},
+    {"5.1.3-a", 2, NULL, "good-bye"},
+    {"5.2.1-a", 0, "ATRN ", "asks for mail"},
+    {"5.2.1-d", 0, "ATRN", "for all its mail"},
+    {"5.2.1-j", 250, NULL, "mail: roles turn"},
+    {"5.2.1-g", 453, NULL, "no mail"},
+    {"5.2.1-f", 450, NULL, "not now, or ever"},
+    {"5.2.1-k", 451, NULL, "cannot tell now"},
+    {"5.2.1-b", 530, NULL, "log in first"},
+    {"5.2.1-l", 501, NULL, "that is no list"},
+    {"5.4-a", 502, NULL, "not spoken here"},
+}, {
+    /* 5.3: the provider sends the commands */
+    {"5.3-b", 220, NULL, "customer greets"},
+    {"5.3-c", 0, "EHLO", "now the client"},
+    {"5.3-a", 2, NULL, "now the server"},
+    {"RFC 2920", 2, NULL, "send on ahead"},
+    {"RFC 3030", 2, NULL, "even further"},
+    {"RFC 1870", 2, NULL, "tell me the size"},
+    {"RFC 6152", 2, NULL, "octets over 127"},
+    {"RFC 6531", 2, NULL, "UTF-8 addresses"},
+    {"RFC 2034", 2, NULL, "codes like 5.1.1"},
+    {"RFC 9422", 2, NULL, "limits"},
+    {"5.3-c", 0, "MAIL", "the reverse-path"},
+    {"5.3-c", 0, "RCPT", "a recipient"},
+    {"5.3-c", 0, "DATA", "may it come?"},
+    {"5.3-c", 354, NULL, "go on"},
+    {"5.3-c", 2, NULL, "accepted"},
+    {"RFC 3030", 0, "BDAT", "so many octets"},
+    {"5.3-c", 0, "...", "the message"},
+    {"4-e", 0, ".", "its end"},
+    {"4-e", 2, NULL, "now it is theirs"},
+    {"4-e", 4, NULL, "stays queued"},
+    {"4-e", 5, NULL, "sender is told"},
+    {"5-b", 0, "QUIT", "all was sent"},
+    {"5-b", 2, NULL, "good-bye"},
+}};
+
+/* Any other reply. */
+static const struct note other_replies[] = {
+    {"", 2, NULL, "accepted"}, {"", 4, NULL, "not now"}, {"", 5, NULL, "refused"}, {0}};
+
+/* Where the ladder goes: demo's to standard output. NULL: standard error. */
+static FILE *ladder_file;
+
+static FILE *ladder_out(void)
+{
+    return ladder_file ? ladder_file : stderr;
+}
+
+/* Escape sequences for a terminal that wants them; else nothing. */
+static const char *colour(const char *code)
+{
+    static atomic_int wanted = -1; /* 1, 0; -1: nobody has looked */
+    if (atomic_load(&wanted) < 0)
+        atomic_store(&wanted, isatty(fileno(ladder_out())) && !getenv("NO_COLOR"));
+    return atomic_load(&wanted) ? code : "";
+}
+
+/* --step: goes on at Return. */
+static void wait_for_return(struct session *s)
+{
+    int c;
+    if (!s->stepwise)
+        return;
+    fputs("    (Return) ", ladder_out());
+    fflush(ladder_out());
+    do
+        c = getchar();
+    while (c != '\n' && c != EOF);
+    s->stepwise = c != EOF;
+    if (!isatty(STDIN_FILENO))
+        fputc('\n', ladder_out());
+}
+
+/* Is it the clause told, or in the section told? A reply may fall under one of several: "5.3-c,4-e". */
+static bool clause_told(const char *told, const char *clause)
+{
+    for (;; told++) {
+        size_t len = strcspn(told, ",");
+        if (strncmp(told, clause, len) == 0)
+            return true;
+        told += len;
+        if (!*told)
+            return false;
+    }
+}
+
+/* The note on a line; a command that is only read has no clause told, so it is found by its verb. */
+static const struct note *find_note(const struct note *n, const char *told, int reply, const char *text)
+{
+    const char *words = reply && strlen(text) > 4 ? text + 4 : text;
+    for (; n->clause; n++)
+        if ((n->reply == reply || (reply && n->reply == reply / 100)) &&
+            (told ? clause_told(told, n->clause) : *n->starts != '\0') &&
+            (!n->starts || strncasecmp(words, n->starts, strlen(n->starts)) == 0))
+            return n;
+    return NULL;
+}
+
+static void ladder_line(struct session *s, enum side who, const char *clause, const char *text)
+{
+    static const char dashes[] = "------------------------------------------------";
+    bool reversed = s->state == REVERSED, command = who == (reversed ? PROVIDER : CUSTOMER);
+    int reply = command ? 0 : atoi(text);
+    const struct note *note = clause || command ? find_note(notes[reversed], clause, reply, text) : NULL;
+    int number = snprintf(NULL, 0, "%lu", s->number), room = LADDER_TEXT + 1 - number, len = (int)strlen(text);
+    const char *dots = len > room ? "..." : "", *end = colour("\033[0m");
+    len = len > room ? room - 3 : len;
+    room -= len + (int)strlen(dots);
+    if (!note)
+        note = find_note(other_replies, "", reply, text);
+    if (command)
+        wait_for_return(s);
+    flockfile(ladder_out());
+    fprintf(ladder_out(), "[%lu] |%s", s->number, colour(who == PROVIDER ? "\033[34m" : "\033[32m"));
+    if (who == CUSTOMER)
+        fprintf(ladder_out(), "- %.*s%s %.*s>", len, text, dots, room + 1, dashes);
+    else
+        fprintf(ladder_out(), "<%.*s %.*s%s -", room + 1, dashes, len, text, dots);
+    fprintf(ladder_out(), "%s|", end);
+    if (note)
+        fprintf(ladder_out(), " %s%-8s%s %s", colour("\033[1m"), note->clause, end, note->words);
+    fputc('\n', ladder_out());
+    funlockfile(ladder_out());
+}
+
+/* The RFC's three states, the current one in capitals. */
+static void ladder_state(const struct session *s)
+{
+    static const char *const small[] = {"initial", "authenticated", "reversed"};
+    static const char *const capital[] = {"INITIAL", "AUTHENTICATED", "REVERSED"};
+    static const char *const box[] = {"+---------+", "+---------------+", "+----------+"};
+    static const char *const heavy[] = {"+=========+", "+===============+", "+==========+"};
+    const char *name[3], *frame[3];
+    FILE *out = ladder_out();
+    for (int i = 0; i < 3; i++) {
+        name[i] = i == (int)s->state ? capital[i] : small[i];
+        frame[i] = i == (int)s->state ? heavy[i] : box[i];
+    }
+    flockfile(out);
+    fprintf(out, "\n%s    %s AUTH %s ATRN %s\n", colour("\033[1m"), frame[0], frame[1], frame[2]);
+    fprintf(out, "    | %s |----->| %s |----->| %s |   QUIT ends each (5-a)\n", name[0], name[1], name[2]);
+    fprintf(out, "    %s      %s      %s\n%s\n", frame[0], frame[1], frame[2], colour("\033[0m"));
+    fprintf(out, "    customer: %-10s%*s\n", s->state == REVERSED ? "now server" : "client", LADDER_TEXT - 13,
+            s->state == REVERSED ? "provider: now client" : "provider: server");
+    funlockfile(out);
+}
+
+/* P: is the provider's line and C: the customer's, whichever of the two writes the trace. */
+void trace_line(struct session *s, enum side who, const char *clause, const char *fmt, ...)
+{
+    char plain[LOG_LINE], safe[LOG_LINE * 2];
+    va_list args;
+    if (!s->trace)
+        return;
+    va_start(args, fmt);
+    vsnprintf(plain, sizeof plain, fmt, args);
+    va_end(args);
+    escape(safe, sizeof safe, plain);
+    if (s->trace == TRACE_LADDER)
+        ladder_line(s, who, clause, safe);
+    else
+        fprintf(stderr, "[%lu] %c: %s\n", s->number, who == PROVIDER ? 'P' : 'C', safe);
+}
+
+void enter_state(struct session *s, enum state state)
+{
+    static const char *const title[] = {
+        [INITIAL] = "initial state (RFC 2645, 5.1)",
+        [AUTHENTICATED] = "authenticated state (RFC 2645, 5.2)",
+        [REVERSED] = "reversed state (RFC 2645, 5.3): the provider is now the client",
+    };
+    s->state = state;
+    if (s->trace == TRACE_LADDER)
+        ladder_state(s);
+    else if (s->trace)
+        fprintf(stderr, "[%lu] -- %s\n", s->number, title[state]);
+}
+
+/* ---- Progress and summary ---- */
+
+void show_progress(struct session *s, size_t messages, uint64_t octets)
+{
+    int64_t now = s->progress ? now_ms() : 0;
+    if (!s->progress || now - s->last_progress < PROGRESS_MS)
+        return;
+    s->last_progress = now;
+    atomic_store(&progress_shown, true);
+    fprintf(stderr, "\rodmr: %zu message%s, %llu octets ", messages, plural(messages), (unsigned long long)octets);
+}
+
+void show_summary(const struct session *s, const char *what, size_t messages, uint64_t octets)
+{
+    clear_progress();
+    if (!s->quiet)
+        log_event(s, LOG_INFO, "%zu message%s, %llu octets %s", messages, plural(messages), (unsigned long long)octets,
+                  what);
+}
+
+/* ==== Programs =========================================================================================
+ *
+ * What is run besides us: sendmail for notices, --exec's command. No shell stands between unless it was
+ * asked for, and nothing that a peer sent is ever a part of a command but an address behind "--". */
+
+#define KILL_AFTER_MS 5000       /* a program that we end has so long between SIGTERM and SIGKILL */
+
+int start_program(char *const argv[], int in, int out, pid_t *pid)
+{
+    posix_spawn_file_actions_t actions;
+    posix_spawnattr_t attributes;
+    sigset_t reset, none;
+    int problem;
+    sigemptyset(&none);
+    sigfillset(&reset);
+    sigdelset(&reset, SIGHUP); /* nohup is meant for the program too, a shell's & as well */
+    sigdelset(&reset, SIGINT);
+    sigdelset(&reset, SIGQUIT);
+    posix_spawnattr_init(&attributes);
+    posix_spawnattr_setsigdefault(&attributes, &reset);
+    posix_spawnattr_setsigmask(&attributes, &none);
+    posix_spawnattr_setflags(&attributes, POSIX_SPAWN_SETSIGDEF | POSIX_SPAWN_SETSIGMASK | POSIX_SPAWN_SETPGROUP);
+    posix_spawn_file_actions_init(&actions);
+    problem = in >= 0 ? posix_spawn_file_actions_adddup2(&actions, in, STDIN_FILENO) : 0;
+    if (!problem && out >= 0)
+        problem = posix_spawn_file_actions_adddup2(&actions, out, STDOUT_FILENO);
+    if (!problem) /* or it would read and write something else than what we have for it */
+        problem = posix_spawnp(pid, argv[0], &actions, &attributes, argv, environ);
+    posix_spawn_file_actions_destroy(&actions);
+    posix_spawnattr_destroy(&attributes);
+    return problem;
+}
+
+int finish_program(pid_t pid, int seconds)
+{
+    int64_t until = now_ms() + (int64_t)seconds * 1000;
+    int status = -1, pause = 1, told = 0;
+    bool ended = false;
+    for (;;) {
+        ended = ended || waitpid(pid, &status, WNOHANG) != 0;
+        if (ended && (told == 0 || kill(-pid, 0) < 0)) /* its children may live on, unless we had to end it */
+            break;
+        if (now_ms() >= until) {
+            if (told == SIGKILL)
+                break;
+            told = told == 0 ? SIGTERM : SIGKILL;
+            kill(-pid, told);
+            until = now_ms() + KILL_AFTER_MS;
+        }
+        poll(NULL, 0, pause);
+        pause = pause < 100 ? pause * 2 : pause;
+    }
+    return told == 0 && WIFEXITED(status) ? WEXITSTATUS(status) : -1;
+}
+
+/* ==== The caretaker ====================================================================================
+ *
+ * A thread that looks through the queue now and then: debris goes, and so does what nobody has collected
+ * for --max-age days, back to its sender. It never delivers anything: 4-d, that is done on request only. */
+
+#define CARE_INTERVAL 3600       /* seconds between two looks through the queue */
+
+/* Returns one message, if it is too old and no session has claimed it. False: no other need be tried now. */
+static bool expire_message(struct provider *p, const char *path)
+{
+    char why[REFUSAL_SIZE];
+    struct message m;
+    int64_t began = now_ms();
+    bool go_on = true;
+    snprintf(why, sizeof why, "4.4.7 The recipient's server has not collected the message for %d days", p->max_age);
+    if (message_claim(&m, p->queue, path) == CLAIMED) {
+        for (size_t i = 0; i < m.recipients; i++)
+            if (m.list[i].fate == OWED && (m.list[i].reason = message_reason(&m, 0, why))) {
+                m.list[i].fate = REFUSED;
+                log_fate(NULL, LOG_NOTICE, "expired", &m, &m.list[i], why);
+            }
+        go_on = message_settle(p, NULL, &m) && now_ms() - began < NOTICE_TIMEOUT * 1000; /* or sendmail hangs */
+    }
+    message_close(&m);
+    return go_on;
+}
+
+/* A clock that is years ahead when the provider starts makes everything too old at once. So when even the newest
+ * message is, the first look returns nothing: the next one, an hour later, does. */
+static void expire_domain(struct provider *p, struct backlog *b, const char *domain)
+{
+    int64_t oldest = time(NULL) - (int64_t)p->max_age * 86400;
+    size_t i = 0;
+    if (p->first_look && b->count > 0 && b->list[b->count - 1].second <= oldest) {
+        log_event(NULL, LOG_ERR, "all mail of %s is older than %d days; none is returned in the next hour: is the clock"
+                                 " right?", domain, p->max_age);
+        return;
+    }
+    while (i < b->count && b->list[i].second <= oldest && !atomic_load(&p->stopping) &&
+           expire_message(p, b->list[i].path))
+        i++;
+}
+
+static bool care_for_domain(void *context, int queue, const char *domain)
+{
+    struct provider *p = context;
+    struct backlog b;
+    clean_domain(NULL, queue, domain);
+    if (p->max_age > 0) {
+        backlog_read(&b, NULL, queue, domain);
+        expire_domain(p, &b, domain);
+        backlog_free(&b);
+    }
+    return !atomic_load(&p->stopping);
+}
+
+static void *caretaker(void *argument)
+{
+    struct provider *p = argument;
+    struct pollfd wake = {.fd = p->wake_fd, .events = POLLIN};
+    p->first_look = true;
+    do {
+        for_each_domain(p->queue, care_for_domain, p);
+        p->first_look = false;
+    } while (poll(&wake, 1, CARE_INTERVAL * 1000) == 0);
+    return NULL;
 }
 
 /* ==== The listener ====================================================================================
@@ -7192,6 +6958,320 @@ int provider_run(struct provider *p)
     accounts_release(p->accounts);
     SSL_CTX_free(p->tls_context);
     return EX_OK;
+}
+
+/* ==== The tools =======================================================================================
+ *
+ * enqueue puts a message into the queue, queue shows what waits, demo runs a whole session here. */
+
+#define SECRET_LONGEST (SECRET_MAX - 2)
+
+int open_queue(const char *dir, bool make)
+{
+    bool made = make && mkdir(dir, 0700) == 0;
+    int fd = open(dir, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    if (made && fd >= 0)
+        sync_directory(fd, "..");
+    return fd;
+}
+
+/* What is made in a queue must belong to its owner, or the provider, which runs as that user, could not read it. So
+ * root becomes that user; then a link that the owner has put into the queue cannot lead root elsewhere, either. */
+static void become_owner(int queue, const char *path)
+{
+    struct stat st = {.st_uid = 0};
+    if (fstat(queue, &st) == 0 && geteuid() == 0 && setgid(st.st_gid) == 0 &&
+        (st.st_uid == 0 || (setgroups(0, NULL) == 0 && setuid(st.st_uid) == 0)))
+        return;
+    if (geteuid() == 0 || geteuid() != st.st_uid)
+        die(EX_TEMPFAIL, "%s belongs to another user, who could not read the message; nothing is written; run odmr as "
+                         "that user or as root", path);
+}
+
+/* The message on standard input, once for each delivery. A From_ line (mbox's) on top is dropped, as an
+ * MTA's pipe may write one; "From :" is a header field (RFC 5322, 4.5.2). If the message itself starts with a
+ * field of our envelope, written by an earlier hop, or with a blank, which would continue ours, a Received field
+ * goes between: what a sender wrote must never be taken for part of the envelope. */
+static bool copy_message(FILE *in, struct delivery *d, size_t count, const char *name)
+{
+    char data[COPY_SIZE];
+    size_t value, start = 0, n = fread(data, 1, sizeof data - 1, in);
+    data[n] = '\0';
+    if (strncmp(data, "From ", 5) == 0 && data[5 + strspn(data + 5, " \t")] != ':' && strchr(data, '\n'))
+        start = (size_t)(strchr(data, '\n') + 1 - data);
+    if (envelope_field(data + start, &value) != NO_FIELD || data[start] == ' ' || data[start] == '\t')
+        for (size_t i = 0; i < count; i++) {
+            fprintf(d[i].file, "Received: by %s (odmr enqueue);\n", name);
+            write_date(d[i].file, "\t", time(NULL));
+        }
+    while (n > 0) {
+        for (size_t i = 0; i < count; i++)
+            fwrite(data + start, 1, n - start, d[i].file);
+        start = 0;
+        n = fread(data, 1, sizeof data, in);
+    }
+    return !ferror(in);
+}
+
+int enqueue(int queue, const char *sender, const char *name, char **recipients, int count)
+{
+    struct delivery *d = must_alloc(calloc((size_t)count, sizeof *d));
+    size_t files = deliveries_open(d, queue, sender, recipients, (size_t)count);
+    bool copied = files > 0 && copy_message(stdin, d, files, name), stored;
+    int problem = errno;
+
+    stored = copied && deliveries_store(d, files);
+    if (!stored) {
+        log_event(NULL, LOG_ERR, "cannot write the message into the queue: %s; try again later",
+                  strerror(files > 0 && !copied ? problem : d->problem));
+        deliveries_discard(d, files);
+    }
+    free(d);
+    return stored ? EX_OK : EX_TEMPFAIL;
+}
+
+struct domain_summary {
+    size_t messages, held;
+    uint64_t octets;
+    int64_t oldest;
+};
+
+/* The envelope of held mail, as far as it can be read: every address in it, whatever it is. */
+static void list_envelope(const struct message *m)
+{
+    struct line_reader r = {.of = m};
+    char address[sizeof r.line], safe[4 * sizeof r.line];
+    enum field field = NO_FIELD;
+    while (next_line(&r)) {
+        const char *rest = r.line;
+        size_t value = 0;
+        if (field == NO_FIELD || (r.line[0] != ' ' && r.line[0] != '\t'))
+            field = envelope_field(r.line, &value);
+        if (field == NO_FIELD)
+            return;
+        rest += value;
+        while (field != DELIVERY_DATE && cut_address(&rest, address, sizeof address)) {
+            escape(safe, sizeof safe, address);
+            printf("      %s <%s>\n", field == RETURN_PATH ? "from" : "to", safe);
+        }
+    }
+}
+
+static void list_message(const struct message *m, int64_t second)
+{
+    char safe[2 * LOG_LINE], when[32];
+    struct tm tm = local_time((time_t)second);
+    strftime(when, sizeof when, "%Y-%m-%d %H:%M:%S", &tm);
+    escape(safe, sizeof safe, m->path);
+    printf("  %s  %lld  %s\n", when, (long long)m->size, safe);
+    if (m->held) {
+        printf("      held: %s\n", m->held);
+        if (m->size > 0) /* else it is not a regular file, or could not be opened */
+            list_envelope(m);
+        return;
+    }
+    escape(safe, sizeof safe, m->sender);
+    printf("      from <%s>\n", safe);
+    for (size_t i = 0; i < m->recipients; i++) {
+        escape(safe, sizeof safe, m->list[i].address);
+        printf("      to <%s>\n", safe);
+    }
+}
+
+/* A row without figures, for what no ATRN can name and for what cannot be read. */
+static void show_oddity(const char *name, const char *why)
+{
+    char safe[4 * NAME_MAX + 1];
+    escape(safe, sizeof safe, name);
+    printf("%-30s %9s %11s  %-19s %5s  %s\n", safe, "-", "-", "-", "-", why);
+}
+
+/* Has one of these accounts access to it? */
+static bool has_account(const struct accounts *accounts, const char *domain)
+{
+    for (size_t i = 0; i < accounts->count; i++)
+        if (domain_in_list(accounts->list[i].domains, domain, strlen(domain)))
+            return true;
+    return false;
+}
+
+static bool summarize_domain(int queue, const char *domain, bool list, const char *remark)
+{
+    struct domain_summary sum = {0};
+    struct backlog b;
+    char when[32] = "-";
+    struct tm tm;
+    if (!backlog_read(&b, NULL, queue, domain)) {
+        show_oddity(domain, "cannot be read");
+        backlog_free(&b);
+        return false;
+    }
+    tm = local_time(b.count > 0 ? (time_t)b.list[0].second : 0);
+    if (b.count > 0)
+        strftime(when, sizeof when, "%Y-%m-%d %H:%M:%S", &tm);
+    for (int pass = 0; pass < (list ? 2 : 1); pass++) {
+        for (size_t i = 0; i < b.count; i++) {
+            struct message m;
+            enum claim got = message_open(&m, queue, b.list[i].path, O_RDONLY);
+            if (got == CLAIMED)
+                got = message_read(&m);
+            if (got == BUSY)
+                m.held = m.fd < 0 ? "this user cannot open it" : m.trouble;
+            if (pass == 0) {
+                sum.messages += got == CLAIMED;
+                sum.held += m.held != NULL; /* what is neither has just gone */
+                sum.octets += got == CLAIMED ? (uint64_t)m.size : 0;
+            } else if (got == CLAIMED || m.held) {
+                list_message(&m, b.list[i].second);
+            }
+            message_close(&m);
+        }
+        if (pass == 0)
+            printf("%-30s %9zu %11llu  %-19s %5zu%s\n", domain, sum.messages, (unsigned long long)sum.octets, when,
+                   sum.held, remark);
+    }
+    backlog_free(&b);
+    return true;
+}
+
+/* The folder .Undeliverable of this domain, if there is one. */
+static bool summarize_undeliverable(int queue, const char *domain, bool list)
+{
+    char folder[MAILDIR_PATH];
+    struct stat st;
+    snprintf(folder, sizeof folder, "%s/%s", domain, UNDELIVERABLE);
+    return fstatat(queue, folder, &st, AT_SYMLINK_NOFOLLOW) < 0 || summarize_domain(queue, folder, list, "");
+}
+
+/* One name in the queue's directory. False: its mail cannot be listed. */
+static bool show_name(int queue, const char *name, bool list, const struct accounts *accounts)
+{
+    struct stat st;
+    const char *remark = "";
+    bool done, valid = domain_valid(name, strlen(name));
+    if (!valid || (fstatat(queue, name, &st, AT_SYMLINK_NOFOLLOW) == 0 && !S_ISDIR(st.st_mode))) {
+        show_oddity(name, valid ? "not a directory: no mail can be in it" : "not a domain: no ATRN can name it");
+        return !valid;
+    }
+    if (accounts && !has_account(accounts, name))
+        remark = "  no account has it";
+    done = summarize_domain(queue, name, list, remark);
+    return summarize_undeliverable(queue, name, list) && done;
+}
+
+struct domain_list {
+    char **list;
+    size_t count;
+};
+
+static int by_text(const void *left, const void *right)
+{
+    return strcmp(*(char *const *)left, *(char *const *)right);
+}
+
+static bool add_domain(void *context, int queue, const char *domain)
+{
+    struct domain_list *all = context;
+    (void)queue;
+    all->list = must_alloc(realloc(all->list, (all->count + 1) * sizeof *all->list));
+    all->list[all->count++] = must_alloc(strdup(domain));
+    return true;
+}
+
+int show_queue(int queue, char **domains, size_t count, bool list, const struct accounts *accounts)
+{
+    struct domain_list all = {NULL, 0};
+    bool done = true;
+    if (count == 0) {
+        if (!for_each_name(queue, true, add_domain, &all))
+            return EX_OSERR;
+        if (all.count > 1)
+            qsort(all.list, all.count, sizeof *all.list, by_text);
+        domains = all.list;
+        count = all.count;
+    }
+    printf("%-30s %9s %11s  %-19s %5s\n", "domain", "messages", "octets", "oldest", "held");
+    for (size_t i = 0; i < count; i++)
+        done = show_name(queue, domains[i], list, accounts) && done;
+    for (size_t i = 0; i < all.count; i++)
+        free(all.list[i]);
+    free(all.list);
+    return done ? EX_OK : EX_TEMPFAIL;
+}
+
+/* ---- account ---- */
+
+/* The first line of a file, all of it or nothing. NULL, or why it cannot be the secret. */
+static const char *read_secret_line(FILE *file, char secret[SECRET_MAX])
+{
+    size_t n = 0;
+    int c;
+    while ((c = getc(file)) != EOF && c != '\n' && n < SECRET_MAX - 1)
+        secret[n++] = (char)c;
+    n -= n > 0 && secret[n - 1] == '\r';
+    secret[n] = '\0';
+    if (ferror(file))
+        return strerror(errno);
+    if (n > SECRET_LONGEST)
+        return "longer than 1022 octets";
+    if (strlen(secret) != n || strchr(secret, '\r') || strncmp(secret, BYTE_ORDER_MARK, 3) == 0)
+        return "it has a NUL or CR octet or a byte order mark";
+    return n == 0 ? "it is empty" : NULL;
+}
+
+/* One line from standard input; on a terminal it is asked for and not shown. */
+static void ask_secret(const char *prompt, char secret[SECRET_MAX])
+{
+    struct termios shown, hidden;
+    bool terminal = tcgetattr(STDIN_FILENO, &shown) == 0;
+    const char *wrong;
+    if (terminal) {
+        hidden = shown;
+        hidden.c_lflag &= ~(tcflag_t)ECHO;
+        tcsetattr(STDIN_FILENO, TCSAFLUSH, &hidden);
+        fputs(prompt, stderr);
+    }
+    wrong = read_secret_line(stdin, secret);
+    if (terminal) {
+        tcsetattr(STDIN_FILENO, TCSAFLUSH, &shown);
+        fputc('\n', stderr);
+    }
+    if (wrong)
+        die(EX_DATAERR, "account: not a secret: %s", wrong);
+}
+
+/* RFC 5803's form: what a server needs, and nobody can log in with. */
+static bool print_verifier(const char *secret)
+{
+    unsigned char salt[16];
+    struct scram_keys keys;
+    char encoded[3][BASE64_SIZE(32) + 1];
+    if (RAND_bytes(salt, sizeof salt) != 1 || !scram_keys(&keys, secret, salt, sizeof salt, SCRAM_ITERATIONS))
+        return false;
+    base64_encode(encoded[0], salt, sizeof salt);
+    base64_encode(encoded[1], keys.stored, sizeof keys.stored);
+    base64_encode(encoded[2], keys.server, sizeof keys.server);
+    printf(SCRAM_SCHEME "%d,%s,%s,%s\n", SCRAM_ITERATIONS, encoded[0], encoded[1], encoded[2]);
+    return true;
+}
+
+int print_account(const char *name, const char *domains, bool scram)
+{
+    char secret[SECRET_MAX], again[SECRET_MAX];
+    ask_secret("Secret: ", secret);
+    if (isatty(STDIN_FILENO))
+        ask_secret("Again: ", again);
+    if (isatty(STDIN_FILENO) && strcmp(secret, again) != 0)
+        die(EX_DATAERR, "account: that was not the same secret");
+    if (!scram && strncmp(secret, SCRAM_SCHEME, strlen(SCRAM_SCHEME)) == 0)
+        die(EX_DATAERR, "account: a secret that starts with " SCRAM_SCHEME " would be taken for a verifier");
+    printf("%s:%s:", name, domains);
+    if (!scram)
+        printf("%s\n", secret);
+    else if (!print_verifier(secret))
+        die(EX_SOFTWARE, "account: OpenSSL cannot make a verifier");
+    OPENSSL_cleanse(secret, sizeof secret);
+    return fflush(stdout) == 0 ? EX_OK : EX_IOERR;
 }
 
 /* ==== The demo ========================================================================================

@@ -346,98 +346,166 @@ struct receiver {
 
 /* ---- Functions, in the order of odmr.c ---- */
 
-/* Log and trace */
+/* The provider, 5.1 and 5.2: the server */
 
-/* Text with every octet that is not printable ASCII as \xNN; cut to size. */
-void escape(char *out, size_t size, const char *text);
-/* A word of the peer in quotes, cut to size: backslash and quote are escaped, so that in a line of the log it cannot
- * pretend to be the rest of the line or an escaped octet. */
-void quote(char *out, size_t size, const char *text);
-/* A moment in local time. A file can have a time that the calendar does not reach: that counts as the start of 1970. */
-struct tm local_time(time_t when);
-/* For the provider: from here on a line of the log starts with the time or, for the journal, with its priority. */
-void log_start(void);
-/* One line on standard error, escaped; s may be NULL. The priority is one of syslog(3): LOG_ERR when the administrator
- * must act, LOG_WARNING, LOG_NOTICE, LOG_INFO. */
-void log_event(const struct session *s, int priority, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
-/* One line on standard error, then exit(code). For the start and for tools, never in a session. */
-void die(int code, const char *fmt, ...) __attribute__((noreturn, format(printf, 2, 3)));
-/* The memory, or the end of the program. For the start and for tools. */
-void *must_alloc(void *memory);
-/* "1 message", "2 messages" */
-const char *plural(uint64_t count);
-/* One line of the dialogue, said by who; nothing unless the session is traced. */
-void trace_line(struct session *s, enum side who, const char *clause, const char *fmt, ...)
-    __attribute__((format(printf, 4, 5)));
-/* Section 5: the session is in this state now. */
-void enter_state(struct session *s, enum state state);
-/* On a terminal, a line that tells how far the customer's session is. */
-void show_progress(struct session *s, size_t messages, uint64_t octets);
-/* Ends the line of progress, and logs the summary. */
-void show_summary(const struct session *s, const char *what, size_t messages, uint64_t octets);
-/* Starts argv[0], in a process group of its own, with these as its standard input and output (-1: ours). 0, or an
- * errno. */
-int start_program(char *const argv[], int in, int out, pid_t *pid);
-/* Waits so many seconds for its end. After them its whole process group gets SIGTERM, and in the end SIGKILL. The exit
- * status; -1: it did not end by itself. */
-int finish_program(pid_t pid, int seconds);
+/* The whole dialogue with one customer, to the end of the connection. */
+void provider_session(struct session *s);
+/* A reply that refuses a command, which counts as a bad one. */
+void refuse(struct session *s, const char *clause, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+/* Ends the session after read_line() has failed: time-out and shutdown are told to the peer. */
+void stop_waiting(struct session *s);
+/* Ends the session: 421, and why. Nothing is said if the peer is gone. */
+void end_with_421(struct session *s, const char *why);
+/* Takes the accounts of now. False: the session's own account is gone or has changed. */
+bool accounts_renew(struct session *s);
 
-/* The stream */
+/* The customer, before the reversal: the client */
 
-/* Milliseconds on a clock that only goes forward. */
-int64_t now_ms(void);
-/* Takes over a connected socket; timeout in seconds for any one wait. */
-void stream_init(struct stream *s, int fd, int timeout);
-/* Declares the stream useless; the first reason stands. why must live as long as the stream. */
-void stream_break(struct stream *s, const char *why);
-/* What is being read must be there in full within the wait under way, and within so many seconds: sets deadline. */
-void stream_bound(struct stream *s, int seconds);
-/* What TLS over this stream needs. host: we are the client and the certificate must be for it; NULL: we are
- * the server. NULL: it cannot be had now. */
-SSL *stream_offer_tls(struct stream *s, SSL_CTX *context, const char *host);
-/* TLS from here on, with what stream_offer_tls() made, which the stream then owns. False: broken. */
-bool stream_start_tls(struct stream *s, SSL *tls, const char *host);
-/* Sends what was written so far. False: broken. */
-bool stream_flush(struct stream *s);
-/* Buffers octets, sending when the buffer is full. Failure shows in s->broken. */
-void stream_write(struct stream *s, const char *data, size_t len);
-/* Room for len octets, no more than a WIRE_PART doubled, in the stream's own buffer, which is sent first if need be.
- * stream_add() says how many were put there. */
-char *stream_space(struct stream *s, size_t len);
-void stream_add(struct stream *s, size_t len);
-/* Whether reading an octet would return at once: there is application data, or the end. Never waits. */
-bool stream_ready(struct stream *s);
-/* Whether the peer has ended what it sends, and the line was not cut. */
-bool stream_closed_by_peer(const struct stream *s);
-/* Whether all that arrived has been read, and nothing more will arrive. */
-bool stream_over(const struct stream *s);
-/* The length of the line, its end included, that starts offset octets behind what was read; *line is there until
- * the next call. 0: it has not arrived whole. Conditions as of stream_has_line(). */
-size_t stream_line_at(struct stream *s, size_t offset, const char **line);
-/* Whether a whole line has arrived, or as much of one as the buffer holds. Never waits, not for the rest of a line or
- * of a TLS record. After a write has failed (broken), too: then stream_read_line() gives such lines, but waits for
- * no others. */
-bool stream_has_line(struct stream *s);
-/* Throws away what has come so far; true if there was something. */
-bool stream_discard_input(struct stream *s);
-/* From now on no input comes, whatever the peer has sent or sends. */
-void stream_end_input(struct stream *s);
-/* At least one octet of input, in the stream's own buffer until the next call. False: broken. */
-bool stream_peek(struct stream *s, const char **data, size_t *len);
-/* Takes len octets of what stream_peek() showed. */
-void stream_skip(struct stream *s, size_t len);
-/* A line without its CRLF or LF, ended by NUL; if it does not fit, it is read to its end, and line_cut is set. False:
- * broken, because of the time, a shutdown or a loss. */
-bool stream_read_line(struct stream *s, char *line, size_t size, size_t *len);
-/* Flushes, and tells the peer that this is the end of what we send, and no cut; it may still send. */
-void stream_end(struct stream *s);
-/* Flushes, closes, and lets the peer read our last words. */
-void stream_close(struct stream *s);
+/* One session from connect to close; an exit code. */
+int customer_session(const struct customer *c);
+/* The exit code of the reversed session; ended: it had a proper end. */
+int session_outcome(struct session *s, bool ended, size_t messages, size_t unwritten);
+/* Why a session failed, to the log, and its exit code: the connection was lost; this was the reply to a command. */
+int exit_code_lost(const struct session *s);
+int exit_code_refused(const struct session *s, const char *command, const struct reply *r, int permanent);
+
+/* The customer, after the reversal: the server */
+
+/* The reversed session, with the mail into the Maildir. An exit code. */
+int take_mail_ourselves(struct session *s, const struct customer *c);
+
+/* SASL */
+
+/* SASL */
+const char *mechanism_name(enum mechanism m);
+/* NO_MECHANISM: there is none of that name. */
+enum mechanism mechanism_named(const char *name);
+/* The provider's half of AUTH, to its last reply; initial: the initial response, or NULL. GO_ON: authenticated. STAY:
+ * not, and the customer has the reply that says so. */
+enum next sasl_serve(struct session *s, enum mechanism m, const char *initial);
+/* The customer's half; r: the response to EHLO, then the replies of this exchange. EX_OK, or the exit code. */
+int sasl_prove(struct session *s, const struct customer *c, enum mechanism m, struct reply *r);
+/* Returns the length; out has BASE64_SIZE(len) + 1 octets. */
+size_t base64_encode(char *out, const void *data, size_t len);
+/* RFC 5802 and 7677; each false only if OpenSSL fails. */
+bool hmac_sha256(const unsigned char *key, size_t key_len, const char *text, unsigned char out[32]);
+bool scram_keys(struct scram_keys *k, const char *secret, const unsigned char *salt, size_t salt_len, int iterations);
+/* iterations,salt,StoredKey,ServerKey; false: it is not, or the count is out of bounds. */
+bool verifier_parse(const char *text, struct verifier *v);
+
+/* Failure notices */
+
+/* What has become of a message's recipients becomes true of the queue: who is delivered leaves it, who was refused
+ * leaves it once the sender has been told, and who is still owed the message stays. False: its file could not be
+ * removed, or not be written to, so no more is to be taken from its box. */
+bool message_settle(const struct provider *p, struct session *s, struct message *m);
+
+/* The envelope */
+
+/* Which field of an envelope a line starts, and where its value begins. */
+enum field envelope_field(const char *line, size_t *value);
+/* The next line without its end; false at the end of the file, or when it cannot be read. */
+bool next_line(struct line_reader *r);
+/* Reads the block into m: sender, recipients, where the message starts. BUSY: it cannot be read now,
+ * and m->trouble says why. */
+enum claim envelope_read(struct message *m);
+/* The reason, kept by the message; text is escaped. NULL: out of memory. */
+const struct reason *message_reason(struct message *m, int code, const char *text);
+
+/* The Maildir queue */
+
+/* Does this errno say that the file system is gone, and not only a file? Then no other file need be tried. */
+bool file_system_gone(int problem);
+/* Lists new and cur of each domain of a,b,c. False: something could not be read, and the log says what; the rest is
+ * there. Free it in any case. */
+bool backlog_read(struct backlog *b, const struct session *s, int queue, const char *domains);
+/* Drops the messages that remain of the box that this path is in. */
+void backlog_skip_box(struct backlog *b, const char *path);
+/* The list and its paths, not the struct. */
+void backlog_free(struct backlog *b);
+/* Calls visit for each domain of the queue or, if all, for each name that starts with no dot, until one says false;
+ * false then, or if the queue cannot be read. */
+bool for_each_name(int queue, bool all, bool (*visit)(void *context, int queue, const char *name), void *context);
+/* The same for domains alone. */
+bool for_each_domain(int queue, bool (*visit)(void *context, int queue, const char *domain), void *context);
+/* Removes what was never finished; fits for_each_domain(), always true. */
+bool clean_domain(void *context, int queue, const char *domain);
+/* Frees those octets: its file has all there is to read. */
+void message_forget_top(struct message *m);
+/* Octets of its file, from memory if it still has them; as pread(2). */
+ssize_t message_octets(const struct message *m, char *data, size_t size, off_t at);
+/* Opens a message without claiming it; access is O_RDWR or O_RDONLY. BUSY: m->trouble says why;
+ * without it, another session was faster. Close it in any case. */
+enum claim message_open(struct message *m, int queue, const char *path, int access);
+/* Reads the envelope of a message that is open. Results as of envelope_read(). */
+enum claim message_read(struct message *m);
+/* Opens, claims, reads and scans. Close it in any case. */
+enum claim message_claim(struct message *m, int queue, const char *path);
+/* Ends the claim and frees what the message holds, not the struct. */
+void message_close(struct message *m);
+/* Writes the content to the stream; false: it could not be read, or is not what was scanned. */
+bool message_send(const struct message *m, struct stream *to, bool dots);
+/* A copy for those who were refused, in the folder .Undeliverable of its domain, on disk. */
+bool message_set_aside(const struct message *m);
+/* Strikes out in the file the recipients that are delivered or returned. */
+enum update message_strike_out(struct message *m);
+/* Takes it out of the queue: it is delivered, or its sender has been told. */
+enum update message_remove(struct message *m);
+
+/* Delivery into a Maildir */
+
+/* A file in tmp of the domain's Maildir, or of a folder of it, which is made if it is not there. False: nothing is
+ * left; d->problem says why. */
+bool delivery_open(struct delivery *d, int queue, const char *domain);
+/* One delivery for each domain of the recipients, with the envelope as its first fields. Returns their number; 0:
+ * nothing is left, and d->problem says why. */
+size_t deliveries_open(struct delivery *d, int queue, const char *sender, char *const *recipients, size_t count);
+/* Closes and removes these files, wherever they are. */
+void deliveries_discard(struct delivery *d, size_t count);
+/* Whether all files are open and all that was written has left our buffer: the disk was not full so far. False:
+ * d->problem says why. */
+bool deliveries_written(struct delivery *d, size_t count);
+/* Makes mail of them: each on disk, renamed into new, and the directory that says so on disk too (RFC 5321, 6.1).
+ * The files of one message become mail together, or none does. True: all are safe. Else problem says of the first
+ * file of each message whether it failed, and why. Discard those that did. */
+bool deliveries_store(struct delivery *d, size_t count);
+
+/* Handing the session on: --smtp and --exec */
+
+/* Joins the session with the receiver, which is reached again, once, if it has gone. An exit code. */
+int hand_session_on(struct session *s, const struct customer *c, struct receiver *receiver);
+/* Connects to the receiver or starts it, and reads its greeting. An exit code; if it is not EX_OK, the log says why,
+ * and the consequence. */
+int reach_receiver(const struct customer *c, struct receiver *receiver, const char *consequence);
+/* Closes the connection to the receiver and ends the program. */
+void leave_receiver(const struct customer *c, struct receiver *receiver);
+
+/* Accounts */
+
+/* Gives up one share; the last one frees the table. NULL is fine. */
+void accounts_release(struct accounts *all);
+/* Walks over a,b,c: the next domain and its length, *list behind it; NULL: no more of them. */
+const char *next_domain(const char **list, size_t *len);
+/* a,b,c, each valid. */
+bool domain_list_valid(const char *list);
+/* In any case of letters. */
+bool domain_in_list(const char *list, const char *domain, size_t len);
+/* The list in place as we want it: in lower case, each domain once, where it stands first. Without memory for that, a
+ * domain that is there twice stays so: the second time its mail is gone, or claimed. */
+void tidy_domains(char *list);
+/* NULL: nobody has that name. Owned by the table. */
+const struct account *account_find(const struct accounts *all, const char *name);
+/* True, and v filled in, when all the account has is a verifier. a may be NULL. */
+bool account_verifier(const struct account *a, struct verifier *v);
+/* Reads the file; NULL, and why, when it is not what an accounts file must be. One user: the caller. */
+struct accounts *accounts_load(const char *path, char *why, size_t why_size);
 
 /* Lines and replies */
 
 /* The address as text for the log: 127.0.0.1:366, [::1]:366. */
 void address_text(char *out, size_t size, const struct sockaddr_storage *a, socklen_t len);
+/* A session over a connected socket, its numbers and names set; free() it. NULL: out of memory. */
+struct session *session_new(int fd, enum side self, int timeout, const char *name, enum trace trace);
 /* The customer of the provider, and the other way round. */
 enum side other_side(enum side side);
 /* A line and CRLF, traced. clause: the requirement that the line keeps, for the ladder; NULL: none. Failure shows in
@@ -497,6 +565,58 @@ bool sender_valid(const char *mailbox);
 /* A date as RFC 5322, 3.3, writes it, on a line of its own behind `before`. */
 void write_date(FILE *out, const char *before, time_t when);
 
+/* The stream */
+
+/* Milliseconds on a clock that only goes forward. */
+int64_t now_ms(void);
+/* Takes over a connected socket; timeout in seconds for any one wait. */
+void stream_init(struct stream *s, int fd, int timeout);
+/* Declares the stream useless; the first reason stands. why must live as long as the stream. */
+void stream_break(struct stream *s, const char *why);
+/* What is being read must be there in full within the wait under way, and within so many seconds: sets deadline. */
+void stream_bound(struct stream *s, int seconds);
+/* What TLS over this stream needs. host: we are the client and the certificate must be for it; NULL: we are
+ * the server. NULL: it cannot be had now. */
+SSL *stream_offer_tls(struct stream *s, SSL_CTX *context, const char *host);
+/* TLS from here on, with what stream_offer_tls() made, which the stream then owns. False: broken. */
+bool stream_start_tls(struct stream *s, SSL *tls, const char *host);
+/* Sends what was written so far. False: broken. */
+bool stream_flush(struct stream *s);
+/* Buffers octets, sending when the buffer is full. Failure shows in s->broken. */
+void stream_write(struct stream *s, const char *data, size_t len);
+/* Room for len octets, no more than a WIRE_PART doubled, in the stream's own buffer, which is sent first if need be.
+ * stream_add() says how many were put there. */
+char *stream_space(struct stream *s, size_t len);
+void stream_add(struct stream *s, size_t len);
+/* Whether reading an octet would return at once: there is application data, or the end. Never waits. */
+bool stream_ready(struct stream *s);
+/* Whether the peer has ended what it sends, and the line was not cut. */
+bool stream_closed_by_peer(const struct stream *s);
+/* Whether all that arrived has been read, and nothing more will arrive. */
+bool stream_over(const struct stream *s);
+/* The length of the line, its end included, that starts offset octets behind what was read; *line is there until
+ * the next call. 0: it has not arrived whole. Conditions as of stream_has_line(). */
+size_t stream_line_at(struct stream *s, size_t offset, const char **line);
+/* Whether a whole line has arrived, or as much of one as the buffer holds. Never waits, not for the rest of a line or
+ * of a TLS record. After a write has failed (broken), too: then stream_read_line() gives such lines, but waits for
+ * no others. */
+bool stream_has_line(struct stream *s);
+/* Throws away what has come so far; true if there was something. */
+bool stream_discard_input(struct stream *s);
+/* From now on no input comes, whatever the peer has sent or sends. */
+void stream_end_input(struct stream *s);
+/* At least one octet of input, in the stream's own buffer until the next call. False: broken. */
+bool stream_peek(struct stream *s, const char **data, size_t *len);
+/* Takes len octets of what stream_peek() showed. */
+void stream_skip(struct stream *s, size_t len);
+/* A line without its CRLF or LF, ended by NUL; if it does not fit, it is read to its end, and line_cut is set. False:
+ * broken, because of the time, a shutdown or a loss. */
+bool stream_read_line(struct stream *s, char *line, size_t size, size_t *len);
+/* Flushes, and tells the peer that this is the end of what we send, and no cut; it may still send. */
+void stream_end(struct stream *s);
+/* Flushes, closes, and lets the peer read our last words. */
+void stream_close(struct stream *s);
+
 /* TLS */
 
 /* Contexts from PEM files; cert may be NULL for a client. NULL, and why. */
@@ -509,167 +629,57 @@ bool certificate_verified(SSL *tls);
 char *certificate_name(X509 *certificate, int index);
 /* The channel's octets for this type of binding; returns how many, 0: not to be had. */
 size_t channel_binding(SSL *tls, bool server, const char *type, unsigned char out[EVP_MAX_MD_SIZE]);
-
-/* Accounts */
-
-/* Gives up one share; the last one frees the table. NULL is fine. */
-void accounts_release(struct accounts *all);
-/* Walks over a,b,c: the next domain and its length, *list behind it; NULL: no more of them. */
-const char *next_domain(const char **list, size_t *len);
-/* a,b,c, each valid. */
-bool domain_list_valid(const char *list);
-/* In any case of letters. */
-bool domain_in_list(const char *list, const char *domain, size_t len);
-/* The list in place as we want it: in lower case, each domain once, where it stands first. Without memory for that, a
- * domain that is there twice stays so: the second time its mail is gone, or claimed. */
-void tidy_domains(char *list);
-/* NULL: nobody has that name. Owned by the table. */
-const struct account *account_find(const struct accounts *all, const char *name);
-/* True, and v filled in, when all the account has is a verifier. a may be NULL. */
-bool account_verifier(const struct account *a, struct verifier *v);
-/* Reads the file; NULL, and why, when it is not what an accounts file must be. One user: the caller. */
-struct accounts *accounts_load(const char *path, char *why, size_t why_size);
-
-/* The envelope */
-
-/* Which field of an envelope a line starts, and where its value begins. */
-enum field envelope_field(const char *line, size_t *value);
-/* The next line without its end; false at the end of the file, or when it cannot be read. */
-bool next_line(struct line_reader *r);
-/* Reads the block into m: sender, recipients, where the message starts. BUSY: it cannot be read now,
- * and m->trouble says why. */
-enum claim envelope_read(struct message *m);
-/* The reason, kept by the message; text is escaped. NULL: out of memory. */
-const struct reason *message_reason(struct message *m, int code, const char *text);
-
-/* The Maildir queue */
-
-/* Does this errno say that the file system is gone, and not only a file? Then no other file need be tried. */
-bool file_system_gone(int problem);
-/* Lists new and cur of each domain of a,b,c. False: something could not be read, and the log says what; the rest is
- * there. Free it in any case. */
-bool backlog_read(struct backlog *b, const struct session *s, int queue, const char *domains);
-/* Drops the messages that remain of the box that this path is in. */
-void backlog_skip_box(struct backlog *b, const char *path);
-/* The list and its paths, not the struct. */
-void backlog_free(struct backlog *b);
-/* Calls visit for each domain of the queue or, if all, for each name that starts with no dot, until one says false;
- * false then, or if the queue cannot be read. */
-bool for_each_name(int queue, bool all, bool (*visit)(void *context, int queue, const char *name), void *context);
-/* The same for domains alone. */
-bool for_each_domain(int queue, bool (*visit)(void *context, int queue, const char *domain), void *context);
-/* Removes what was never finished; fits for_each_domain(), always true. */
-bool clean_domain(void *context, int queue, const char *domain);
-/* Octets of its file, from memory if it still has them; as pread(2). */
-ssize_t message_octets(const struct message *m, char *data, size_t size, off_t at);
-/* Frees those octets: its file has all there is to read. */
-void message_forget_top(struct message *m);
-/* Opens a message without claiming it; access is O_RDWR or O_RDONLY. BUSY: m->trouble says why;
- * without it, another session was faster. Close it in any case. */
-enum claim message_open(struct message *m, int queue, const char *path, int access);
-/* Reads the envelope of a message that is open. Results as of envelope_read(). */
-enum claim message_read(struct message *m);
-/* Opens, claims, reads and scans. Close it in any case. */
-enum claim message_claim(struct message *m, int queue, const char *path);
-/* Ends the claim and frees what the message holds, not the struct. */
-void message_close(struct message *m);
-/* Writes the content to the stream; false: it could not be read, or is not what was scanned. */
-bool message_send(const struct message *m, struct stream *to, bool dots);
-/* A copy for those who were refused, in the folder .Undeliverable of its domain, on disk. */
-bool message_set_aside(const struct message *m);
-/* Strikes out in the file the recipients that are delivered or returned. */
-enum update message_strike_out(struct message *m);
-/* Takes it out of the queue: it is delivered, or its sender has been told. */
-enum update message_remove(struct message *m);
-
-/* The provider */
-
-/* A reply that refuses a command, which counts as a bad one. */
-void refuse(struct session *s, const char *clause, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
-/* Ends the session: 421, and why. Nothing is said if the peer is gone. */
-void end_with_421(struct session *s, const char *why);
-/* Ends the session after read_line() has failed: time-out and shutdown are told to the peer. */
-void stop_waiting(struct session *s);
-/* Takes the accounts of now. False: the session's own account is gone or has changed. */
-bool accounts_renew(struct session *s);
-/* The whole dialogue with one customer, to the end of the connection. */
-void provider_session(struct session *s);
-
-/* Delivery into a Maildir */
-
-/* A file in tmp of the domain's Maildir, or of a folder of it, which is made if it is not there. False: nothing is
- * left; d->problem says why. */
-bool delivery_open(struct delivery *d, int queue, const char *domain);
-/* One delivery for each domain of the recipients, with the envelope as its first fields. Returns their number; 0:
- * nothing is left, and d->problem says why. */
-size_t deliveries_open(struct delivery *d, int queue, const char *sender, char *const *recipients, size_t count);
-/* Closes and removes these files, wherever they are. */
-void deliveries_discard(struct delivery *d, size_t count);
-/* Whether all files are open and all that was written has left our buffer: the disk was not full so far. False:
- * d->problem says why. */
-bool deliveries_written(struct delivery *d, size_t count);
-/* Makes mail of them: each on disk, renamed into new, and the directory that says so on disk too (RFC 5321, 6.1).
- * The files of one message become mail together, or none does. True: all are safe. Else problem says of the first
- * file of each message whether it failed, and why. Discard those that did. */
-bool deliveries_store(struct delivery *d, size_t count);
-
-/* The customer, before the reversal */
-
-/* One session from connect to close; an exit code. */
-int customer_session(const struct customer *c);
-/* The exit code of the reversed session; ended: it had a proper end. */
-int session_outcome(struct session *s, bool ended, size_t messages, size_t unwritten);
-/* Why a session failed, to the log, and its exit code: the connection was lost; this was the reply to a command. */
-int exit_code_lost(const struct session *s);
-int exit_code_refused(const struct session *s, const char *command, const struct reply *r, int permanent);
-/* Connects to the first address that answers. Returns the socket, or -1 and an exit code in *code. */
-int connect_to(const char *where, const char *default_port, int timeout, int *code);
 /* "HOST", "HOST:PORT", "[ADDRESS]:PORT" taken apart. False: none of them, or too long. default_port may be NULL. */
 bool split_host_port(const char *text, const char *default_port, char *host, size_t host_size, char *port,
                      size_t port_size);
-/* A session over a connected socket, its numbers and names set; free() it. NULL: out of memory. */
-struct session *session_new(int fd, enum side self, int timeout, const char *name, enum trace trace);
+/* Connects to the first address that answers. Returns the socket, or -1 and an exit code in *code. */
+int connect_to(const char *where, const char *default_port, int timeout, int *code);
 
-/* The customer, after the reversal */
+/* Log and trace */
 
-/* The reversed session, with the mail into the Maildir. An exit code. */
-int take_mail_ourselves(struct session *s, const struct customer *c);
+/* Text with every octet that is not printable ASCII as \xNN; cut to size. */
+void escape(char *out, size_t size, const char *text);
+/* A word of the peer in quotes, cut to size: backslash and quote are escaped, so that in a line of the log it cannot
+ * pretend to be the rest of the line or an escaped octet. */
+void quote(char *out, size_t size, const char *text);
+/* A moment in local time. A file can have a time that the calendar does not reach: that counts as the start of 1970. */
+struct tm local_time(time_t when);
+/* For the provider: from here on a line of the log starts with the time or, for the journal, with its priority. */
+void log_start(void);
+/* One line on standard error, escaped; s may be NULL. The priority is one of syslog(3): LOG_ERR when the administrator
+ * must act, LOG_WARNING, LOG_NOTICE, LOG_INFO. */
+void log_event(const struct session *s, int priority, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+/* One line on standard error, then exit(code). For the start and for tools, never in a session. */
+void die(int code, const char *fmt, ...) __attribute__((noreturn, format(printf, 2, 3)));
+/* The memory, or the end of the program. For the start and for tools. */
+void *must_alloc(void *memory);
+/* "1 message", "2 messages" */
+const char *plural(uint64_t count);
+/* One line of the dialogue, said by who; nothing unless the session is traced. */
+void trace_line(struct session *s, enum side who, const char *clause, const char *fmt, ...)
+    __attribute__((format(printf, 4, 5)));
+/* Section 5: the session is in this state now. */
+void enter_state(struct session *s, enum state state);
+/* On a terminal, a line that tells how far the customer's session is. */
+void show_progress(struct session *s, size_t messages, uint64_t octets);
+/* Ends the line of progress, and logs the summary. */
+void show_summary(const struct session *s, const char *what, size_t messages, uint64_t octets);
 
-/* Failure notices */
+/* Programs */
 
-/* What has become of a message's recipients becomes true of the queue: who is delivered leaves it, who was refused
- * leaves it once the sender has been told, and who is still owed the message stays. False: its file could not be
- * removed, or not be written to, so no more is to be taken from its box. */
-bool message_settle(const struct provider *p, struct session *s, struct message *m);
+/* Starts argv[0], in a process group of its own, with these as its standard input and output (-1: ours). 0, or an
+ * errno. */
+int start_program(char *const argv[], int in, int out, pid_t *pid);
+/* Waits so many seconds for its end. After them its whole process group gets SIGTERM, and in the end SIGKILL. The exit
+ * status; -1: it did not end by itself. */
+int finish_program(pid_t pid, int seconds);
 
-/* Handing the session on */
+/* The listener */
 
-/* Joins the session with the receiver, which is reached again, once, if it has gone. An exit code. */
-int hand_session_on(struct session *s, const struct customer *c, struct receiver *receiver);
-/* Connects to the receiver or starts it, and reads its greeting. An exit code; if it is not EX_OK, the log says why,
- * and the consequence. */
-int reach_receiver(const struct customer *c, struct receiver *receiver, const char *consequence);
-/* Closes the connection to the receiver and ends the program. */
-void leave_receiver(const struct customer *c, struct receiver *receiver);
-
-/* SASL */
-
-const char *mechanism_name(enum mechanism m);
-/* NO_MECHANISM: there is none of that name. */
-enum mechanism mechanism_named(const char *name);
-/* The provider's half of AUTH, to its last reply; initial: the initial response, or NULL. GO_ON: authenticated. STAY:
- * not, and the customer has the reply that says so. */
-enum next sasl_serve(struct session *s, enum mechanism m, const char *initial);
-/* The customer's half; r: the response to EHLO, then the replies of this exchange. EX_OK, or the exit code. */
-int sasl_prove(struct session *s, const struct customer *c, enum mechanism m, struct reply *r);
-
-/* Returns the length; out has BASE64_SIZE(len) + 1 octets. */
-size_t base64_encode(char *out, const void *data, size_t len);
-/* RFC 5802 and 7677; each false only if OpenSSL fails. */
-bool hmac_sha256(const unsigned char *key, size_t key_len, const char *text, unsigned char out[32]);
-bool scram_keys(struct scram_keys *k, const char *secret, const unsigned char *salt, size_t salt_len, int iterations);
-/* iterations,salt,StoredKey,ServerKey; false: it is not, or the count is out of bounds. */
-bool verifier_parse(const char *text, struct verifier *v);
+/* False: text is neither an address nor a prefix. */
+bool network_parse(struct network *n, const char *text);
+/* Serves until a signal says stop; an exit code. What is wrong at the start ends the program (sysexits). */
+int provider_run(struct provider *p);
 
 /* The tools */
 
@@ -683,12 +693,7 @@ int show_queue(int queue, char **domains, size_t count, bool list, const struct 
 /* Asks for the secret and prints the line of an accounts file; an exit code. */
 int print_account(const char *name, const char *domains, bool scram);
 
-/* The listener */
-
-/* False: text is neither an address nor a prefix. */
-bool network_parse(struct network *n, const char *text);
-/* Serves until a signal says stop; an exit code. What is wrong at the start ends the program (sysexits). */
-int provider_run(struct provider *p);
+/* The demo */
 
 /* A session with itself, explained on standard output; an exit code. */
 int demo(bool stepwise, bool tls, enum mechanism mechanism);
