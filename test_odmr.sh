@@ -6199,6 +6199,58 @@ t_guide_names_exist() {
         sort | uniq -d)"
 }
 
+# The guide's form: the front page has each entry once, in the same order and with the same level and role; each entry
+# has its labels in order, from the rule to code and test; so have the questions and the other standards. Not to be seen
+# from outside is what the judge has no way to see. Plain US-ASCII that fits on any screen.
+t_guide_has_its_form() {
+    local guide=$here/RFC2645.txt id='[4-8][0-9.]*-[a-z]'
+    sed -nE "s/^  ($id)  ([MNmp])  (provider|customer|both|site)\$/\\1 \\2 \\3/p" "$guide" > "$T/entries"
+    sed -nE "s/^  ($id) +(MUST NOT|MUST|MAY|prose) +([a-z]+) +(yes|part|no) +[^ ].*/\\1 \\2 \\3/p" "$guide" |
+        sed 's/MUST NOT/N/; s/MUST/M/; s/MAY/m/; s/prose/p/' > "$T/front"
+    same "$T/front" "$T/entries" 'the front page and the entries'
+    equal "$(wc -l < "$T/entries")" 38 'entries'
+    none 'wrongly seen from outside' "$(diff \
+        <(sed -nE "s/^  ($id) .* no  +[^ ].*/\\1/p" "$guide" | sort) \
+        <(sed -nE "s/^judge_(provider|customer)_($id)\\(\\) \{( not_observable)?.*/\\2\\3/p" "$self" | sort |
+            awk '{ if ($2) never[$1] = 1; else seen[$1] = 1 } END { for (id in never) if (!seen[id]) print id }' |
+            sort))"
+    has "$guide" '^This is not the RFC\.'
+    has "$guide" '^    https://www\.rfc-editor\.org/rfc/rfc2645$'
+    has "$guide" '^    https://www\.rfc-editor\.org/errata/eid404$'
+    none 'lines that are too long, or not plain text' "$(grep -nE '.{80}|[^ -~]| $' "$guide")"
+    none 'entries that have not their form' "$(awk '
+        function over() {
+            if (head == "") return
+            if (seen !~ ("^ " first " ") || seen !~ / (code )+(test )+$/) print head ": has only" seen
+            head = ""
+        }
+        function begin(labels) {
+            over(); head = $1 " " $2; order = " " labels " "; first = substr(labels, 1, index(labels, " ") - 1)
+            seen = " "; at = 0
+        }
+        /^---|^[^ ]/ { over(); next }
+        /^  [4-8][0-9.]*-[a-z]  [MNmp]  [a-z]+$/ { begin("rule why unclear here others today limits code test"); next }
+        /^  Q[0-9]+  / {
+            begin("rfc here why others limits code test")
+            if ($1 != "Q" ++questions) print head ": is not the next"
+            next
+        }
+        /^  RFC [0-9]+/ {
+            if (!(head ~ /^RFC/ && seen == " ")) begin("rule why unclear here others today limits code test")
+            next
+        }
+        head == "" || /^$/ { next }
+        /^    [a-z]+: [^ ]/ {
+            label = substr($1, 1, length($1) - 1); n = index(order, " " label " ")
+            if (!n) print head ": has no place for " label
+            else if (n < at || (n == at && label !~ /^(code|test)$/)) print head ": " label " is out of order"
+            at = n; seen = seen label " "
+            next
+        }
+        !/^      [^ ]/ { print head ": line " FNR " is no part of it" }
+        END { over(); if (questions != 9) print questions " questions" }' "$guide")"
+}
+
 # odmr.h is the map: its functions stand in the order of odmr.c, and each has its comment, or shares the one above.
 t_map_is_in_order() {
     none 'in odmr.h, and not there or not in this order in odmr.c' "$(perl -e '
