@@ -1,8 +1,11 @@
 /* odmr: On-Demand Mail Relay (RFC 2645), provider and customer.
  *
- * Read odmr.h first: it is the map. This file is meant to be read from top to bottom; each part uses
- * only what stands above it. A mark such as (5.2.1-f) names a requirement of the RFC; RFC2645.txt has
- * them all, each with the function that keeps it and the test that shows it. */
+ * Read odmr.h first: it is the map, and lists the parts. Then read this file from top to bottom. Parts 1 to 5 are the
+ * protocol, in the order of time; there the caller stands before what it calls, and the prototypes at the head of a
+ * part are its contents. Parts 6 to 15 carry the protocol; there what is called stands first.
+ *
+ * A mark such as (5.2.1-f) names a requirement of the RFC. RFC2645.txt has them all, each with the function that keeps
+ * it and the test that shows it. The line that keeps it gives the mark to the trace: grep for "5.2.1-f". */
 
 #include "odmr.h"
 
@@ -43,11 +46,11 @@
 
 extern char **environ;
 
-/* ==== The provider, 5.1 and 5.2: the server ===========================================================
+/* ==== 1. The provider: its session, and the three states of sections 5.1, 5.2 and 5.3 ================
  *
- * One function for each state of the RFC, in its order. A state's function reads commands until one of
- * them leads out of it; what every state answers alike stands in common_command(). EHLO, AUTH, ATRN and
- * QUIT are all the server that ODMR asks for (4-c); no mail is taken in here. */
+ * One function for each state of the RFC, in its order. A state's function reads commands until one of them leads out
+ * of it; what every state answers alike stands in common_command(). EHLO, AUTH, ATRN and QUIT are all the server that
+ * ODMR asks for (4-c); no mail is taken in here. */
 
 #define BAD_COMMANDS 10          /* then 421 */
 #define LAST_WORD 5              /* seconds for a 421 to leave */
@@ -284,7 +287,10 @@ void end_with_421(struct session *s, const char *why)
     stream_break(&s->io, why);
 }
 
-/* ---- 5.1.2 AUTH ---- */
+/* ==== 2. The provider's commands: EHLO, STARTTLS, AUTH, ATRN, QUIT ===================================
+ *
+ * What stands between a stranger and the mail: which mechanisms are offered on this connection, and whether there is
+ * mail for domains that the account may ask for. ATRN is the only command that looks into the queue (4-d). */
 
 static bool mechanism_offered(const struct session *s, enum mechanism m);
 static bool atrn_domains(struct session *s);
@@ -604,7 +610,7 @@ static bool quit_command(struct session *s)
     return true;
 }
 
-/* ==== The provider, 5.3: the client ===================================================================
+/* ==== 3. The provider as the client: one sender (5.3) ================================================
  *
  * The connection has turned: the customer greets, the provider sends the mail. One sender does it, in
  * whatever way the customer can take:
@@ -616,7 +622,7 @@ static bool quit_command(struct session *s)
  *
  * What makes these one path: every command is noted in a FIFO of the replies it will bring, and replies
  * are read from it in order, each deciding what it was expected for. may_stay_outstanding() is the rule,
- * the only one, that says when the sender waits. Replies that have arrived are settled before the next
+ * the only one, that says when the sender waits. Replies that have arrived are taken before the next
  * message, without waiting for more. The FIFO is short: REPLIES_IN_FLIGHT replies of 512 octets fit into
  * the receive buffer that the listener asked for, so the customer can always write its replies while the
  * provider writes mail, and two peers that block cannot deadlock.
@@ -660,7 +666,7 @@ struct sender {
     bool unclean;               /* a transaction was left open on the other side: RSET before the next */
     bool wait_at_ends;          /* the server wants no command before its reply to the end of a message */
     bool over;                  /* no more is sent in this session; the log says why */
-    bool abandoned;             /* what is not settled by now stays */
+    bool abandoned;             /* what no reply was taken for by now stays */
     struct expected fifo[REPLIES_IN_FLIGHT];
     size_t oldest, count;
     struct message *again;      /* to be sent once more, in order of arrival */
@@ -685,14 +691,14 @@ static bool send_content(struct sender *x, struct transaction *t, bool dots);
 static bool send_bdat(struct sender *x, struct transaction *t);
 static bool expect(struct sender *x, enum expectation what, struct transaction *t, struct recipient *to);
 static size_t may_stay_outstanding(const struct sender *x, enum expectation what);
-static bool settle_arrived(struct sender *x);
-static bool settle_down_to(struct sender *x, size_t left);
-static bool settle(struct sender *x, const struct reply *r);
+static bool take_arrived_replies(struct sender *x);
+static bool await_replies(struct sender *x, size_t left);
+static bool take_reply(struct sender *x, const struct reply *r);
 static const char *order_lost(enum expectation what, int code);
 static const char *reply_clause(const struct sender *x);
-static void settle_mail(struct sender *x, struct transaction *t, const struct reply *r);
-static void settle_recipient(struct sender *x, struct transaction *t, struct recipient *to, const struct reply *r);
-static void settle_content(struct sender *x, struct transaction *t, enum expectation what, const struct reply *r);
+static void take_mail_reply(struct sender *x, struct transaction *t, const struct reply *r);
+static void take_rcpt_reply(struct sender *x, struct transaction *t, struct recipient *to, const struct reply *r);
+static void take_content_reply(struct sender *x, struct transaction *t, enum expectation what, const struct reply *r);
 static void not_ready(struct sender *x, const struct reply *r);
 static enum verdict verdict_of(enum expectation what, const struct reply *r);
 static bool about_session(enum expectation what, int code);
@@ -715,17 +721,17 @@ static void send_mail(struct session *s)
 {
     struct sender x = {.s = s, .rcpt_max = RECIPIENTS_A_TRANSACTION};
     struct message *m;
-    bool good, settled;
+    bool good, answered;
 
     good = greet_customer(&x);
     while (good && !x.over && !atomic_load(&s->provider->stopping) && (m = next_message(&x)))
-        good = send_message(&x, m) && settle_arrived(&x);
+        good = send_message(&x, m) && take_arrived_replies(&x);
 
     /* When the customer hears QUIT, the queue shows what it took. */
-    settled = settle_down_to(&x, 0) && !s->io.broken;
+    answered = await_replies(&x, 0) && !s->io.broken;
     if (s->messages > 0)
         start_interval(s);
-    if (settled) {
+    if (answered) {
         send_line(s, "5-b", "QUIT");
         good = expect(&x, FOR_QUIT, NULL, NULL);
     }
@@ -789,7 +795,7 @@ static size_t limit_of(const char *limits, const char *name, size_t none)
 
 /* The message to be sent next: the one that was claimed for ATRN, then the others, then those that must be sent
  * again, once nothing is outstanding. When the walk through the queue was stopped (see claim_next), what is
- * outstanding is settled, which gives descriptors and memory back, and the same message is tried once more. NULL:
+ * outstanding is awaited, which gives descriptors and memory back, and the same message is tried once more. NULL:
  * that was all, or the connection is broken: after a walk that did not come to its end there is no QUIT, which
  * would say that it did. */
 static struct message *next_message(struct sender *x)
@@ -799,7 +805,7 @@ static struct message *next_message(struct sender *x)
     s->first = NULL;
     if (!m && !x->again)
         claim_next(s, &s->backlog, &m);
-    if (m || !settle_down_to(x, 0))
+    if (m || !await_replies(x, 0))
         return m;
     if (x->again) {
         m = x->again;
@@ -953,7 +959,7 @@ static bool send_bdat(struct sender *x, struct transaction *t)
     return send_content(x, t, false) && expect(x, FOR_BDAT, t, NULL);
 }
 
-/* ---- Replies: each settles what the oldest command expects ---- */
+/* ---- Replies: each is for the oldest command in the FIFO ---- */
 
 /* Notes that the command just written will be answered, and waits if the rule says so. */
 static bool expect(struct sender *x, enum expectation what, struct transaction *t, struct recipient *to)
@@ -962,7 +968,7 @@ static bool expect(struct sender *x, enum expectation what, struct transaction *
     x->fifo[(x->oldest + x->count++) % REPLIES_IN_FLIGHT] = (struct expected){what, t, to, io->gone + io->out_end};
     if (t)
         t->outstanding++;
-    return settle_down_to(x, may_stay_outstanding(x, what));
+    return await_replies(x, may_stay_outstanding(x, what));
 }
 
 /* The one rule: how many replies may be left outstanding after this command. Without PIPELINING none.
@@ -977,26 +983,26 @@ static size_t may_stay_outstanding(const struct sender *x, enum expectation what
     return x->count < REPLIES_IN_FLIGHT ? x->count : REPLIES_IN_FLIGHT / 2;
 }
 
-static bool settle_arrived(struct sender *x)
+static bool take_arrived_replies(struct sender *x)
 {
     struct reply r;
     while (x->count > 0 && x->fifo[x->oldest].written <= x->s->io.gone && reply_arrived(x->s))
-        if (!read_arrived_reply(x->s, reply_clause(x), &r) || !settle(x, &r))
+        if (!read_arrived_reply(x->s, reply_clause(x), &r) || !take_reply(x, &r))
             return false;
     return true;
 }
 
-static bool settle_down_to(struct sender *x, size_t left)
+static bool await_replies(struct sender *x, size_t left)
 {
     struct reply r;
     while (x->count > left)
-        if (!read_reply(x->s, reply_clause(x), &r) || !settle(x, &r))
+        if (!read_reply(x->s, reply_clause(x), &r) || !take_reply(x, &r))
             return false;
     return true;
 }
 
 /* Settles the oldest command with its reply. False: the connection is of no more use. */
-static bool settle(struct sender *x, const struct reply *r)
+static bool take_reply(struct sender *x, const struct reply *r)
 {
     struct expected e = x->fifo[x->oldest];
     const char *lost = order_lost(e.what, r->code);
@@ -1009,19 +1015,19 @@ static bool settle(struct sender *x, const struct reply *r)
     x->count--;
     switch (e.what) {
     case FOR_MAIL:
-        settle_mail(x, e.of, r);
+        take_mail_reply(x, e.of, r);
         break;
     case FOR_RCPT:
-        settle_recipient(x, e.of, e.recipient, r);
+        take_rcpt_reply(x, e.of, e.recipient, r);
         break;
     case FOR_DATA:
         e.of->go_ahead = r->code == 354;
         if (!e.of->go_ahead)
-            settle_content(x, e.of, FOR_DATA, r);
+            take_content_reply(x, e.of, FOR_DATA, r);
         break;
     case FOR_CONTENT:
     case FOR_BDAT:
-        settle_content(x, e.of, e.what, r);
+        take_content_reply(x, e.of, e.what, r);
         break;
     case FOR_RSET:
         x->unclean = false;
@@ -1062,7 +1068,7 @@ static const char *reply_clause(const struct sender *x)
 
 /* RFC 2920, 3.1, lets MAIL follow the end of a message at once, but some servers refuse what arrives before their reply
  * to that end, with one 503 for each command. Then the sender waits there from now on, and sends the same again. */
-static void settle_mail(struct sender *x, struct transaction *t, const struct reply *r)
+static void take_mail_reply(struct sender *x, struct transaction *t, const struct reply *r)
 {
     t->verdict = verdict_of(FOR_MAIL, r);
     t->mail_refused = t->verdict != DELIVERED;
@@ -1079,7 +1085,7 @@ static void settle_mail(struct sender *x, struct transaction *t, const struct re
     }
 }
 
-static void settle_recipient(struct sender *x, struct transaction *t, struct recipient *to, const struct reply *r)
+static void take_rcpt_reply(struct sender *x, struct transaction *t, struct recipient *to, const struct reply *r)
 {
     if (t->again)
         return;
@@ -1096,7 +1102,7 @@ static void settle_recipient(struct sender *x, struct transaction *t, struct rec
 /* The reply to DATA if it is not 354, to the last octet otherwise. A 2xx to the last octet is the moment
  * when the responsibility passes to the customer (RFC 5321, 4.2.5); if the line drops right before it
  * arrives, the customer has the message and we send it again: twice, but never not at all. */
-static void settle_content(struct sender *x, struct transaction *t, enum expectation what, const struct reply *r)
+static void take_content_reply(struct sender *x, struct transaction *t, enum expectation what, const struct reply *r)
 {
     enum verdict verdict = verdict_of(what, r);
     for (size_t i = t->first; i < t->last; i++)
@@ -1138,7 +1144,7 @@ static bool about_session(enum expectation what, int code)
  * recipients that they were expected for stay in the queue. */
 static void abandon(struct sender *x)
 {
-    settle_arrived(x);
+    take_arrived_replies(x);
     x->abandoned = true;
     while (x->count > 0) {
         struct expected e = x->fifo[x->oldest];
@@ -1172,7 +1178,7 @@ static void message_release(struct sender *x, struct message *m)
         message_conclude(x, m);
 }
 
-/* All transactions of this message are settled, or the line is gone. */
+/* All transactions of this message have their replies, or the line is gone. */
 static void message_conclude(struct sender *x, struct message *m)
 {
     struct session *s = x->s;
@@ -1192,7 +1198,7 @@ static void message_conclude(struct sender *x, struct message *m)
         }
     }
     count_message(x, m);
-    if (!message_settle(s->provider, s, m))
+    if (!update_queue(s->provider, s, m))
         backlog_skip_box(&s->backlog, m->path);
     message_close(m);
     free(m);
@@ -1234,7 +1240,7 @@ static void note_verdict(struct sender *x, struct message *m, struct recipient *
              verdict == DELIVERED ? "delivered" : verdict == DEFERRED ? "deferred" : "refused", m, to, why);
 }
 
-/* Ends the session early, with QUIT. Outstanding replies are still settled; the other messages stay queued. */
+/* Ends the session early, with QUIT. Outstanding replies are still awaited; the other messages stay queued. */
 __attribute__((format(printf, 2, 3))) static void end_early(struct sender *x, const char *fmt, ...)
 {
     char why[LOG_LINE];
@@ -1255,7 +1261,7 @@ static void log_fate(const struct session *s, int priority, const char *fate, co
               *m->id ? m->id : "none", m->path, why);
 }
 
-/* ==== The customer, before the reversal: the client ===================================================
+/* ==== 4. The customer as the client: from the greeting to ATRN (5.1, 5.2) ============================
  *
  * Greeting, EHLO, AUTH, ATRN, each reply checked; then the roles turn. The result is an exit code of
  * sysexits(3), because a script that polls needs to know: mail, no mail, try later, or a permanent error. */
@@ -1494,7 +1500,7 @@ static void stop_customer(int number)
     errno = problem;
 }
 
-/* ==== The customer, after the reversal: the server ====================================================
+/* ==== 5. The customer as the server: SMTP into a Maildir (5.3) =======================================
  *
  * A small SMTP server that trusts no input. What it has answered 250 for is on disk. */
 
@@ -1573,9 +1579,9 @@ static void content_write(struct content *c, const char *data, size_t len);
 static void end_content(struct smtp_server *server);
 __attribute__((format(printf, 3, 4)))
 static void answer(struct smtp_server *server, const char *clause, const char *fmt, ...);
-static void store_then_answer(struct smtp_server *server);
+static void answer_when_stored(struct smtp_server *server);
 static void before_reading(struct smtp_server *server, bool (*arrived)(struct stream *));
-static void settle_answers(struct smtp_server *server);
+static void store_then_answer(struct smtp_server *server);
 static const char *not_stored(struct smtp_server *server, const struct delivery *d);
 
 int take_mail_ourselves(struct session *s, const struct customer *c)
@@ -1604,7 +1610,7 @@ static void receive_mail(struct smtp_server *server)
     while (!server->done && !s->protocol_broken) {
         bool between = !server->in_mail && !server->content.under_way; /* two messages */
         if (customer_stops && between) {
-            settle_answers(server);
+            store_then_answer(server);
             server->done = true;
             end_with_421(s, "this server is shutting down");
             break;
@@ -1628,8 +1634,8 @@ static void receive_mail(struct smtp_server *server)
     }
 
     if (!s->io.broken)
-        settle_answers(server);
-    deliveries_discard(server->waiting, server->waiting_count); /* they were not settled, so not promised */
+        store_then_answer(server);
+    deliveries_discard(server->waiting, server->waiting_count); /* they are not stored, so not promised */
     forget_transaction(server);
     stream_flush(&s->io);
     if (s->protocol_broken)
@@ -1819,7 +1825,7 @@ static void complete_postmaster(struct smtp_server *server, char *mailbox, size_
     const char *list = server->c->domains, *domain;
     size_t len;
     if (!*list) {
-        settle_answers(server);
+        store_then_answer(server);
         list = server->stored;
     }
     if (*list && (domain = next_domain(&list, &len)))
@@ -1894,7 +1900,7 @@ static void forget_transaction(struct smtp_server *server)
  * Line ends become LF, and DATA's dots are undone. Only CRLF ends a line: a bare CR or LF is how one peer's end of
  * message is smuggled into the middle of another's (RFC 5321, 2.3.8 and 4.1.1.4). */
 
-/* Opens the files. When there are too many open files, those that wait for the disk are settled first. */
+/* Opens the files. When there are too many open files, those that wait for the disk are stored first. */
 static void begin_content(struct smtp_server *server, bool dots)
 {
     struct content *c = &server->content;
@@ -1904,7 +1910,7 @@ static void begin_content(struct smtp_server *server, bool dots)
         c->files = deliveries_open(c->deliveries, server->c->queue, server->sender, server->recipients, server->count);
         problem = c->files == 0 && server->waiting_count > 0 ? c->deliveries->problem : 0;
         if (problem == EMFILE || problem == ENFILE)
-            settle_answers(server);
+            store_then_answer(server);
     } while (problem == EMFILE || problem == ENFILE);
     for (size_t i = 0; i < c->files; i++)
         write_received_field(server, c->deliveries[i].file);
@@ -2038,13 +2044,13 @@ static void end_content(struct smtp_server *server)
     else if (c->trace_fields > TRACE_FIELDS_MAX)
         answer(server, "4-e", "554 5.4.6 Too many hops");
     else if (deliveries_written(c->deliveries, c->files))
-        store_then_answer(server);
+        answer_when_stored(server);
     else
         answer(server, "4-e", "%s", not_stored(server, c->deliveries));
     forget_transaction(server);
 }
 
-/* ==== Answers that wait for the disk =================================================================
+/* ==== 5. The customer as the server: answers that wait for the disk ==================================
  *
  * 250 to the last octet of a message is a promise: the message is on disk (RFC 5321, 6.1). Writing takes time, and a
  * provider that pipelines has sent more meanwhile. So the server reads on as long as there is something to read.
@@ -2052,7 +2058,7 @@ static void end_content(struct smtp_server *server)
  * provider, all messages received so far go to disk together, and then their answers leave. If the connection is lost
  * before that, the messages are discarded: the provider has no answer, keeps them, and sends them again.
  *
- * answer() says a reply in its turn. store_then_answer() promises the message under way. */
+ * answer() says a reply in its turn. answer_when_stored() promises the message under way. */
 
 static void answer_stored(struct smtp_server *server, struct delivery *d, size_t files);
 static void note_domain(struct smtp_server *server, const char *domain);
@@ -2067,7 +2073,7 @@ static void answer(struct smtp_server *server, const char *clause, const char *f
     va_end(args);
 
     if (server->answer_count == ANSWERS_MAX || strlen(text) >= sizeof a->text)
-        settle_answers(server);
+        store_then_answer(server);
     if (server->answer_count == 0) {
         send_line(server->s, clause, "%s", text);
         return;
@@ -2078,11 +2084,11 @@ static void answer(struct smtp_server *server, const char *clause, const char *f
     a->files = 0;
 }
 
-static void store_then_answer(struct smtp_server *server)
+static void answer_when_stored(struct smtp_server *server)
 {
     struct content *c = &server->content;
     if (server->answer_count == ANSWERS_MAX || server->waiting_count + c->files > DELIVERIES_MAX)
-        settle_answers(server);
+        store_then_answer(server);
     memcpy(server->waiting + server->waiting_count, c->deliveries, c->files * sizeof *c->deliveries);
     server->waiting_count += c->files;
     server->answers[server->answer_count++].files = c->files;
@@ -2094,10 +2100,10 @@ static void store_then_answer(struct smtp_server *server)
 static void before_reading(struct smtp_server *server, bool (*arrived)(struct stream *))
 {
     if (server->answer_count > 0 && !arrived(&server->s->io) && !server->s->io.ended)
-        settle_answers(server);
+        store_then_answer(server);
 }
 
-static void settle_answers(struct smtp_server *server)
+static void store_then_answer(struct smtp_server *server)
 {
     struct delivery *d = server->waiting;
     deliveries_store(d, server->waiting_count);
@@ -2140,7 +2146,7 @@ static const char *not_stored(struct smtp_server *server, const struct delivery 
     return "452 4.3.1 Cannot write the message now";
 }
 
-/* ==== SASL ============================================================================================
+/* ==== 6. SASL: each mechanism once ===================================================================
  *
  * RFC 4954's AUTH: a mechanism's messages, in base64, as challenges (334) and responses:
  *
@@ -2153,7 +2159,8 @@ static const char *not_stored(struct smtp_server *server, const struct delivery 
  *
  * An initial response "=" is an empty one; a response "*" cancels the exchange, and the reply is 501. Each mechanism
  * stands below once: its exchange, what both halves need, the server's half, the client's half. A new one takes these
- * two functions, a row in the table at the end, and a rank in choose_mechanism() (8-b). */
+ * two functions, a name in odmr.h, a row in the table, a case in mechanism_offered() and in mechanism_usable(), and a
+ * rank in choose_mechanism() (8-b). */
 
 #define AUTH_FAILURES 3          /* then 421 */
 #define AUTH_FAILURE_MS 1000     /* what a guess costs */
@@ -2902,7 +2909,7 @@ static int prove_plain(struct session *s, const struct customer *c, enum mechani
     return read_outcome(s, r);
 }
 
-/* ==== Failure notices ==================================================================================
+/* ==== 7. Failure notices =============================================================================
  *
  * 4-e: who has accepted mail owns it until it is delivered or its sender has been told. What the customer
  * refuses for good is returned: one notice (RFC 3461 to 3464) for all recipients of a message that were
@@ -3077,7 +3084,7 @@ static bool return_refused(const struct provider *p, struct session *s, const st
 }
 
 /* If the provider is killed in between, the message is sent again; it is never lost. */
-bool message_settle(const struct provider *p, struct session *s, struct message *m)
+bool update_queue(const struct provider *p, struct session *s, struct message *m)
 {
     size_t count[VERDICTS] = {0};
     enum update got;
@@ -3109,7 +3116,7 @@ bool message_settle(const struct provider *p, struct session *s, struct message 
     return sound && got != FAILED;
 }
 
-/* ==== The envelope ====================================================================================
+/* ==== 8. The queue: the envelope =====================================================================
  *
  * A queued message is an RFC 5322 message below a block of header fields that the last delivery agent
  * wrote: Return-Path, Delivered-To, X-Original-To, Envelope-To, Delivery-Date, in any order, and nothing
@@ -3365,7 +3372,7 @@ const struct reason *message_reason(struct message *m, int code, const char *tex
     return r;
 }
 
-/* ==== The Maildir queue ===============================================================================
+/* ==== 8. The queue: Maildirs, messages, claims =======================================================
  *
  * DIR/<domain>/{new,cur,tmp}. Whoever delivers writes into tmp and renames into new; a message that is
  * there is complete and never changes. That is all the locking that reading needs. What must not happen
@@ -4072,7 +4079,7 @@ enum update message_remove(struct message *m)
     return result;
 }
 
-/* ==== Delivery into a Maildir =========================================================================
+/* ==== 8. The queue: delivery into a Maildir ==========================================================
  *
  * Used by the customer and by enqueue, which write what the provider reads: the envelope on top, then
  * the message. A delivery is one file in tmp; it becomes mail when it is on disk and renamed into new,
@@ -4223,7 +4230,7 @@ bool deliveries_store(struct delivery *d, size_t count)
     return all;
 }
 
-/* ==== Handing the session on: --smtp and --exec ========================================================
+/* ==== 9. Handing the session on: --smtp and --exec ===================================================
  *
  * The receiver, the customer's own mail server, speaks SMTP. So its connection and the provider's are joined, and every
  * octet passes unchanged. The relay follows the dialogue for the trace, for the count of messages and to recognise a
@@ -4525,7 +4532,7 @@ void leave_receiver(const struct customer *c, struct receiver *receiver)
     *receiver = (struct receiver){.session = NULL};
 }
 
-/* ==== Accounts ========================================================================================
+/* ==== 10. Accounts ===================================================================================
  *
  * One line a customer: name:domain[,domain...]:secret. The file is read whole, at start and at SIGHUP;
  * sessions hold a share in the table they use, so a new one can replace it at any time. AUTH and ATRN
@@ -4776,7 +4783,7 @@ struct accounts *accounts_load(const char *path, char *why, size_t why_size)
     return all;
 }
 
-/* ==== Lines and replies ===============================================================================
+/* ==== 11. Lines and replies ==========================================================================
  *
  * The dialogue is made of lines, ours and theirs. send_line() and read_line() are the only way they
  * come and go, so the trace sees each. A reply is validated before it is believed. */
@@ -5037,7 +5044,7 @@ bool list_has(const char *list, const char *wanted)
     return false;
 }
 
-/* ==== Addresses and domains ===========================================================================
+/* ==== 11. Addresses and domains ======================================================================
  *
  * What may be named in ATRN, in an envelope and in a path. A domain that passed domain_valid() has no
  * slash, no dot at either end and no empty label, so it is safe as the name of a directory. */
@@ -5186,10 +5193,10 @@ void write_date(FILE *out, const char *before, time_t when)
     fprintf(out, "%s%s\n", before, date);
 }
 
-/* ==== The stream ======================================================================================
+/* ==== 12. The stream =================================================================================
  *
- * Buffered bytes over one connected socket, in the clear or through TLS. To everything below this part
- * a stream blocks: reading waits for the peer, writing waits for room. Three things are known only here:
+ * Buffered bytes over one connected socket, in the clear or through TLS. To every other
+ * part a stream blocks: reading waits for the peer, writing waits for room. Three things are known only here:
  *
  *   - Waiting. socket_wait() is the one place where a thread waits for its peer, with its patience, its
  *     deadline and the pipe that says "the server is shutting down".
@@ -5683,7 +5690,7 @@ void stream_close(struct stream *s)
     stream_break(s, "closed");
 }
 
-/* ==== TLS =============================================================================================
+/* ==== 12. TLS, and connecting ========================================================================
  *
  * Who we are and whom we believe: certificates, keys, authorities. The handshake and the octets are the
  * stream's affair. TLS 1.2 and up; no sessions are kept, for each connection is one of its own. */
@@ -5861,7 +5868,7 @@ size_t channel_binding(SSL *tls, bool server, const char *type, unsigned char ou
     return 0;
 }
 
-/* ---- Connect, and stop ---- */
+/* ---- Connect ---- */
 
 bool split_host_port(const char *text, const char *default_port, char *host, size_t host_size, char *port,
                      size_t port_size)
@@ -5927,7 +5934,7 @@ int connect_to(const char *where, const char *default_port, int timeout, int *co
     return fd;
 }
 
-/* ==== Log and trace ===================================================================================
+/* ==== 13. Log and trace ==============================================================================
  *
  * One event, one line, one write to standard error, so that the lines of many threads never mix.
  * Whatever a peer sent may be in a line, so every line is escaped as a whole, here and nowhere else:
@@ -6275,7 +6282,7 @@ void show_summary(const struct session *s, const char *what, size_t messages, ui
                   what);
 }
 
-/* ==== Programs =========================================================================================
+/* ==== 13. Programs ===================================================================================
  *
  * What is run besides us: sendmail for notices, --exec's command. No shell stands between unless it was
  * asked for, and nothing that a peer sent is ever a part of a command but an address behind "--". */
@@ -6330,7 +6337,7 @@ int finish_program(pid_t pid, int seconds)
     return told == 0 && WIFEXITED(status) ? WEXITSTATUS(status) : -1;
 }
 
-/* ==== The caretaker ====================================================================================
+/* ==== 14. The caretaker ==============================================================================
  *
  * A thread that looks through the queue now and then: debris goes, and so does what nobody has collected
  * for --max-age days, back to its sender. It never delivers anything: 4-d, that is done on request only. */
@@ -6351,7 +6358,7 @@ static bool expire_message(struct provider *p, const char *path)
                 m.list[i].fate = REFUSED;
                 log_fate(NULL, LOG_NOTICE, "expired", &m, &m.list[i], why);
             }
-        go_on = message_settle(p, NULL, &m) && now_ms() - began < NOTICE_TIMEOUT * 1000; /* or sendmail hangs */
+        go_on = update_queue(p, NULL, &m) && now_ms() - began < NOTICE_TIMEOUT * 1000; /* or sendmail hangs */
     }
     message_close(&m);
     return go_on;
@@ -6398,7 +6405,7 @@ static void *caretaker(void *argument)
     return NULL;
 }
 
-/* ==== The listener ====================================================================================
+/* ==== 14. The listener ===============================================================================
  *
  * One thread accepts, one thread a connection serves. Threads share what struct provider names as shared,
  * under its lock or as an atomic, and nothing else. Signals come to the accepting thread alone, and only between
@@ -6960,7 +6967,7 @@ int provider_run(struct provider *p)
     return EX_OK;
 }
 
-/* ==== The tools =======================================================================================
+/* ==== 15. The tools ==================================================================================
  *
  * enqueue puts a message into the queue, queue shows what waits, demo runs a whole session here. */
 
@@ -7274,7 +7281,7 @@ int print_account(const char *name, const char *domains, bool scram)
     return fflush(stdout) == 0 ? EX_OK : EX_IOERR;
 }
 
-/* ==== The demo ========================================================================================
+/* ==== 15. The demo ===================================================================================
  *
  * A provider and a customer, two threads of this process, over a real socket, with a queue made for the
  * occasion. The customer's side draws the ladder. */
@@ -7494,7 +7501,7 @@ int demo(bool stepwise, bool tls, enum mechanism mechanism)
     return code;
 }
 
-/* ==== Main ============================================================================================ */
+/* ==== 15. Options and main =========================================================================== */
 
 #define POLL_MOST 3600           /* seconds between two --polls that the provider does not let in */
 #define MAX_AGE_MOST 36500       /* days */

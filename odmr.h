@@ -1,5 +1,22 @@
-/* odmr.h: the map of odmr.c. Constants with their reasons, the three states, the types, and every
- * function with what it promises. Read it first, then odmr.c from the top. */
+/* odmr.h: the map of odmr.c. Its parts, each with the function to enter by:
+ *
+ *    1  the provider's session, its three states                     provider_session
+ *    2  the provider's commands: EHLO, STARTTLS, AUTH, ATRN, QUIT    atrn_command
+ *    3  the provider as the client sends what it holds               send_mail
+ *    4  the customer as the client, from the greeting to ATRN        client_dialogue
+ *    5  the customer as the server; answers that wait for the disk   receive_mail; answer, answer_when_stored
+ *    6  SASL: each mechanism with its two halves                     sasl_serve, sasl_prove
+ *    7  failure notices, and what becomes of a message               update_queue
+ *    8  the queue: envelope, message, claim, delivery                envelope_read, message_claim, deliveries_store
+ *    9  the session handed on to another mail server                 hand_session_on
+ *   10  accounts                                                     accounts_load
+ *   11  lines and replies; addresses and domains                     send_line, read_reply; recipient_valid
+ *   12  the stream: octets with or without TLS, time-outs            stream_read_line, stream_flush
+ *   13  log, trace, ladder; the programs that are run                log_event, trace_line; start_program
+ *   14  the caretaker; the listener: threads, signals, shutdown      caretaker; provider_run
+ *   15  tools, demo, options                                         main
+ *
+ * Below stand the constants, types and functions that more than one part uses; what one part uses stands there. */
 
 #ifndef ODMR_H
 #define ODMR_H
@@ -346,7 +363,7 @@ struct receiver {
 
 /* ---- Functions, in the order of odmr.c ---- */
 
-/* The provider, 5.1 and 5.2: the server */
+/* 1. The provider: its session, and the three states of sections 5.1, 5.2 and 5.3 */
 
 /* The whole dialogue with one customer, to the end of the connection. */
 void provider_session(struct session *s);
@@ -356,10 +373,13 @@ void refuse(struct session *s, const char *clause, const char *fmt, ...) __attri
 void stop_waiting(struct session *s);
 /* Ends the session: 421, and why. Nothing is said if the peer is gone. */
 void end_with_421(struct session *s, const char *why);
+
+/* 2. The provider's commands: EHLO, STARTTLS, AUTH, ATRN, QUIT */
+
 /* Takes the accounts of now. False: the session's own account is gone or has changed. */
 bool accounts_renew(struct session *s);
 
-/* The customer, before the reversal: the client */
+/* 4. The customer as the client: from the greeting to ATRN (5.1, 5.2) */
 
 /* One session from connect to close; an exit code. */
 int customer_session(const struct customer *c);
@@ -369,12 +389,12 @@ int session_outcome(struct session *s, bool ended, size_t messages, size_t unwri
 int exit_code_lost(const struct session *s);
 int exit_code_refused(const struct session *s, const char *command, const struct reply *r, int permanent);
 
-/* The customer, after the reversal: the server */
+/* 5. The customer as the server: SMTP into a Maildir (5.3) */
 
 /* The reversed session, with the mail into the Maildir. An exit code. */
 int take_mail_ourselves(struct session *s, const struct customer *c);
 
-/* SASL */
+/* 6. SASL: each mechanism once */
 
 /* SASL */
 const char *mechanism_name(enum mechanism m);
@@ -393,14 +413,14 @@ bool scram_keys(struct scram_keys *k, const char *secret, const unsigned char *s
 /* iterations,salt,StoredKey,ServerKey; false: it is not, or the count is out of bounds. */
 bool verifier_parse(const char *text, struct verifier *v);
 
-/* Failure notices */
+/* 7. Failure notices */
 
 /* What has become of a message's recipients becomes true of the queue: who is delivered leaves it, who was refused
  * leaves it once the sender has been told, and who is still owed the message stays. False: its file could not be
  * removed, or not be written to, so no more is to be taken from its box. */
-bool message_settle(const struct provider *p, struct session *s, struct message *m);
+bool update_queue(const struct provider *p, struct session *s, struct message *m);
 
-/* The envelope */
+/* 8. The queue: the envelope */
 
 /* Which field of an envelope a line starts, and where its value begins. */
 enum field envelope_field(const char *line, size_t *value);
@@ -412,7 +432,7 @@ enum claim envelope_read(struct message *m);
 /* The reason, kept by the message; text is escaped. NULL: out of memory. */
 const struct reason *message_reason(struct message *m, int code, const char *text);
 
-/* The Maildir queue */
+/* 8. The queue: Maildirs, messages, claims */
 
 /* Does this errno say that the file system is gone, and not only a file? Then no other file need be tried. */
 bool file_system_gone(int problem);
@@ -452,7 +472,7 @@ enum update message_strike_out(struct message *m);
 /* Takes it out of the queue: it is delivered, or its sender has been told. */
 enum update message_remove(struct message *m);
 
-/* Delivery into a Maildir */
+/* 8. The queue: delivery into a Maildir */
 
 /* A file in tmp of the domain's Maildir, or of a folder of it, which is made if it is not there. False: nothing is
  * left; d->problem says why. */
@@ -470,7 +490,7 @@ bool deliveries_written(struct delivery *d, size_t count);
  * file of each message whether it failed, and why. Discard those that did. */
 bool deliveries_store(struct delivery *d, size_t count);
 
-/* Handing the session on: --smtp and --exec */
+/* 9. Handing the session on: --smtp and --exec */
 
 /* Joins the session with the receiver, which is reached again, once, if it has gone. An exit code. */
 int hand_session_on(struct session *s, const struct customer *c, struct receiver *receiver);
@@ -480,7 +500,7 @@ int reach_receiver(const struct customer *c, struct receiver *receiver, const ch
 /* Closes the connection to the receiver and ends the program. */
 void leave_receiver(const struct customer *c, struct receiver *receiver);
 
-/* Accounts */
+/* 10. Accounts */
 
 /* Gives up one share; the last one frees the table. NULL is fine. */
 void accounts_release(struct accounts *all);
@@ -500,7 +520,7 @@ bool account_verifier(const struct account *a, struct verifier *v);
 /* Reads the file; NULL, and why, when it is not what an accounts file must be. One user: the caller. */
 struct accounts *accounts_load(const char *path, char *why, size_t why_size);
 
-/* Lines and replies */
+/* 11. Lines and replies */
 
 /* The address as text for the log: 127.0.0.1:366, [::1]:366. */
 void address_text(char *out, size_t size, const struct sockaddr_storage *a, socklen_t len);
@@ -543,7 +563,7 @@ const char *next_word(const char **list, size_t *len);
 /* Is this one of the words of a list, in any case of letters? list may be NULL: then no. */
 bool list_has(const char *list, const char *wanted);
 
-/* Addresses and domains */
+/* 11. Addresses and domains */
 
 /* 5.2.1-l: two labels or more of letters, digits and inner hyphens. */
 bool domain_valid(const char *domain, size_t len);
@@ -565,7 +585,7 @@ bool sender_valid(const char *mailbox);
 /* A date as RFC 5322, 3.3, writes it, on a line of its own behind `before`. */
 void write_date(FILE *out, const char *before, time_t when);
 
-/* The stream */
+/* 12. The stream */
 
 /* Milliseconds on a clock that only goes forward. */
 int64_t now_ms(void);
@@ -617,7 +637,7 @@ void stream_end(struct stream *s);
 /* Flushes, closes, and lets the peer read our last words. */
 void stream_close(struct stream *s);
 
-/* TLS */
+/* 12. TLS, and connecting */
 
 /* Contexts from PEM files; cert may be NULL for a client. NULL, and why. */
 SSL_CTX *tls_server_context(const char *cert, const char *key, const char *client_ca, char *why, size_t size);
@@ -635,7 +655,7 @@ bool split_host_port(const char *text, const char *default_port, char *host, siz
 /* Connects to the first address that answers. Returns the socket, or -1 and an exit code in *code. */
 int connect_to(const char *where, const char *default_port, int timeout, int *code);
 
-/* Log and trace */
+/* 13. Log and trace */
 
 /* Text with every octet that is not printable ASCII as \xNN; cut to size. */
 void escape(char *out, size_t size, const char *text);
@@ -665,7 +685,7 @@ void show_progress(struct session *s, size_t messages, uint64_t octets);
 /* Ends the line of progress, and logs the summary. */
 void show_summary(const struct session *s, const char *what, size_t messages, uint64_t octets);
 
-/* Programs */
+/* 13. Programs */
 
 /* Starts argv[0], in a process group of its own, with these as its standard input and output (-1: ours). 0, or an
  * errno. */
@@ -674,14 +694,14 @@ int start_program(char *const argv[], int in, int out, pid_t *pid);
  * status; -1: it did not end by itself. */
 int finish_program(pid_t pid, int seconds);
 
-/* The listener */
+/* 14. The listener */
 
 /* False: text is neither an address nor a prefix. */
 bool network_parse(struct network *n, const char *text);
 /* Serves until a signal says stop; an exit code. What is wrong at the start ends the program (sysexits). */
 int provider_run(struct provider *p);
 
-/* The tools */
+/* 15. The tools */
 
 /* The directory, made first if make; -1: errno says why. The caller closes it. */
 int open_queue(const char *dir, bool make);
@@ -693,7 +713,7 @@ int show_queue(int queue, char **domains, size_t count, bool list, const struct 
 /* Asks for the secret and prints the line of an accounts file; an exit code. */
 int print_account(const char *name, const char *domains, bool scram);
 
-/* The demo */
+/* 15. The demo */
 
 /* A session with itself, explained on standard output; an exit code. */
 int demo(bool stepwise, bool tls, enum mechanism mechanism);

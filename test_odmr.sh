@@ -7682,7 +7682,7 @@ MUTANT_PROVIDERS=(
     '!mechanism_offered(s, m)' 'm == NO_MECHANISM ? (m = SCRAM, false) : !mechanism_offered(s, m)'
     's->argument && !domain_list_valid(s->argument)'
     '(s->argument && !domain_list_valid(s->argument) ? s->argument = NULL : 0), false'
-    'settle_down_to(&x, 0) && !s->io.broken' 'false'
+    'await_replies(&x, 0) && !s->io.broken' 'false'
     -- 5.1.2-c,5.1.3-a,5.2.1-a,5.3-a
     'm < MECHANISMS' 'false'
     $'s->io.said_quit = true;\n    stream_flush(&s->io);\n    return true;' $'stream_flush(&s->io);\n    return false;'
