@@ -156,6 +156,7 @@ static void reversed_state(struct session *s)
     if (s->first) {
         message_close(s->first);
         free(s->first);
+        s->first = NULL;
     }
     backlog_free(&s->backlog);
 }
@@ -623,15 +624,20 @@ static bool quit_command(struct session *s)
  * What makes these one path: every command is noted in a FIFO of the replies it will bring, and replies
  * are read from it in order, each deciding what it was expected for. may_stay_outstanding() is the rule,
  * the only one, that says when the sender waits. Replies that have arrived are taken before the next
- * message, without waiting for more. The FIFO is short: REPLIES_IN_FLIGHT replies of 512 octets fit into
- * the receive buffer that the listener asked for, so the customer can always write its replies while the
- * provider writes mail, and two peers that block cannot deadlock.
+ * message, without waiting for more.
+ *
+ * Why two peers that block cannot deadlock: the provider writes without reading, so all replies that it has not read
+ * must fit into its receive buffer; then the customer, which can always write them, comes to read what the provider
+ * writes. No more are outstanding than fit, by the size that the kernel says this buffer has (reply_window), with 512
+ * octets a reply (RFC 5321, 4.5.3.1.5). After a longer reply each command waits. Only a customer that fills the buffer
+ * with longer ones before the first of them is read can still hold the session up, and the time-out ends it.
  *
  * RFC 2920 and RFC 3030 rest on the order of replies. When that can no longer be trusted, the connection
  * is broken, and nothing that comes after is believed. */
 
 #define RECIPIENTS_A_TRANSACTION 100 /* RFC 5321, 4.5.3.1.8: what every server must take */
-#define REPLIES_IN_FLIGHT 320    /* times 512 octets: under RECEIVE_BUFFER, see the sender */
+#define REPLIES_IN_FLIGHT 320    /* times REPLY_MAX and what the kernel and TLS add: RECEIVE_BUFFER */
+#define REPLY_MAX 512            /* RFC 5321, 4.5.3.1.5: octets, with its code and CRLF */
 #define REFUSED_MESSAGES_MAX 10  /* when so many were refused and none was taken, the session ends */
 
 struct transaction {
@@ -668,13 +674,14 @@ struct sender {
     bool over;                  /* no more is sent in this session; the log says why */
     bool abandoned;             /* what no reply was taken for by now stays */
     struct expected fifo[REPLIES_IN_FLIGHT];
-    size_t oldest, count;
+    size_t oldest, count, window; /* of the FIFO; no more than window are noted there */
     struct message *again;      /* to be sent once more, in order of arrival */
     size_t delivered, deferred, refused; /* recipients, for the log */
     size_t transactions, messages_refused;
     uint64_t octets;
 };
 
+static size_t reply_window(const struct session *s);
 static bool greet_customer(struct sender *x);
 static void read_capabilities(struct sender *x, const struct reply *r);
 static size_t limit_of(const char *limits, const char *name, size_t none);
@@ -723,6 +730,7 @@ static void send_mail(struct session *s)
     struct message *m;
     bool good, answered;
 
+    x.window = reply_window(s);
     good = greet_customer(&x);
     while (good && !x.over && !atomic_load(&s->provider->stopping) && (m = next_message(&x)))
         good = send_message(&x, m) && take_arrived_replies(&x);
@@ -744,6 +752,17 @@ static void send_mail(struct session *s)
     if (!good || s->io.broken)
         log_event(s, LOG_WARNING, "the reversed session ended early: %s; what is not delivered stays queued",
                   s->io.broken ? s->io.broken : "the customer does not take mail");
+}
+
+/* How many replies our receive buffer holds while nobody reads it. The size that Linux tells is twice what was asked
+ * for, and the other half is for what it keeps beside the octets (socket(7)). */
+static size_t reply_window(const struct session *s)
+{
+    int size = 0;
+    size_t window;
+    getsockopt(s->io.fd, SOL_SOCKET, SO_RCVBUF, &size, &(socklen_t){sizeof size});
+    window = (size_t)size / 2 / (RECEIVE_BUFFER / REPLIES_IN_FLIGHT);
+    return window < 1 ? 1 : window < REPLIES_IN_FLIGHT ? window : REPLIES_IN_FLIGHT;
 }
 
 /* 5.3-b: the customer greets; 5.3-c: then EHLO, or HELO where EHLO is not known. */
@@ -980,7 +999,7 @@ static size_t may_stay_outstanding(const struct sender *x, enum expectation what
         return 0;
     if (x->wait_at_ends && (what == FOR_CONTENT || what == FOR_BDAT))
         return 0;
-    return x->count < REPLIES_IN_FLIGHT ? x->count : REPLIES_IN_FLIGHT / 2;
+    return x->count < x->window ? x->count : x->window / 2;
 }
 
 static bool take_arrived_replies(struct sender *x)
@@ -1013,6 +1032,8 @@ static bool take_reply(struct sender *x, const struct reply *r)
     }
     x->oldest = (x->oldest + 1) % REPLIES_IN_FLIGHT;
     x->count--;
+    if (r->octets > REPLY_MAX)
+        x->pipelining = false;
     switch (e.what) {
     case FOR_MAIL:
         take_mail_reply(x, e.of, r);
@@ -4897,12 +4918,14 @@ static bool read_reply_lines(struct session *s, const char *clause, struct reply
 {
     size_t used = 0;
     r->code = 0;
+    r->octets = 0;
     r->text[0] = '\0';
     for (int lines = 0; lines < REPLY_LINES; lines++) {
         const char *keyword;
         int code;
         if (!read_line(s))
             return false;
+        r->octets += s->io.line_octets;
         keyword = ehlo && s->line_len > 4 ? keyword_clause(s->line + 4) : NULL;
         if (!s->io.line_cut)
             trace_line(s, other_side(s->self), keyword ? keyword : clause, "%s", s->line);
@@ -4971,7 +4994,7 @@ bool reply_arrived(struct session *s)
             return true;
         offset += len;
     }
-    return false;
+    return offset == sizeof s->io.in;
 }
 
 void join_lines(const struct reply *r, char *out, size_t size)

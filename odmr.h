@@ -134,6 +134,7 @@ struct stream {
 
 struct reply {
     int code;
+    size_t octets;   /* as it came, with its line ends */
     char text[2048]; /* without code; lines separated by \n; of an EHLO response only the lines we know */
 };
 
@@ -548,7 +549,7 @@ bool read_ehlo_reply(struct session *s, const char *clause, struct reply *r);
 /* The same as read_reply(), without flushing first, and after a failed write, too: for a reply of which
  * stream_has_line() has shown a line, to a command that has left (stream.gone). */
 bool read_arrived_reply(struct session *s, const char *clause, struct reply *r);
-/* Whether a whole reply has arrived. Never waits. */
+/* Whether a whole reply has arrived, or as much of one as the buffer holds. Never waits. */
 bool reply_arrived(struct session *s);
 /* The text of a reply on one line, its lines parted by " / ", escaped. */
 void join_lines(const struct reply *r, char *out, size_t size);

@@ -3075,6 +3075,48 @@ t_2920_a_server_that_refuses_what_follows_the_final_dot() {
     done
 }
 
+# Two peers that block never wait for each other: when a customer's replies are longer than the 512 octets for which the
+# provider's receive buffer has room, each command waits (RFC 2920, 3.2; RFC 5321, 4.5.3.1.5).
+t_2920_a_customer_with_long_replies() {
+    local i
+    provider
+    perl -e 'print "Subject: large\n\n"; print "x" x 70, "\n" for 1 .. 3000' > "$T/large"
+    for i in {1..80}; do put "$i.a" a@example.edu eva@example.org < "$T/large"; done
+    login; ask ATRN '^250 '
+    receiver 'greets(qw(PIPELINING CHUNKING)); my ($taken, $long) = (0, "250-" . "so it is " x 200 . "\r\n");
+        while ((my $l = heard()) ne "QUIT") {
+            if ($l =~ /^BDAT (\d+)/) { content($1); $taken++ }
+            print $long x 60; said("250 ok") }
+        said(221); print STDERR $taken' 2> "$T/taken" || fail 'the session stands still'
+    hang_up
+    until_true settled
+    equal "$(< "$T/taken") $(waiting)" '80 0'
+}
+
+# With PIPELINING no more replies are outstanding than the receive buffer has room for, as large as the kernel made it.
+t_2920_no_more_replies_than_the_buffer_holds() {
+    local line='setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &(int){RECEIVE_BUFFER}' size
+    equal "$(grep -cF "$line" "$here/odmr.c")" 1
+    sed "/SO_RCVBUF, &(int){RECEIVE_BUFFER}/s/RECEIVE_BUFFER/65536/" "$here/odmr.c" > "$T/small.c"
+    ${CC:-cc} -std=gnu11 -O1 -w -I "$here" -o "$T/small" "$T/small.c" -lssl -lcrypto -pthread ||
+        fail 'it does not compile'
+    for size in '' small; do
+        [ -z "$size" ] || ODMR=$T/small
+        provider
+        put_many 200
+        login; ask ATRN '^250 '
+        receiver 'greets(qw(PIPELINING CHUNKING)); my ($in, $n) = ("", 0);
+            while (1) {
+                my $r = ""; vec($r, 0, 1) = 1; select $r, undef, undef, 1 or last;
+                sysread STDIN, $in, 65536, length $in or last;
+            }
+            $n++ while $in =~ /^(MAIL|RCPT|BDAT) /gm; print STDERR $n' 2> "$T/outstanding"
+        hang_up
+        until_true settled
+        if [ -z "$size" ]; then equal "$(< "$T/outstanding")" 320; else equal "$(< "$T/outstanding")" 98; fi
+    done
+}
+
 # DATA or BDAT has left before it is known that nobody is accepted: a 354 is then honoured with no content
 # (RFC 2920, 3.1), the octets of a BDAT are there already, and the next message is not troubled by either.
 t_pipelining_when_nobody_is_accepted() {
