@@ -9,6 +9,8 @@
 CC       = cc
 PREFIX   = /usr/local
 UNITS    = $(PREFIX)/lib/systemd/system
+MAN      = $(PREFIX)/share/man
+MANUALS  = build/man/man1/odmr.1 build/man/man5/odmr-accounts.5 build/man/man5/odmr-queue.5
 CFLAGS   = -O2 -g
 WARNINGS = -Wall -Wextra -Wshadow -Wstrict-prototypes -Wpointer-arith -Wvla -Wformat=2 -Werror=format-security
 HARDEN   = -fstack-protector-strong -fPIE $(call known,-fstack-clash-protection) $(call known,-fcf-protection) \
@@ -182,10 +184,10 @@ build/vectors: .ci/vectors.c odmr.c odmr.h $(CHECKED)
 	$(COMPILE) -o $@ $< $(LIBS)
 
 ifdef SANITIZE
-check: odmr build/$(SANITIZE)/odmr build/proxy build/tls build/vectors
+check: odmr build/$(SANITIZE)/odmr build/proxy build/tls build/vectors $(MANUALS)
 	SANITIZED=1 ODMR=build/$(SANITIZE)/odmr ./test_odmr.sh $(TESTS)
 else
-check: odmr build/proxy build/tls build/vectors
+check: odmr build/proxy build/tls build/vectors $(MANUALS)
 	./test_odmr.sh $(TESTS)
 endif
 
@@ -200,13 +202,20 @@ build/fuzz/odmr: .ci/fuzz.c .ci/fuzz.h odmr.c odmr.h $(CHECKED)
 fuzz: build/fuzz/odmr
 	@TIME='$(TIME)' RUNS='$(RUNS)' .ci/fuzz $(TARGETS)
 
-install: odmr build/odmr-provider.service build/odmr-customer.service
-	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(UNITS)
+# The manual pages, from .ci/*.in, from --help of each command, and from README.
+$(MANUALS): odmr README .ci/man $(wildcard .ci/*.in)
+	@mkdir -p $(@D)
+	@.ci/man .ci/$(@F).in > $@.$$$$ && mv $@.$$$$ $@ || { rm -f $@.$$$$; exit 1; }
+
+install: odmr $(MANUALS) build/odmr-provider.service build/odmr-customer.service
+	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(UNITS) $(DESTDIR)$(MAN)/man1 $(DESTDIR)$(MAN)/man5
 	install -m 755 odmr $(DESTDIR)$(PREFIX)/bin/odmr
 	install -m 644 build/odmr-provider.service build/odmr-customer.service $(DESTDIR)$(UNITS)
+	install -m 644 $(filter %.1,$(MANUALS)) $(DESTDIR)$(MAN)/man1
+	install -m 644 $(filter %.5,$(MANUALS)) $(DESTDIR)$(MAN)/man5
 
 uninstall:
-	rm -f $(DESTDIR)$(PREFIX)/bin/odmr
+	rm -f $(DESTDIR)$(PREFIX)/bin/odmr $(MANUALS:build/man/%=$(DESTDIR)$(MAN)/%)
 	rm -f $(DESTDIR)$(UNITS)/odmr-provider.service $(DESTDIR)$(UNITS)/odmr-customer.service
 
 clean:

@@ -6244,6 +6244,7 @@ t_guide_names_exist() {
 # The guide's form: the front page has each entry once, in the same order and with the same level and role; each entry
 # has its labels in order, from the rule to code and test; so have the questions and the other standards. Not to be seen
 # from outside is what the judge has no way to see. Plain US-ASCII that fits on any screen.
+# not with: OVER_TLS
 t_guide_has_its_form() {
     local guide=$here/RFC2645.txt id='[4-8][0-9.]*-[a-z]'
     sed -nE "s/^  ($id)  ([MNmp])  (provider|customer|both|site)\$/\\1 \\2 \\3/p" "$guide" > "$T/entries"
@@ -6291,6 +6292,81 @@ t_guide_has_its_form() {
         }
         !/^      [^ ]/ { print head ": line " FNR " is no part of it" }
         END { over(); if (questions != 9) print questions " questions" }' "$guide")"
+}
+
+# The manual pages of this program, in $T/man, as make install would put them.
+manual_pages() {
+    local page dir
+    for page in odmr.1 odmr-accounts.5 odmr-queue.5; do
+        dir=$T/man/man${page##*.}
+        mkdir -p "$dir"
+        ODMR=$ODMR "$here/.ci/man" "$here/.ci/$page.in" > "$dir/$page" 2> "$T/err" ||
+            fail "$page cannot be made: $(< "$T/err")"
+    done
+    sed 's/\\-/-/g' "$T"/man/*/* > "$T/pages"
+}
+
+# Every option, exit code, file, variable and signal in the manual pages is one of the program's, and none is missing.
+# Examples use options that their command has.
+# not with: OVER_TLS
+t_manual_pages_are_true() {
+    local command words word option
+    local -A sysexits=([64]=USAGE [65]=DATAERR [66]=NOINPUT [67]=NOUSER [68]=NOHOST [69]=UNAVAILABLE [70]=SOFTWARE
+        [71]=OSERR [73]=CANTCREAT [74]=IOERR [75]=TEMPFAIL [76]=PROTOCOL [77]=NOPERM [78]=CONFIG)
+    manual_pages
+    for command in $("$ODMR" --help | sed -n 's/^  odmr \([a-z]*\).*/\1/p'); do
+        has "$T/pages" "^\\.Ss $command\$"
+        "$ODMR" "$command" --help | grep -oE '^ +(-[a-z], )?--[a-z0-9-]+' | grep -oE '[-]+[a-z0-9-]+' \
+            > "$T/$command.options"
+    done
+    equal "$(cat "$T"/*.options | wc -l)" "$(grep -E '^\.It Fl' "$T/pages" | grep -oE 'Fl [a-z-]' | wc -l)" 'options'
+    none 'no such option' "$(comm -23 <(grep -oE '\bFl ([A-Za-z]|-[A-Za-z0-9-]+)' "$T/pages" | sed 's/Fl /-/' |
+        sort -u) <({ cat "$T"/*.options; printf -- '--help\n--version\n'; } | sort -u))"
+
+    none 'no such exit code' "$(for word in $(sed -n 's/^\.It \([0-9]*\)$/\1/p' "$T/pages" | sort -u); do
+        [ "$word" -le 1 ] || grep -q "EX_${sysexits[$word]:-NONE}\\b" "$here/odmr.c" || echo "$word"; done)"
+    none 'exit codes that no page has' "$(for word in "${!sysexits[@]}"; do
+        ! grep -q "EX_${sysexits[$word]}\\b" "$here/odmr.c" || grep -q "^\\.It $word\$" "$T/pages" || echo "$word"
+        done)"
+    none 'sysexits unknown to this test' "$(grep -ohE '\bEX_[A-Z]+' "$here/odmr.c" | sort -u | grep -v EX_OK |
+        grep -vxE "EX_($(IFS='|'; echo "${sysexits[*]}"))")"
+
+    none 'no such file' "$(sed -n 's/^\.It Pa //p' "$T/pages" | sed 's/ , /\n/' | sed 's/^DIR\/domain\///' |
+        sort -u | while read -r word; do
+            grep -qF -- "$word" "$here"/odmr.[ch] "$here/Makefile" || echo "$word"
+        done)"
+    none 'no such variable' "$(grep -oE '\bEv [A-Z_]+' "$T/pages" | sort -u | while read -r _ word; do
+        grep -qE "getenv\\(\"$word\"\\)|\\\$\\\$$word\\b" "$here/odmr.c" "$here/Makefile" || echo "$word"; done)"
+    none 'variables that no page has' "$(grep -o 'getenv("[A-Z_]*' "$here/odmr.c" | cut -d '"' -f 2 | sort -u |
+        while read -r word; do grep -q "^\\.It Ev $word\$" "$T/pages" || echo "$word"; done)"
+    none 'no such signal' "$(grep -E '\bDv SIG' "$T/pages" | grep -oE '\bSIG[A-Z0-9]+' | sort -u |
+        while read -r word; do grep -q "\\b$word\\b" "$here/odmr.c" || echo "$word"; done)"
+
+    # Lines of examples, with those that a backslash continues.
+    sed -e ':a' -e '/\\e$/{N;s/\\e\n *//;ba' -e '}' "$T/pages" |
+        sed -nE 's/^(\.Dl )?[$#] (odmr .*)/\2/p' > "$T/examples"
+    [ "$(wc -l < "$T/examples")" -ge 8 ] || fail 'there are fewer examples than there were'
+    while read -r _ command words; do
+        for word in $words; do
+            [[ $word == -* ]] || continue
+            grep -qx -e "$word" "$T/$command.options" || fail "example: odmr $command has no option $word"
+        done
+    done < "$T/examples"
+}
+
+# They are mdoc(7) without a fault, refer to nothing that is not there, and have the sections that a reader looks for.
+# not with: OVER_TLS
+t_manual_pages_pass_lint() {
+    local page
+    needs mandoc
+    manual_pages
+    for page in "$T"/man/*/*; do
+        MANPATH=$T/man run 0 mandoc -T lint -W style "$page"
+        equal "$(< "$T/out")" ''
+        none "sections that ${page##*/} lacks" "$(for section in NAME DESCRIPTION FILES EXAMPLES 'SEE ALSO' STANDARDS \
+            'SECURITY CONSIDERATIONS'; do grep -qx ".Sh $section" "$page" || echo "$section"; done)"
+    done
+    for page in SYNOPSIS COMMANDS SIGNALS ENVIRONMENT 'EXIT STATUS'; do has "$T/man/man1/odmr.1" "^\\.Sh $page\$"; done
 }
 
 # odmr.h is the map: its functions stand in the order of odmr.c, and each has its comment, or shares the one above.
@@ -7930,7 +8006,7 @@ list_tests() {
 
 # What some tests need, and a machine with only the demo's packages lacks; into MISSING.
 OPTIONAL=(openssl socat unbuffer faketime fetchmail postfix smtp-sink smtp-source swaks gsasl adduser systemd-analyze
-    chattr)
+    chattr mandoc)
 look_for_what_is_missing() {
     local name
     MISSING=
