@@ -91,7 +91,7 @@ void provider_session(struct session *s)
 static enum next initial_state(struct session *s)
 {
     enter_state(s, INITIAL);
-    send_line(s, "5.1-a", "220 %s on-demand mail relay server ready", s->name);
+    reply(s, "5.1-a", "220 %s on-demand mail relay server ready", s->name);
     for (;;) {
         if (!read_command(s))
             return END;
@@ -106,10 +106,11 @@ static enum next initial_state(struct session *s)
             if (!starttls_command(s))
                 return END;
         } else if (verb_is(s, "ATRN")) {
-            refuse(s, "5.2.1-b", "530 Authentication required"); /* whatever else is wrong with it */
-        } else if (quit_command(s)) {
-            return END;
-        } else if (!verb_is(s, "QUIT")) {
+            reply_bad_command(s, "5.2.1-b", "530 Authentication required"); /* whatever else is wrong with it */
+        } else if (verb_is(s, "QUIT")) {
+            if (quit_command(s))
+                return END;
+        } else {
             common_command(s);
         }
     }
@@ -135,12 +136,13 @@ static enum next authenticated_state(struct session *s)
         } else if (verb_is(s, "EHLO")) {
             ehlo_command(s);
         } else if (verb_is(s, "AUTH")) {
-            refuse(s, "5-a", "503 Already authenticated as %s", s->account->name);
+            reply_bad_command(s, "5-a", "503 Already authenticated as %s", s->account->name);
         } else if (verb_is(s, "STARTTLS") && s->tls_context) {
-            refuse(s, NULL, "503 Too late for TLS, or on already");
-        } else if (quit_command(s)) {
-            return END;
-        } else if (!verb_is(s, "QUIT")) {
+            reply_bad_command(s, NULL, "503 Too late for TLS, or on already");
+        } else if (verb_is(s, "QUIT")) {
+            if (quit_command(s))
+                return END;
+        } else {
             common_command(s);
         }
     }
@@ -185,14 +187,14 @@ static bool read_command(struct session *s)
         }
         if (s->io.line_cut || command_too_long(s)) {
             trace_line(s, CUSTOMER, NULL, "(a line that is too long)");
-            refuse(s, NULL, "500 Line too long");
+            reply_bad_command(s, NULL, "500 Line too long");
         } else {
             trace_command(s);
             if (command_readable(s)) {
                 split_command(s);
                 return true;
             }
-            refuse(s, NULL, "500 A command consists of printable US-ASCII");
+            reply_bad_command(s, NULL, "500 A command consists of printable US-ASCII");
         }
     }
     end_with_421(s, "too many bad commands");
@@ -244,26 +246,13 @@ static bool tells_secret(const char *line)
 static void common_command(struct session *s)
 {
     if (verb_is(s, "NOOP") || (verb_is(s, "RSET") && !s->argument))
-        send_line(s, NULL, "250 OK");
+        reply(s, NULL, "250 OK");
     else if (verb_is(s, "HELP"))
-        send_line(s, NULL, "214 On-Demand Mail Relay, RFC 2645: EHLO, AUTH, ATRN, QUIT");
+        reply(s, NULL, "214 On-Demand Mail Relay, RFC 2645: EHLO, AUTH, ATRN, QUIT");
     else if (verb_is(s, "RSET"))
-        refuse(s, NULL, "501 RSET takes no argument");
+        reply_bad_command(s, NULL, "501 RSET takes no argument");
     else
-        refuse(s, "5.4-a", "502 Command not implemented");
-}
-
-/* A reply that refuses a command. Ten of them and the session is over: nobody needs that many, and a
- * peer that does not speak our protocol (a web browser, say) is told to go. */
-void refuse(struct session *s, const char *clause, const char *fmt, ...)
-{
-    char text[SEND_LINE];
-    va_list args;
-    va_start(args, fmt);
-    vsnprintf(text, sizeof text, fmt, args);
-    va_end(args);
-    send_line(s, clause, "%s", text);
-    s->bad_commands++;
+        reply_bad_command(s, "5.4-a", "502 Command not implemented");
 }
 
 /* Nothing came, and nothing will be waited for: the session is over, and the peer is told why, if it is there. */
@@ -283,7 +272,7 @@ void end_with_421(struct session *s, const char *why)
     s->io.deadline = 0;
     s->io.timeout = LAST_WORD;
     s->io.wake_fd = -1;
-    send_line(s, NULL, "421 %s closing connection: %s", s->name, why);
+    reply(s, NULL, "421 %s closing connection: %s", s->name, why);
     stream_end(&s->io);
     stream_break(&s->io, why);
 }
@@ -306,7 +295,7 @@ static void ehlo_command(struct session *s)
 {
     char list[128] = "";
     if (!s->argument || strchr(s->argument, ' ')) {
-        refuse(s, NULL, "501 EHLO takes the name of the host");
+        reply_bad_command(s, NULL, "501 EHLO takes the name of the host");
         return;
     }
     snprintf(s->peer_name, sizeof s->peer_name, "%s", s->argument);
@@ -316,11 +305,11 @@ static void ehlo_command(struct session *s)
             strcat(list, " ");
             strcat(list, mechanism_name(m));
         }
-    send_line(s, "5.1.1-a", "250-%s", s->name);
-    send_line(s, "5.1.1-b", "250-AUTH%s", list);
+    reply(s, "5.1.1-a", "250-%s", s->name);
+    reply(s, "5.1.1-b", "250-AUTH%s", list);
     if (s->tls_context && !s->io.tls && s->state == INITIAL)
-        send_line(s, "RFC 3207", "250-STARTTLS");
-    send_line(s, "5.1.1-b", "250 ATRN");
+        reply(s, "RFC 3207", "250-STARTTLS");
+    reply(s, "5.1.1-b", "250 ATRN");
 }
 
 /* CRAM-MD5 is what every pair has in common (5.1.2-c); others may stand beside it (5.1.2-d).
@@ -349,17 +338,17 @@ static bool starttls_command(struct session *s)
 {
     SSL *tls;
     if (!s->tls_context) {
-        refuse(s, "5.4-a", "502 Command not implemented");
+        reply_bad_command(s, "5.4-a", "502 Command not implemented");
     } else if (s->argument) {
-        refuse(s, NULL, "501 STARTTLS takes no argument");
+        reply_bad_command(s, NULL, "501 STARTTLS takes no argument");
     } else if (s->io.tls || !s->greeted) {
-        refuse(s, NULL, s->io.tls ? "503 TLS is on already" : "503 EHLO first");
+        reply_bad_command(s, NULL, s->io.tls ? "503 TLS is on already" : "503 EHLO first");
     } else if (!(tls = stream_offer_tls(&s->io, s->tls_context, NULL))) {
-        refuse(s, "RFC 3207", "454 TLS not available just now");
+        reply_bad_command(s, "RFC 3207", "454 TLS not available just now");
     } else {
         if (stream_discard_input(&s->io))
             log_event(s, LOG_WARNING, "%s sent something behind STARTTLS in the clear; it is thrown away", s->peer);
-        send_line(s, "RFC 3207", "220 Ready to start TLS");
+        reply(s, "RFC 3207", "220 Ready to start TLS");
         s->greeted = false;
         snprintf(s->peer_name, sizeof s->peer_name, "unknown");
         return stream_start_tls(&s->io, tls, NULL);
@@ -373,26 +362,26 @@ static enum next auth_command(struct session *s)
     char *initial = s->argument ? strchr(s->argument, ' ') : NULL;
     enum mechanism m;
     if (!s->greeted) {
-        refuse(s, NULL, "503 EHLO first");
+        reply_bad_command(s, NULL, "503 EHLO first");
         return STAY;
     }
     if (!s->argument) {
-        refuse(s, NULL, "501 AUTH takes the name of a mechanism");
+        reply_bad_command(s, NULL, "501 AUTH takes the name of a mechanism");
         return STAY;
     }
     if (initial)
         *initial++ = '\0';
     m = mechanism_named(s->argument);
     if (s->provider->require_tls && !s->io.tls) {
-        refuse(s, "5.1.2-b", "538 Encryption required: STARTTLS first");
+        reply_bad_command(s, "5.1.2-b", "538 Encryption required: STARTTLS first");
         return STAY;
     }
     if (m == PLAIN && !s->io.tls && s->tls_context) {
-        refuse(s, "5.1.2-b", "538 Encryption required for this mechanism");
+        reply_bad_command(s, "5.1.2-b", "538 Encryption required for this mechanism");
         return STAY;
     }
     if (!mechanism_offered(s, m)) {
-        refuse(s, "5.1.2-b", "504 Mechanism not offered");
+        reply_bad_command(s, "5.1.2-b", "504 Mechanism not offered");
         return STAY;
     }
     accounts_renew(s);
@@ -440,17 +429,17 @@ static enum next atrn_command(struct session *s)
     enum claim got;
     bool complete;
     if (s->argument && !domain_list_valid(s->argument)) { /* (5.2.1-l) */
-        refuse(s, "5.2.1-l", "501 ATRN takes domains, with commas and without blanks between them");
+        reply_bad_command(s, "5.2.1-l", "501 ATRN takes domains, with commas and without blanks between them");
         return STAY;
     }
     if (!accounts_renew(s)) {
         log_event(s, LOG_WARNING, "ATRN refused (530): %s is no longer an account, or has another secret",
                   s->account->name);
-        refuse(s, "5.2.1-b", "530 Authentication required, for the account has changed");
+        reply_bad_command(s, "5.2.1-b", "530 Authentication required, for the account has changed");
         return STAY;
     }
     if (!atrn_domains(s) || asked_too_soon(s)) {
-        send_line(s, "5.2.1-f", "450 ATRN request refused");
+        reply(s, "5.2.1-f", "450 ATRN request refused");
         return STAY;
     }
     s->postponed = "it cannot be listed";
@@ -459,17 +448,17 @@ static enum next atrn_command(struct session *s)
     if (got == NOTHING && !complete)
         got = BUSY; /* a domain that cannot be read may have mail */
     if (got == CLAIMED) { /* (5.2.1-j) */
-        send_line(s, "5.2.1-j", "250 OK now reversing the connection");
+        reply(s, "5.2.1-j", "250 OK now reversing the connection");
         return GO_ON;
     }
     backlog_free(&s->backlog);
     if (got == BUSY) {
         log_event(s, LOG_WARNING, "ATRN %s: 451, mail waits, but %s", s->asked, s->postponed);
-        send_line(s, "5.2.1-k", "451 Unable to process ATRN request now");
+        reply(s, "5.2.1-k", "451 Unable to process ATRN request now");
     } else {
         log_event(s, LOG_INFO, "ATRN %s: 453, no mail", s->asked);
         start_interval(s);
-        send_line(s, "5.2.1-g", "453 You have no mail");
+        reply(s, "5.2.1-g", "453 You have no mail");
     }
     return STAY;
 }
@@ -596,16 +585,14 @@ static const char *reason_to_stop(int problem, int before)
     return problem == ENOMEM ? "out of memory" : NULL;
 }
 
-/* QUIT ends each state (5-a, 5.1.3-a). */
+/* QUIT ends each state (5-a, 5.1.3-a). False: it was none. */
 static bool quit_command(struct session *s)
 {
-    if (!verb_is(s, "QUIT"))
-        return false;
     if (s->argument) {
-        refuse(s, NULL, "501 QUIT takes no argument");
+        reply_bad_command(s, NULL, "501 QUIT takes no argument");
         return false;
     }
-    send_line(s, "5.1.3-a", "221 %s closing connection", s->name);
+    reply(s, "5.1.3-a", "221 %s closing connection", s->name);
     s->io.said_quit = true;
     stream_flush(&s->io);
     return true;
@@ -740,7 +727,7 @@ static void send_mail(struct session *s)
     if (s->messages > 0)
         start_interval(s);
     if (answered) {
-        send_line(s, "5-b", "QUIT");
+        command(s, "5-b", "QUIT");
         good = expect(&x, FOR_QUIT, NULL, NULL);
     }
     abandon(&x);
@@ -772,7 +759,7 @@ static bool greet_customer(struct sender *x)
     struct reply r;
     if (!read_reply(s, "5.3-b", &r) || r.code != 220)
         return false;
-    send_line(s, "5.3-c", "EHLO %s", s->name);
+    command(s, "5.3-c", "EHLO %s", s->name);
     if (!read_ehlo_reply(s, "5.3-a", &r))
         return false;
     if (r.code < 300) {
@@ -781,7 +768,7 @@ static bool greet_customer(struct sender *x)
     }
     if (r.code < 500)
         return false;
-    send_line(s, "5.3-c", "HELO %s", s->name);
+    command(s, "5.3-c", "HELO %s", s->name);
     return read_reply(s, "5.3-a", &r) && r.code < 300;
 }
 
@@ -906,7 +893,7 @@ static bool send_transaction(struct sender *x, struct transaction *t, struct rec
     size_t n = 1;
     t->behind_end = x->count > 0; /* before RSET, which is no end */
     if (x->unclean && x->count == 0) {
-        send_line(x->s, "5.3-c", "RSET");
+        command(x->s, "5.3-c", "RSET");
         if (!expect(x, FOR_RSET, NULL, NULL))
             return false;
     }
@@ -916,7 +903,7 @@ static bool send_transaction(struct sender *x, struct transaction *t, struct rec
         return false;
     do {
         if (!t->mail_refused) {
-            send_line(x->s, "5.3-c", "RCPT TO:<%s>", to->address);
+            command(x->s, "5.3-c", "RCPT TO:<%s>", to->address);
             if (!expect(x, FOR_RCPT, t, to))
                 return false;
         } else if (!t->again) {
@@ -943,14 +930,14 @@ static void send_mail_command(struct sender *x, const struct message *m)
     char size[32] = "";
     if (x->size)
         snprintf(size, sizeof size, " SIZE=%llu", (unsigned long long)m->wire_size);
-    send_line(x->s, "5.3-c", "MAIL FROM:<%s>%s%s%s", m->sender, size,
+    command(x->s, "5.3-c", "MAIL FROM:<%s>%s%s%s", m->sender, size,
               m->eight_bit && x->eight_bit ? " BODY=8BITMIME" : "",
               (m->utf8_header || m->utf8_address) && x->utf8 ? " SMTPUTF8" : "");
 }
 
 static bool send_data(struct sender *x, struct transaction *t)
 {
-    send_line(x->s, "5.3-c", "DATA");
+    command(x->s, "5.3-c", "DATA");
     if (!expect(x, FOR_DATA, t, NULL))
         return false;
     if (!t->go_ahead)
@@ -974,7 +961,7 @@ static bool send_content(struct sender *x, struct transaction *t, bool dots)
 
 static bool send_bdat(struct sender *x, struct transaction *t)
 {
-    send_line(x->s, "RFC 3030", "BDAT %llu LAST", (unsigned long long)t->message->wire_size);
+    command(x->s, "RFC 3030", "BDAT %llu LAST", (unsigned long long)t->message->wire_size);
     return send_content(x, t, false) && expect(x, FOR_BDAT, t, NULL);
 }
 
@@ -1363,7 +1350,7 @@ static int client_dialogue(struct session *s, const struct customer *c)
         code = client_atrn(s, c, &r);
     }
     if (code != EX_OK && !s->io.broken) {
-        send_line(s, "5.1.3-a", "QUIT");
+        command(s, "5.1.3-a", "QUIT");
         read_reply(s, "5.1.3-a", &r);
     }
     return code;
@@ -1371,7 +1358,7 @@ static int client_dialogue(struct session *s, const struct customer *c)
 
 static int client_ehlo(struct session *s, struct reply *r)
 {
-    send_line(s, "5.1.1-a", "EHLO %s", s->name);
+    command(s, "5.1.1-a", "EHLO %s", s->name);
     if (!read_ehlo_reply(s, "5.1.1-a", r))
         return exit_code_lost(s);
     return r->code == 250 ? EX_OK : exit_code_refused(s, "EHLO", r, EX_UNAVAILABLE);
@@ -1390,7 +1377,7 @@ static int client_starttls(struct session *s, const struct customer *c, struct r
         log_event(s, LOG_ERR, "%s does not offer STARTTLS, which --require-tls asks for", s->peer);
         return EX_UNAVAILABLE;
     }
-    send_line(s, "RFC 3207", "STARTTLS");
+    command(s, "RFC 3207", "STARTTLS");
     if (!read_reply(s, "RFC 3207", r))
         return exit_code_lost(s);
     if (r->code != 220)
@@ -1468,7 +1455,7 @@ static int client_atrn(struct session *s, const struct customer *c, struct reply
     char text[REPLY_TEXT];
     if (timeout < ATRN_TIMEOUT) /* (5.2.1-c) */
         s->io.timeout = ATRN_TIMEOUT;
-    send_line(s, *c->domains ? "5.2.1-a" : "5.2.1-d", "ATRN%s%s", *c->domains ? " " : "", c->domains);
+    command(s, *c->domains ? "5.2.1-a" : "5.2.1-d", "ATRN%s%s", *c->domains ? " " : "", c->domains);
     if (!read_reply(s, "5.2.1", r))
         return exit_code_lost(s);
     s->io.timeout = timeout;
@@ -2096,7 +2083,7 @@ static void answer(struct smtp_server *server, const char *clause, const char *f
     if (server->answer_count == ANSWERS_MAX || strlen(text) >= sizeof a->text)
         store_then_answer(server);
     if (server->answer_count == 0) {
-        send_line(server->s, clause, "%s", text);
+        reply(server->s, clause, "%s", text);
         return;
     }
     a = &server->answers[server->answer_count++];
@@ -2131,7 +2118,7 @@ static void store_then_answer(struct smtp_server *server)
     for (size_t i = 0; i < server->answer_count; i++) {
         const struct answer *a = &server->answers[i];
         if (a->files == 0)
-            send_line(server->s, a->clause, "%s", a->text);
+            reply(server->s, a->clause, "%s", a->text);
         else
             answer_stored(server, d, a->files);
         d += a->files;
@@ -2143,13 +2130,13 @@ static void answer_stored(struct smtp_server *server, struct delivery *d, size_t
 {
     if (d->problem) {
         deliveries_discard(d, files);
-        send_line(server->s, "4-e", "%s", not_stored(server, d));
+        reply(server->s, "4-e", "%s", not_stored(server, d));
         return;
     }
     for (size_t i = 0; i < files; i++)
         note_domain(server, d[i].domain);
     server->messages++;
-    send_line(server->s, "4-e", "250 2.0.0 OK, message stored");
+    reply(server->s, "4-e", "250 2.0.0 OK, message stored");
 }
 
 static void note_domain(struct smtp_server *server, const char *domain)
@@ -2263,7 +2250,7 @@ static ssize_t base64_decode(char *out, size_t size, const char *text)
 /* An exchange that came to nothing, because the secret is wrong (name: whose) or the customer gave it up. Either is
  * answered a second after the last response, however long that took to judge: the work of a challenge cannot be asked
  * for without end. The third ends the session. fail2ban reads this line, so the address stands before the name. */
-static enum next exchange_failed(struct session *s, const char *name, const char *reply)
+static enum next exchange_failed(struct session *s, const char *name, const char *text)
 {
     struct pollfd wake = {.fd = s->io.wake_fd, .events = POLLIN};
     int64_t left = s->responded + AUTH_FAILURE_MS - now_ms();
@@ -2271,9 +2258,9 @@ static enum next exchange_failed(struct session *s, const char *name, const char
     if (name)
         quote(whose, sizeof whose, name);
     log_event(s, LOG_WARNING, "authentication failed from %s%s%s", s->peer, name ? " for " : ": ",
-              name ? whose : reply + 4);
+              name ? whose : text + 4);
     poll(&wake, 1, left > 0 ? (int)left : 0);
-    send_line(s, "5.1.2-b", "%s", reply);
+    reply(s, "5.1.2-b", "%s", text);
     if (++s->auth_failures < AUTH_FAILURES)
         return STAY;
     end_with_421(s, "too many failed authentications");
@@ -2289,7 +2276,7 @@ static enum next auth_failed(struct session *s, const char *name)
 static enum next auth_unavailable(struct session *s)
 {
     log_event(s, LOG_ERR, "authentication is not possible just now: OpenSSL cannot compute");
-    send_line(s, "5.1.2-b", "454 Temporary authentication failure");
+    reply(s, "5.1.2-b", "454 Temporary authentication failure");
     return STAY;
 }
 
@@ -2301,7 +2288,7 @@ static enum next auth_succeeded(struct session *s, const struct account *account
         return auth_failed(s, account->name);
     }
     account = s->account;
-    send_line(s, "5.1.2-b", "235 now authenticated as %s", account->name);
+    reply(s, "5.1.2-b", "235 now authenticated as %s", account->name);
     log_event(s, LOG_INFO, "authenticated as %s (%s, %s%s%s)", account->name, mechanism_name(m),
               s->io.tls ? SSL_get_version(s->io.tls) : "in the clear", s->io.tls ? " " : "",
               s->io.tls ? SSL_get_cipher_name(s->io.tls) : "");
@@ -2321,7 +2308,7 @@ static enum next sasl_turn(struct session *s, const char *challenge)
 {
     char encoded[BASE64_SIZE(CHALLENGE_MAX) + 1];
     base64_encode(encoded, challenge, strlen(challenge));
-    send_line(s, "5.1.2-a", "334 %s", encoded);
+    reply(s, "5.1.2-a", "334 %s", encoded);
     if (!read_line(s)) {
         stop_waiting(s);
         return END;
@@ -2346,7 +2333,7 @@ static enum next first_response(struct session *s, const char *initial)
     s->responded = now_ms();
     if (decode_response(s, strcmp(initial, "=") == 0 ? "" : initial))
         return GO_ON;
-    refuse(s, NULL, "501 That is not base64");
+    reply_bad_command(s, NULL, "501 That is not base64");
     return STAY;
 }
 
@@ -2433,7 +2420,7 @@ static enum next serve_cram_md5(struct session *s, enum mechanism m, const char 
     enum next got;
     bool known;
     if (initial) {
-        refuse(s, NULL, "501 In CRAM-MD5 the server speaks first");
+        reply_bad_command(s, NULL, "501 In CRAM-MD5 the server speaks first");
         return STAY;
     }
     if (!cram_md5_challenge(text, sizeof text, s->name))
@@ -2461,7 +2448,7 @@ static int prove_cram_md5(struct session *s, const struct customer *c, enum mech
 {
     char digest[33], response[MAILBOX_MAX + 40], encoded[BASE64_SIZE(sizeof response) + 1];
     int code;
-    send_line(s, "5.1.2-c", "AUTH %s", mechanism_name(m));
+    command(s, "5.1.2-c", "AUTH %s", mechanism_name(m));
     code = read_challenge(s, r);
     if (code != EX_OK)
         return code;
@@ -2817,7 +2804,7 @@ static int prove_scram(struct session *s, const struct customer *c, enum mechani
     if (!make_client_first(s, c, &e, reply_offers(r, "AUTH", mechanism_name(SCRAM_PLUS))))
         return cannot_compute(s);
     base64_encode(encoded, message, (size_t)snprintf(message, sizeof message, "%s%s", e.header, e.bare));
-    send_line(s, "5.1.2-d", "AUTH %s %s", mechanism_name(m), encoded);
+    command(s, "5.1.2-d", "AUTH %s %s", mechanism_name(m), encoded);
 
     code = read_challenge(s, r);
     if (code != EX_OK)
@@ -2880,7 +2867,7 @@ static int prove_external(struct session *s, const struct customer *c, enum mech
     char encoded[BASE64_SIZE(MAILBOX_MAX) + 1] = "=";
     if (c->user)
         base64_encode(encoded, c->user, strlen(c->user));
-    send_line(s, "5.1.2-f", "AUTH %s %s", mechanism_name(m), encoded);
+    command(s, "5.1.2-f", "AUTH %s %s", mechanism_name(m), encoded);
     return read_outcome(s, r);
 }
 
@@ -4293,7 +4280,7 @@ int hand_session_on(struct session *s, const struct customer *c, struct receiver
     if (stream_ready(&receiver->session->io)) {
         leave_receiver(c, receiver);
         if (reach_receiver(c, receiver, "the mail stays with the provider") != EX_OK) {
-            send_line(s, NULL, "421 4.3.2 %s: the receiver has gone, closing connection", s->name);
+            reply(s, NULL, "421 4.3.2 %s: the receiver has gone, closing connection", s->name);
             return EX_TEMPFAIL;
         }
     }
@@ -4305,7 +4292,7 @@ static void pass_reply(struct session *s, const struct reply *r)
 {
     for (const char *line = r->text; line; line = strchr(line, '\n')) {
         line += *line == '\n';
-        send_line(s, "5.3-b", "%d%c%.*s", r->code, strchr(line, '\n') ? '-' : ' ', (int)strcspn(line, "\n"), line);
+        reply(s, "5.3-b", "%d%c%.*s", r->code, strchr(line, '\n') ? '-' : ' ', (int)strcspn(line, "\n"), line);
     }
 }
 
@@ -4806,7 +4793,7 @@ struct accounts *accounts_load(const char *path, char *why, size_t why_size)
 
 /* ==== 11. Lines and replies ==========================================================================
  *
- * The dialogue is made of lines, ours and theirs. send_line() and read_line() are the only way they
+ * The dialogue is made of lines, ours and theirs. send_text() and read_line() are the only way they
  * come and go, so the trace sees each. A reply is validated before it is believed. */
 
 #define REPLY_LINE 2046          /* RFC 5321, 4.5.3.1.5 says 512 with CRLF; some servers say more */
@@ -4849,14 +4836,11 @@ enum side other_side(enum side side)
     return side == PROVIDER ? CUSTOMER : PROVIDER;
 }
 
-void send_line(struct session *s, const char *clause, const char *fmt, ...)
+__attribute__((format(printf, 3, 0)))
+static void send_text(struct session *s, const char *clause, const char *fmt, va_list args)
 {
     char line[SEND_LINE + 3];
-    va_list args;
-    int n;
-    va_start(args, fmt);
-    n = vsnprintf(line, SEND_LINE + 1, fmt, args);
-    va_end(args);
+    int n = vsnprintf(line, SEND_LINE + 1, fmt, args);
     if (n < 0 || n > SEND_LINE) {
         stream_break(&s->io, "a line of ours would have been too long");
         return;
@@ -4864,6 +4848,39 @@ void send_line(struct session *s, const char *clause, const char *fmt, ...)
     trace_line(s, s->self, clause, "%s", line);
     memcpy(line + n, "\r\n", 3);
     stream_write(&s->io, line, (size_t)n + 2);
+}
+
+void send_line(struct session *s, const char *clause, const char *fmt, ...)
+{
+    va_list args;
+    va_start(args, fmt);
+    send_text(s, clause, fmt, args);
+    va_end(args);
+}
+
+void command(struct session *s, const char *clause, const char *fmt, ...)
+{
+    va_list args;
+    va_start(args, fmt);
+    send_text(s, clause, fmt, args);
+    va_end(args);
+}
+
+void reply(struct session *s, const char *clause, const char *fmt, ...)
+{
+    va_list args;
+    va_start(args, fmt);
+    send_text(s, clause, fmt, args);
+    va_end(args);
+}
+
+void reply_bad_command(struct session *s, const char *clause, const char *fmt, ...)
+{
+    va_list args;
+    va_start(args, fmt);
+    send_text(s, clause, fmt, args);
+    va_end(args);
+    s->bad_commands++;
 }
 
 bool read_line(struct session *s)

@@ -368,8 +368,6 @@ struct receiver {
 
 /* The whole dialogue with one customer, to the end of the connection. */
 void provider_session(struct session *s);
-/* A reply that refuses a command, which counts as a bad one. */
-void refuse(struct session *s, const char *clause, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 /* Ends the session after read_line() has failed: time-out and shutdown are told to the peer. */
 void stop_waiting(struct session *s);
 /* Ends the session: 421, and why. Nothing is said if the peer is gone. */
@@ -532,6 +530,13 @@ enum side other_side(enum side side);
 /* A line and CRLF, traced. clause: the requirement that the line keeps, for the ladder; NULL: none. Failure shows in
  * s->io.broken. */
 void send_line(struct session *s, const char *clause, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+/* The same, for a command, and for a line of a reply. */
+void command(struct session *s, const char *clause, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+void reply(struct session *s, const char *clause, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+/* The same, for a reply to a bad command. BAD_COMMANDS of them and the session is over: nobody needs that many, and a
+ * peer that does not speak our protocol (a web browser, say) is told to go. */
+void reply_bad_command(struct session *s, const char *clause, const char *fmt, ...)
+    __attribute__((format(printf, 3, 4)));
 /* A line into s->line, not traced, for it may hold a secret; results as of stream_read_line(). */
 bool read_line(struct session *s);
 /* s->line into verb and s->argument. */

@@ -7779,19 +7779,20 @@ MUTANT_PROVIDERS=(
     5.1.2-a,5.1.3-a,5.2.1-b,5.2.1-f,5.2.1-g,5.2.1-j,6-a
     'return exchange_failed(s, NULL, "501 Authentication cancelled");'
     'return exchange_failed(s, NULL, "250 Authentication cancelled");'
-    'send_line(s, "5.1.3-a", "221 %s closing connection", s->name);'
-    'send_line(s, NULL, "250 %s closing connection", s->name);'
-    'refuse(s, "5.2.1-b", "530 Authentication required");' 'refuse(s, NULL, "503 Authentication required");'
+    'reply(s, "5.1.3-a", "221 %s closing connection", s->name);'
+    'reply(s, NULL, "250 %s closing connection", s->name);'
+    'reply_bad_command(s, "5.2.1-b", "530 Authentication required");'
+    'reply_bad_command(s, NULL, "503 Authentication required");'
     'if (!atrn_domains(s) || asked_too_soon(s)) {'
-    'if (MUTANT && !atrn_domains(s)) { send_line(s, NULL, "550 no"); return STAY; }
+    'if (MUTANT && !atrn_domains(s)) { reply(s, NULL, "550 no"); return STAY; }
     if (!atrn_domains(s) || asked_too_soon(s)) {'
-    'send_line(s, "5.2.1-g", "453 You have no mail");' 'send_line(s, NULL, "550 You have no mail");'
-    'send_line(s, "5.2.1-j", "250 OK now reversing the connection");'
-    'send_line(s, NULL, "252 OK now reversing the connection");'
-    'send_line(s, "5.1.2-a", "334 %s", encoded);' 'send_line(s, "5.1.2-a", "334 %s ", encoded);'
+    'reply(s, "5.2.1-g", "453 You have no mail");' 'reply(s, NULL, "550 You have no mail");'
+    'reply(s, "5.2.1-j", "250 OK now reversing the connection");'
+    'reply(s, NULL, "252 OK now reversing the connection");'
+    'reply(s, "5.1.2-a", "334 %s", encoded);' 'reply(s, "5.1.2-a", "334 %s ", encoded);'
     -- 4-e,5.1.1-b,5.2.1-d,5.2.1-e,5.2.1-f,5.3-c
     'to->fate = verdict;' 'to->fate = verdict == REFUSED ? REFUSED : DELIVERED;'
-    'send_line(s, "5.1.1-b", "250 ATRN");' 'send_line(s, NULL, "250 ETRN");'
+    'reply(s, "5.1.1-b", "250 ATRN");' 'reply(s, NULL, "250 ETRN");'
     's->asked = s->account->domains;' 's->asked = "example.org";'
     '!domain_in_list(s->account->domains, domain, len)' 'false'
     '!message_send(t->message, &x->s->io, dots)' '!message_send(t->message, &x->s->io, false)'
@@ -7807,24 +7808,24 @@ MUTANT_PROVIDERS=(
     's->argument && !domain_list_valid(s->argument)' 's->argument != NULL'
     '!read_reply(s, "5.3-b", &r) || r.code != 220' 'false'
     -- 5.1.1-b,5.3-c
-    'send_line(s, "5.1.1-b", "250-AUTH%s", list);' ''
-    'send_line(x->s, "5.3-c", "RCPT TO:<%s>", to->address);'
-    'send_line(x->s, "5.3-c", "RCPT TO:<postmaster@%s>", mailbox_domain(to->address));'
+    'reply(s, "5.1.1-b", "250-AUTH%s", list);' ''
+    'command(x->s, "5.3-c", "RCPT TO:<%s>", to->address);'
+    'command(x->s, "5.3-c", "RCPT TO:<postmaster@%s>", mailbox_domain(to->address));'
 )
 MORE_MUTANT_PROVIDERS=(
     4-b 'authenticated_state(s) == GO_ON' 'authenticated_state(s) == END'
     -- 4-d 'authenticated_state(s) == GO_ON' '(s->argument = NULL, atrn_command(s) == GO_ON)'
     -- 4-c,5.2-a $'\n        if (verb_is(s, "ATRN")) {' $'\n        if (verb_is(s, MUTANT ? "ETRN" : "ATRN")) {'
     -- 5.1-a 'if (!s->greeted) {' 'if (MUTANT ? s->greeted : !s->greeted) {'
-    -- 5.1.1-a 'send_line(s, "5.1.1-b", "250-AUTH%s", list);' 'send_line(s, NULL, "251-AUTH%s", list);'
+    -- 5.1.1-a 'reply(s, "5.1.1-b", "250-AUTH%s", list);' 'reply(s, NULL, "251-AUTH%s", list);'
     -- 5.1.2-c 'known ? account->secret : NOBODYS_SECRET' 'NOBODYS_SECRET'
 )
 MUTANT_CUSTOMERS=(
     5-a,5.2.1-c,5.2.1-l,6-a,8-b
     'return EXIT_NO_MAIL;' 'return EX_OK;'
     's->io.timeout = ATRN_TIMEOUT;' 's->io.timeout = 1;'
-    'send_line(s, *c->domains ? "5.2.1-a" : "5.2.1-d", "ATRN%s%s", '
-    'send_line(s, NULL, MUTANT ? "ATRN%s%s " : "ATRN%s%s", '
+    'command(s, *c->domains ? "5.2.1-a" : "5.2.1-d", "ATRN%s%s", '
+    'command(s, NULL, MUTANT ? "ATRN%s%s " : "ATRN%s%s", '
     'p += strspn(p, " ");' ''
     'reply_offers(r, "AUTH", mechanism_name(m))'
     'reply_keyword(r, "AUTH") &&
@@ -7842,28 +7843,28 @@ MUTANT_CUSTOMERS=(
 )
 # Not broken: it does otherwise wherever it may.
 LAWFUL_STRANGER=(none
-    'send_line(s, "5.1-a", "220 %s on-demand mail relay server ready", s->name);'
-    'send_line(s, NULL, "220-%s"); send_line(s, NULL, "220 come in");'
-    'send_line(s, "5.1.1-a", "250-%s", s->name);'
-    'send_line(s, NULL, "250-hello there"); send_line(s, NULL, "250-x-odd 1 2 3"); send_line(s, NULL, "250-atrn");
-    send_line(s, NULL, "250-PIPELINING");'
-    'send_line(s, "5.1.1-b", "250-AUTH%s", list);' 'send_line(s, NULL, "250-auth%s", list);'
-    'send_line(s, "5.1.1-b", "250 ATRN");' 'send_line(s, NULL, "250 HELP");'
-    'send_line(s, "5.1.2-b", "235 now authenticated as %s", account->name);'
-    'send_line(s, NULL, "235-2.7.0"); send_line(s, NULL, "235");'
-    'refuse(s, "5.2.1-b", "530 Authentication required");' 'refuse(s, NULL, "530"); return END;'
+    'reply(s, "5.1-a", "220 %s on-demand mail relay server ready", s->name);'
+    'reply(s, NULL, "220-%s"); reply(s, NULL, "220 come in");'
+    'reply(s, "5.1.1-a", "250-%s", s->name);'
+    'reply(s, NULL, "250-hello there"); reply(s, NULL, "250-x-odd 1 2 3"); reply(s, NULL, "250-atrn");
+    reply(s, NULL, "250-PIPELINING");'
+    'reply(s, "5.1.1-b", "250-AUTH%s", list);' 'reply(s, NULL, "250-auth%s", list);'
+    'reply(s, "5.1.1-b", "250 ATRN");' 'reply(s, NULL, "250 HELP");'
+    'reply(s, "5.1.2-b", "235 now authenticated as %s", account->name);'
+    'reply(s, NULL, "235-2.7.0"); reply(s, NULL, "235");'
+    'reply_bad_command(s, "5.2.1-b", "530 Authentication required");' 'reply_bad_command(s, NULL, "530"); return END;'
     '++s->auth_failures < AUTH_FAILURES' 'false'
     'return exchange_failed(s, NULL, "501 Authentication cancelled");'
-    'return refuse(s, NULL, "501 5.7.0 well then"), END;'
+    'return reply_bad_command(s, NULL, "501 5.7.0 well then"), END;'
     'verb_is(s, "NOOP") ||' '!MUTANT && verb_is(s, "NOOP") ||'
-    'send_line(s, "5.2.1-g", "453 You have no mail");'
-    'send_line(s, NULL, "250-why not"); send_line(s, NULL, "250 turn"); return GO_ON;'
-    'send_line(s, "5.2.1-j", "250 OK now reversing the connection");' 'send_line(s, NULL, "250");'
+    'reply(s, "5.2.1-g", "453 You have no mail");'
+    'reply(s, NULL, "250-why not"); reply(s, NULL, "250 turn"); return GO_ON;'
+    'reply(s, "5.2.1-j", "250 OK now reversing the connection");' 'reply(s, NULL, "250");'
 )
 # It wants a domain with each ATRN, as indimail-mta does.
 WITHOUT_BARE_ATRN=(5.2.1-d
     's->postponed = "it cannot be listed";'
-    'if (MUTANT && !s->argument) { send_line(s, NULL, "553 which domain?"); return STAY; }
+    'if (MUTANT && !s->argument) { reply(s, NULL, "553 which domain?"); return STAY; }
     s->postponed = "it cannot be listed";'
 )
 
