@@ -6382,6 +6382,37 @@ t_map_is_in_order() {
     none 'lines over 120 columns' "$(awk 'length > 120 { print FILENAME ":" FNR }' "$here"/odmr.[ch])"
 }
 
+# odmr.c has the protocol first, in the order of time, and its parts as odmr.h lists them, each with the functions to
+# enter by.
+t_program_is_in_the_order_of_the_protocol() {
+    none 'not where a reader looks for it' "$(perl -e '
+        my ($map, $program) = map { local $/; open my $in, "<", $_ or die; <$in> } @ARGV;
+        my ($line, $part, %at, %in) = (0, 0);
+        for (split /\n/, $program) {
+            $line++;
+            if (/^\/\* ==== (\d+)\. /) {
+                print "part $1 behind part $part\n" if $1 != $part && $1 != $part + 1;
+                $part = $1;
+            }
+            ($at{$1}, $in{$1}) = ($line, $part) if /^[a-z][^;(]*[ *]([a-z_0-9]+)\([^;]*$/;
+        }
+        print "$part parts\n" if $part != 15;
+        my %before = (initial_state => 200, authenticated_state => 200, reversed_state => 200, atrn_command => 500,
+            send_mail => 950, client_dialogue => 1350, hello_command => 1900, mail_command => 1900,
+            rcpt_command => 1900, data_command => 1900, bdat_command => 1900);
+        for (sort keys %before) {
+            print "$_ in line $at{$_}\n" unless $at{$_} && $at{$_} < $before{$_};
+        }
+        my $listed = 0;
+        while ($map =~ /^ \* +(\d+)  \S.*?  +([a-z_]+(?:[,;] [a-z_]+)*)$/gm) {
+            $listed++;
+            for my $name (split /[,;] /, $2) {
+                print "$name is not in part $1\n" unless ($in{$name} // 0) == $1;
+            }
+        }
+        print "$listed parts are listed\n" if $listed != 15;' "$here/odmr.h" "$here/odmr.c")"
+}
+
 t_readme_tls_and_the_mechanisms() {
     needs openssl
     does 'TLS and the mechanisms'
