@@ -6610,6 +6610,7 @@ Real peers
 README and the guide
 The suite itself
 Judging another implementation
+Judging: TLS and SASL
 Judging a provider: our side of the dialogue
 Judging a provider: the rows
 Judging a customer: the scripted provider
@@ -6718,20 +6719,158 @@ ends() {
 base64_text() { without_blanks "$1"; [[ $TEXT =~ ^[A-Za-z0-9+/]*={0,2}$ && $((${#TEXT} % 4)) = 0 ]]; }
 without_blanks() { TEXT=$1; while [[ $TEXT == *[[:blank:]] ]]; do TEXT=${TEXT%?}; done; }
 
+# ---- Judging: TLS and SASL ----
+#
+# TLS is openssl's: its s_client carries the dialogue over a pipe in each direction, and does STARTTLS itself, with the
+# EHLO before it. JUDGE_TLS is clear, starttls or tls. For a customer, socat is the server's end of TLS.
+
+# opens HOW: a connection into LINE. Over TLS, LINE_OUT is its other direction and TLS_KEYS the file of its secrets.
+opens() {
+    local address=$JUDGE_HOST:$JUDGE_PORT how=(-quiet -no_ign_eof -nocommands) pipe
+    trap '' PIPE # who is hung up on goes on to say so
+    SAID='' LINE_OUT=''
+    if [ "$1" = clear ]; then
+        { exec {LINE}<> "/dev/tcp/$JUDGE_HOST/$JUDGE_PORT"; } 2> /dev/null ||
+            not_observable 'it could not be connected to'
+        return
+    fi
+    [[ $JUDGE_HOST != *:* ]] || address="[$JUDGE_HOST]:$JUDGE_PORT"
+    LINES_OPENED=$((${LINES_OPENED:-0} + 1))
+    pipe=$T/line.$LINES_OPENED TLS_KEYS=$T/keys.$LINES_OPENED
+    [ "$1" = tls ] || how+=(-starttls smtp -name "$FIRST")
+    if [ -z "$JUDGE_INSECURE" ]; then
+        how+=(-verify_return_error)
+        if [[ $JUDGE_HOST == *:* || $JUDGE_HOST =~ ^[0-9.]+$ ]]; then how+=(-verify_ip "$JUDGE_HOST")
+        else how+=(-verify_hostname "$JUDGE_HOST"); fi
+    fi
+    [ -z "$JUDGE_CA" ] || how+=(-CAfile "$JUDGE_CA")
+    [ -z "$JUDGE_CERT" ] || how+=(-cert "$JUDGE_CERT" -key "$JUDGE_KEY")
+    mkfifo "$pipe"
+    exec {LINE_OUT}<> "$pipe"
+    exec {LINE}< <(exec openssl s_client -connect "$address" -keylogfile "$TLS_KEYS" "${how[@]}" < "$pipe" \
+        2> "$pipe.log" {LINE_OUT}>&-)
+    LINE_PID=$!
+    STARTED+=("$LINE_PID")
+}
+leaves() {
+    exec {LINE}>&-
+    [ -z "${LINE_OUT:-}" ] || exec {LINE_OUT}>&-
+    LINE_OUT=
+}
+# cuts: the connection ends in the middle.
+cuts() {
+    [ -z "$LINE_OUT" ] || kill -9 "$LINE_PID"
+    leaves
+}
+# provider_becomes_tls: STARTTLS was asked for, and what follows on the connection is TLS. The dialogue goes on with a
+# socat of its own.
+provider_becomes_tls() {
+    local log=$T/upgrade.$BASHPID pipe=$T/upgrade.$BASHPID.in line=$LINE
+    mkfifo "$pipe"
+    : > "$log"
+    exec {LINE_OUT}<> "$pipe"
+    exec {LINE}< <(exec socat -d -d "OPENSSL-LISTEN:0,bind=127.0.0.1,cert=$T/server.pem,verify=0" STDIO < "$pipe" \
+        2> "$log" {LINE_OUT}>&- >&1)
+    STARTED+=($!)
+    until_true listens "$log"
+    printf '220 go on\r\n' >&1
+    socat STDIO "TCP:127.0.0.1:${PORTS[0]}" <&"$line" >&1 2> /dev/null {LINE_OUT}>&- &
+    exec {line}<&- >&- < /dev/null
+}
+
 # cram_answer CHALLENGE [SECRET]: the response of CRAM-MD5 to a challenge.
 cram_answer() {
-    local secret=${2-}
-    if [ $# = 1 ]; then IFS= read -r secret < "$JUDGE_SECRET_FILE"; fi
-    cram_response "$JUDGE_USER" "${secret%$'\r'}" "$1"
+    judge_secret "${@:2}"
+    cram_response "$JUDGE_USER" "$SECRET" "$1"
+}
+# judge_secret [SECRET]: this one, or the account's, into SECRET.
+judge_secret() {
+    SECRET=${1-}
+    if [ $# = 0 ]; then
+        [ -n "$JUDGE_SECRET_FILE" ] || not_observable 'there is no --secret-file'
+        IFS= read -r SECRET < "$JUDGE_SECRET_FILE"
+        SECRET=${SECRET%$'\r'}
+    fi
+}
+# scram_proof SECRET BARE SERVER_FIRST FINAL: RFC 5802's proof and the server's signature, in base64, into PROOF and
+# SIGNED. The secret, which may be somebody's real one, is on no command line.
+scram_proof() {
+    read -r PROOF SIGNED < <(printf '%s\n' "$@" | perl -MDigest::SHA=sha256,hmac_sha256 -MMIME::Base64 -e '
+        chomp(my ($secret, $bare, $challenge, $final) = <STDIN>);
+        my ($salt, $count) = $challenge =~ /,s=([^,]*),i=(\d+)/ or exit;
+        exit if $count > 1000000;
+        my $salted = my $u = hmac_sha256(decode_base64($salt) . pack("N", 1), $secret);
+        for (2 .. $count) { $u = hmac_sha256($u, $secret); $salted ^= $u }
+        my ($client, $server) = map { hmac_sha256($_, $salted) } "Client Key", "Server Key";
+        my $all = "$bare,$challenge,$final";
+        print join(" ", map { encode_base64($_, "") } $client ^ hmac_sha256($all, sha256($client)),
+            hmac_sha256($all, $server)), "\n"')
+}
+# tls_exporter: the channel binding of RFC 9266 in base64 into BINDING, from the secret that s_client left in TLS_KEYS
+# (RFC 8446, 7.5).
+tls_exporter() {
+    BINDING=$(perl -MDigest::SHA=sha256,sha384,hmac_sha256,hmac_sha384 -MMIME::Base64 -ne '
+        /^EXPORTER_SECRET \w+ (\w+)/ or next;
+        my $secret = pack "H*", $1; my $long = length $secret == 48;
+        sub expand { my ($key, $label, $n) = @_; $label = "tls13 $label";
+            my $info = pack("n C/a C/a", $n, $label, $long ? sha384("") : sha256("")) . "\1";
+            return substr $long ? hmac_sha384($info, $key) : hmac_sha256($info, $key), 0, $n }
+        print encode_base64(expand(expand($secret, "EXPORTER-Channel-Binding", length $secret), "exporter", 32), "");
+        last' "$TLS_KEYS")
+    [ -n "$BINDING" ] || not_observable 'without TLS 1.3 the judge has no channel binding'
+}
+# as_base64 and from_base64, into TEXT, of text without NUL octets.
+as_base64() { TEXT=$(b64 "$1"); }
+from_base64() { TEXT=$(unb64 "$1" 2> /dev/null | tr -d '\0'); }
+
+# responds CODES [SECRET]: to the challenge in ANSWER, by JUDGE_MECHANISM, with the right secret or another. EXTERNAL
+# has no secret: the wrong one is a wrong name.
+responds() {
+    case $JUDGE_MECHANISM in
+    CRAM-MD5) cram_answer "${ANSWER#334 }" "${@:2}" ;;
+    PLAIN) judge_secret "${@:2}"; RESPONSE=$(printf '\0%s\0%s' "$JUDGE_USER" "$SECRET" | base64 -w 0) ;;
+    EXTERNAL) RESPONSE=; [ $# = 1 ] || { as_base64 "not-$JUDGE_USER"; RESPONSE=$TEXT; } ;;
+    SCRAM-*) responds_by_scram "$@"; return ;;
+    esac
+    say "$RESPONSE" 2> /dev/null
+    SAID="the response to $JUDGE_MECHANISM" EXPECTED=$1
+    answers
+    [[ $CODE =~ ^($1)$ ]]
+}
+responds_by_scram() {
+    local header=n,, nonce=$RANDOM$RANDOM$RANDOM$RANDOM bare first final name
+    name=${JUDGE_USER//=/=3D} name=${name//,/=2C} BINDING='' EXPECTED=$1 SAID="the response to $JUDGE_MECHANISM"
+    judge_secret "${@:2}"
+    bare=n=$name,r=$nonce
+    if [ "$JUDGE_MECHANISM" = SCRAM-SHA-256-PLUS ]; then header=p=tls-exporter,,; tls_exporter; fi
+    as_base64 "$header$bare"
+    say "$TEXT" 2> /dev/null
+    answers
+    [ "$CODE" = 334 ] || { [[ $CODE =~ ^($1)$ ]]; return; }
+    from_base64 "${ANSWER#334 }"
+    first=$TEXT
+    [[ $first =~ ^r=($nonce[^,]+),s=[A-Za-z0-9+/=]+,i=[0-9]+ ]] ||
+        { CODE=malformed ANSWER="SCRAM's challenge: $first"; return 1; }
+    final=c=$({ printf '%s' "$header"; printf '%s' "$BINDING" | base64 -d; } | base64 -w 0),r=${BASH_REMATCH[1]}
+    scram_proof "$SECRET" "$bare" "$first" "$final"
+    as_base64 "$final,p=$PROOF"
+    say "$TEXT" 2> /dev/null
+    answers
+    if [ "$CODE" = 334 ]; then
+        from_base64 "${ANSWER#334 }"
+        [[ $TEXT == "v=$SIGNED"* ]] || { CODE=malformed ANSWER="a wrong server signature: $TEXT"; return 1; }
+        say '' 2> /dev/null
+        answers
+    fi
+    [[ $CODE =~ ^($1)$ ]]
 }
 
 # ---- Judging a provider: our side of the dialogue ----
 
+# connect: up to the greeting. s_client keeps to itself what was said before STARTTLS.
 connect() {
-    trap '' PIPE # who is hung up on goes on to say so
-    { exec {LINE}<> "/dev/tcp/$JUDGE_HOST/$JUDGE_PORT"; } 2> /dev/null || not_observable 'it could not be connected to'
-    SAID=
-    answers
+    opens "$JUDGE_TLS"
+    if [ "$JUDGE_TLS" = starttls ]; then CODE=220 ANSWER='220'; else answers; fi
 }
 joins() {
     connect
@@ -6739,20 +6878,42 @@ joins() {
     gets_past "EHLO $FIRST" 250
     EHLO=("${LINES[@]:1}")
 }
-# responds CODES [SECRET]: to the challenge in ANSWER, with the right secret or another.
-responds() {
-    cram_answer "${ANSWER#334 }" "${@:2}"
-    say "$RESPONSE" 2> /dev/null
-    SAID='the response to CRAM-MD5'
-    answers
-    [[ $CODE =~ ^($1)$ ]]
-}
 logs_in() {
     joins
-    gets_past 'AUTH CRAM-MD5' 334
-    responds 235 || not_observable "cannot log in by CRAM-MD5: $ANSWER"
+    gets_past "AUTH $JUDGE_MECHANISM" 334
+    responds 235 || not_observable "cannot log in by $JUDGE_MECHANISM: $ANSWER"
 }
-leaves() { exec {LINE}>&-; }
+# learns_channel: in JUDGE_DIR/channel, whether TLS is needed and how to log in. STARTTLS is used when it is offered and
+# nothing to log in with is offered without it. PLAIN is used in the clear only by request.
+learns_channel() {
+    local wanted=$JUDGE_MECHANISM
+    DEADLINE=$((SECONDS + PATIENCE))
+    meets || return 0
+    if [ "$JUDGE_TLS" = clear ] && offers STARTTLS && ! { chooses && asked "AUTH $JUDGE_MECHANISM" 334; }; then
+        leaves
+        JUDGE_MECHANISM=$wanted
+        JUDGE_TLS=starttls
+        meets || { tls_complaint; return 0; }
+    fi
+    chooses || JUDGE_MECHANISM=${wanted:-CRAM-MD5}
+    echo "$JUDGE_TLS $JUDGE_MECHANISM" > "$JUDGE_DIR/channel"
+}
+tls_complaint() {
+    { grep -h -m 1 'verify error' "$T"/line.*.log || tail -q -n 1 "$T"/line.*.log; } > "$JUDGE_DIR/tls.failed"
+}
+meets() { connect; [ "$CODE" = 220 ] && asked "EHLO $FIRST" 250 && EHLO=("${LINES[@]:1}"); }
+chooses() {
+    local name
+    offers AUTH || return 1
+    for name in ${JUDGE_MECHANISM:-CRAM-MD5 SCRAM-SHA-256 EXTERNAL PLAIN}; do
+        [[ " ${PARAMETERS^^} " == *" $name "* ]] || continue
+        [ "$name" != EXTERNAL ] || [ -n "$JUDGE_CERT" ] || continue
+        [ "$name$JUDGE_TLS$JUDGE_MECHANISM" != PLAINclear ] || continue
+        JUDGE_MECHANISM=$name
+        return 0
+    done
+    return 1
+}
 # offers KEYWORD: among the lines of its EHLO response; PARAMETERS are the words behind.
 offers() {
     local line
@@ -6887,7 +7048,7 @@ judge_provider_4-b() {
 judge_provider_4-c() {
     connect
     asks "EHLO $FIRST" 250
-    asks 'AUTH CRAM-MD5' '334|504|538'
+    asks "AUTH $JUDGE_MECHANISM" '334|504|538'
     leaves
     connect
     asks QUIT 221
@@ -6916,7 +7077,7 @@ judge_provider_4-e() {
 }
 judge_provider_5-a() {
     joins
-    gets_past 'AUTH CRAM-MD5' 334
+    gets_past "AUTH $JUDGE_MECHANISM" 334
     if ! responds closed 'a wrong secret'; then
         [ "$CODE" != 235 ] || departs 'a wrong secret: 235'
         asks ATRN '5..|421|closed'
@@ -6938,7 +7099,7 @@ judge_provider_5-b() {
 judge_provider_5.1-a() {
     connect
     asks "EHLO $FIRST" 250
-    asks 'AUTH CRAM-MD5' '334|504|538'
+    asks "AUTH $JUDGE_MECHANISM" '334|504|538'
     leaves
     connect
     asks QUIT 221
@@ -6947,6 +7108,13 @@ judge_provider_5.1-a() {
 judge_provider_5.1.1-a() {
     local line
     WITHOUT_CR=
+    if [ "$JUDGE_TLS" = starttls ]; then
+        opens clear
+        answers
+        [ "$CODE" = 220 ] || departs "greeting: $ANSWER"
+        asks "EHLO $FIRST" 250
+        leaves
+    fi
     connect
     [ "$CODE" = 220 ] || departs "greeting: $ANSWER"
     asks "EHLO $FIRST" 250
@@ -6966,25 +7134,25 @@ judge_provider_5.1.1-b() {
 }
 judge_provider_5.1.2-a() {
     joins
-    gets_past 'AUTH CRAM-MD5' 334
-    base64_text "${ANSWER#334 }" || departs "the challenge is not base64: $ANSWER"
+    gets_past "AUTH $JUDGE_MECHANISM" 334
+    base64_text "${ANSWER:4}" || departs "the challenge is not base64: $ANSWER"
     asks '*' 501
     leaves # for it may close after a failure
     joins
-    gets_past 'AUTH CRAM-MD5' 334
+    gets_past "AUTH $JUDGE_MECHANISM" 334
     asks 'that is no base64!' 501
     leaves
     joins
     asks 'AUTH X-NO-SUCH-MECHANISM' 504
     leaves
     joins
-    gets_past 'AUTH CRAM-MD5' 334
+    gets_past "AUTH $JUDGE_MECHANISM" 334
     responds 235 || departs "$SAID: $ANSWER"
     passes
 }
 judge_provider_5.1.2-b() {
     joins
-    gets_past 'AUTH CRAM-MD5' 334
+    gets_past "AUTH $JUDGE_MECHANISM" 334
     ! responds 235 'a wrong secret' || departs 'a wrong secret: 235'
     if [[ $CODE == 5* ]]; then asks ATRN '5..|421|closed'; fi
     leaves
@@ -7000,6 +7168,7 @@ judge_provider_5.1.2-c() {
             not_observable "not offered, but $PARAMETERS is: a site's choice, maybe (5.1.2-e)"
         departs 'no mechanism is offered'
     fi
+    local JUDGE_MECHANISM=CRAM-MD5
     asks 'AUTH CRAM-MD5' 334
     responds 235 || departs "the right response: $ANSWER"
     passes
@@ -7007,7 +7176,8 @@ judge_provider_5.1.2-c() {
 judge_provider_5.1.2-d() {
     joins
     offers AUTH || not_observable 'EHLO does not list AUTH'
-    passes "offered in the clear: ${PARAMETERS:-nothing}"
+    local -A where=([clear]='in the clear' [starttls]='after STARTTLS' [tls]='inside TLS')
+    passes "offered ${where[$JUDGE_TLS]}: ${PARAMETERS:-nothing}"
 }
 judge_provider_5.1.2-e() {
     joins
@@ -7018,7 +7188,8 @@ judge_provider_5.1.2-e() {
 judge_provider_5.1.2-f() {
     joins
     if offers AUTH && [[ " ${PARAMETERS^^} " == *' EXTERNAL '* ]]; then passes 'offered'; fi
-    not_observable 'not offered in the clear, where nothing has shown yet who the customer is'
+    [ -z "$JUDGE_CERT" ] || not_observable 'not offered, though the judge has shown a certificate'
+    not_observable 'not offered where no certificate has shown who the customer is'
 }
 judge_provider_5.1.3-a() {
     joins
@@ -7181,8 +7352,8 @@ judge_provider_5.4-a() {
 }
 judge_provider_6-a() {
     joins
-    gets_past 'AUTH CRAM-MD5' 334
-    [[ $ANSWER != *[[:blank:]] ]] || departs 'the base64 of its challenge has a blank behind it'
+    gets_past "AUTH $JUDGE_MECHANISM" 334
+    [[ $ANSWER =~ ^334\ ?$ || $ANSWER != *[[:blank:]] ]] || departs 'the base64 of its challenge has a blank behind it'
     leaves
     injects "$FIRST"
     fetches
@@ -7226,15 +7397,18 @@ provides() {
     trap '' PIPE
     DEADLINE=$((SECONDS + PATIENCE * 6))
     : > "$T/connected"
-    CHOSEN='' RESPONSE='' WENT='it was connected' LOGGED_IN=
+    CHOSEN='' RESPONSE='' WENT='it was connected' LOGGED_IN='' UNTIL_TLS=
+    [ "$JUDGE_TLS" != starttls ] || UNTIL_TLS=1
     tells '220 judge.example ready'
     for ((lines = 0; lines < 100; lines++)); do
         hears || return 1
         WENT="\"$HEARD\""
         case ${HEARD^^} in
-        EHLO\ *) tells '250-judge.example'; tells "250-AUTH ${MECHANISMS:-CRAM-MD5}"; tells '250 ATRN' ;;
+        EHLO\ *) provider_offers ;;
         HELO\ *) tells '250 judge.example' ;;
-        AUTH\ *) CHOSEN=${CHOSEN:-$HEARD}; authenticates || return 1 ;;
+        STARTTLS) if [ "$UNTIL_TLS" ]; then UNTIL_TLS=; provider_becomes_tls; else tells '502 not known here'; fi ;;
+        AUTH\ *) if [ "$UNTIL_TLS" ]; then tells '538 STARTTLS first'; continue; fi
+            CHOSEN=${CHOSEN:-$HEARD}; authenticates || return 1 ;;
         ATRN | ATRN\ *) ATRN=$HEARD; [ -z "$LOGGED_IN" ] || return 0; TOO_EARLY=1
         tells '530 Authentication required' ;;
         QUIT) tells '221 judge.example'; return 1 ;;
@@ -7244,22 +7418,80 @@ provides() {
     done
     return 1
 }
+# A provider may offer AUTH inside TLS only (RFC 4954, 4).
+provider_offers() {
+    tells '250-judge.example'
+    if [ "$UNTIL_TLS" ]; then tells '250-STARTTLS'; else tells "250-AUTH ${MECHANISMS:-$JUDGE_MECHANISM}"; fi
+    tells '250 ATRN'
+}
+# authenticates: the server's half of the mechanisms that the judge knows. EXTERNAL takes whatever certificate the TLS
+# took, which is any, or none.
 authenticates() {
+    local name initial
     without_blanks "${HEARD#* }"
-    if ! [[ ${TEXT^^} == CRAM-MD5 && " ${MECHANISMS:-CRAM-MD5} " == *' CRAM-MD5 '* ]]; then
-        tells '504 not here'
-        return 0
-    fi
-    tells "334 $JUDGE_CHALLENGE"
+    name=${TEXT%% *} initial=${TEXT#* }
+    [ "$initial" != "$TEXT" ] || initial=
+    if [[ " ${MECHANISMS:-$JUDGE_MECHANISM} " != *" ${name^^} "* ]]; then tells '504 not here'; return 0; fi
+    case ${name^^} in
+    CRAM-MD5)
+        [ -z "$initial" ] || { tells '501 no initial response'; return 0; }
+        challenges "$JUDGE_CHALLENGE" || return 1
+        has_authenticated "$JUDGE_RIGHT_RESPONSE" ;;
+    PLAIN)
+        RESPONSE=$initial
+        [ -n "$initial" ] || challenges '' || return 1
+        RESPONSE=$(unb64 "$RESPONSE" 2> /dev/null | tr '\0' '\n')
+        TEXT=$RESPONSE
+        [[ $TEXT != "$JUDGE_USER"$'\n'"$JUDGE_USER"$'\n'* ]] || TEXT=${TEXT#*$'\n'}
+        TEXT=${TEXT#$'\n'}
+        has_authenticated "$JUDGE_USER"$'\n'tanstaaf "$TEXT" ;;
+    EXTERNAL)
+        RESPONSE=$initial
+        [ -n "$initial" ] || challenges '' || return 1
+        from_base64 "${RESPONSE#=}"
+        has_authenticated "$TEXT" "${TEXT:-}" ;;
+    SCRAM-SHA-256) authenticates_by_scram "$initial" ;;
+    *) tells '504 not here' ;;
+    esac
+}
+# challenges CHALLENGE: its answer into RESPONSE.
+challenges() {
+    tells "334 $1"
     hears || return 1
-    RESPONSE=$HEARD WENT='its response to CRAM-MD5'
-    without_blanks "$HEARD"
-    if [ -z "${VERDICT_ON_AUTH:-}" ] && [ "$TEXT" = "$JUDGE_RIGHT_RESPONSE" ]; then
+    RESPONSE=$HEARD WENT='its response'
+}
+# has_authenticated RIGHT [RESPONSE]
+has_authenticated() {
+    without_blanks "${2-$RESPONSE}"
+    if [ -z "${VERDICT_ON_AUTH:-}" ] && [ "$TEXT" = "$1" ]; then
         LOGGED_IN=1
         tells '235 now authenticated'
     else
         tells "${VERDICT_ON_AUTH:-535 not with this response}"
     fi
+}
+authenticates_by_scram() {
+    local header bare first final
+    RESPONSE=$1
+    [ -n "$1" ] || challenges '' || return 1
+    from_base64 "$RESPONSE"
+    header=${TEXT%"${TEXT#[ny],*,}"} bare=${TEXT#"${TEXT%"${TEXT#[ny],*,}"}"}
+    [[ $header =~ ^[ny],[^,]*,$ && $bare =~ ^n=[^,]+,r=([^,]+) ]] || { tells '535 no SCRAM'; return 0; }
+    first=r=${BASH_REMATCH[1]}$RANDOM$RANDOM,s=c2l4dGVlbiBvY3RldHMuLg==,i=4096
+    as_base64 "$first"
+    challenges "$TEXT" || return 1
+    from_base64 "$RESPONSE"
+    final=${TEXT%,p=*}
+    as_base64 "$header"
+    scram_proof tanstaaf "$bare" "$first" "$final"
+    if [[ -n ${VERDICT_ON_AUTH:-} || $final != "c=$TEXT,${first%%,*}"* ]] ||
+        { from_base64 "$RESPONSE"; [ "${TEXT##*,p=}" != "$PROOF" ]; }; then
+        tells "${VERDICT_ON_AUTH:-535 not with this response}"
+        return 0
+    fi
+    as_base64 "v=$SIGNED"
+    challenges "$TEXT" || return 1
+    has_authenticated '' "$RESPONSE"
 }
 asks_for_mail() { provides || not_observable "it left before ATRN, after $WENT"; }
 # reverses: up to the customer's greeting.
@@ -7320,11 +7552,14 @@ judge_customer_5-b() {
 judge_customer_5.1.2-a() {
     provides || true
     [ -n "$CHOSEN" ] || departs "it left without AUTH, after $WENT"
-    [[ ${CHOSEN^^} =~ ^AUTH\ CRAM-MD5\ *$ ]] || departs "CRAM-MD5 is offered, and it said \"$CHOSEN\""
-    base64_text "$RESPONSE" || departs "its response is not base64: $RESPONSE"
+    [[ ${CHOSEN^^} =~ ^AUTH\ $JUDGE_MECHANISM(\ .*)?$ ]] ||
+        departs "$JUDGE_MECHANISM is offered, and it said \"$CHOSEN\""
+    [ "$JUDGE_MECHANISM" = CRAM-MD5 ] || [ -n "$LOGGED_IN" ] || departs "it could not log in by $JUDGE_MECHANISM"
+    [ "$JUDGE_MECHANISM" != CRAM-MD5 ] || base64_text "$RESPONSE" || departs "its response is not base64: $RESPONSE"
     passes
 }
 judge_customer_5.1.2-c() {
+    local MECHANISMS=CRAM-MD5
     if provides; then passes; fi
     [ -n "$CHOSEN" ] || departs "CRAM-MD5 is offered, and it left without AUTH, after $WENT"
     [ -n "$LOGGED_IN" ] ||
@@ -7336,14 +7571,15 @@ judge_customer_5.1.2-d() {
     provides || true
     [ -n "$CHOSEN" ] || not_observable "it left without AUTH, after $WENT"
     read -r _ chosen _ <<< "$CHOSEN"
-    passes "of $MECHANISMS, in the clear, it chose $chosen"
+    local -A where=([clear]='in the clear' [starttls]='after STARTTLS' [tls]='inside TLS')
+    passes "of $MECHANISMS, ${where[$JUDGE_TLS]}, it chose $chosen"
 }
 judge_customer_5.1.2-f() {
     local MECHANISMS=EXTERNAL
     provides || true
     if [[ ${CHOSEN^^} == 'AUTH EXTERNAL'* ]]; then passes "\"$CHOSEN\""; fi
     CHOSEN=${CHOSEN:+\"$CHOSEN\"}
-    not_observable "EXTERNAL alone was on offer, with nothing to show in the clear, and it said ${CHOSEN:-nothing}"
+    not_observable "EXTERNAL alone was on offer, and it said ${CHOSEN:-nothing}"
 }
 judge_customer_5.2.1-c() {
     asks_for_mail
@@ -7390,7 +7626,8 @@ judge_customer_5.3-b() {
 judge_customer_6-a() {
     local command
     reverses
-    [[ $RESPONSE != *[[:blank:]] ]] || departs 'the base64 of its response has a blank behind it'
+    [[ $JUDGE_MECHANISM != CRAM-MD5 || $RESPONSE != *[[:blank:]] ]] ||
+        departs 'the base64 of its response has a blank behind it'
     hello
     for command in 'MAIL FROM: <judge@example.edu>' "RCPT TO: <judge@$FIRST>"; do
         asked "$command" '25.' && continue
@@ -7404,9 +7641,9 @@ departs_if_only_the_blank() {
     departs "\"$1\": $2"
 }
 judge_customer_8-b() {
-    local MECHANISMS='X-STRONGER CRAM-MD5'
+    local MECHANISMS="X-STRONGER $JUDGE_MECHANISM"
     if provides; then passes; fi
-    departs "X-STRONGER and CRAM-MD5 are offered, and it left after $WENT"
+    departs "X-STRONGER and $JUDGE_MECHANISM are offered, and it left after $WENT"
 }
 
 # ---- Judging: one row, and the report ----
@@ -7421,8 +7658,10 @@ judge_row() {
 }
 # customer_faces FUNCTION: starts the customer, once for each scene, and waits for the verdict on it.
 customer_faces() {
-    local customer
+    local customer OVER_TLS=
     export SCENE
+    [ "$JUDGE_TLS" = clear ] || cp "$JUDGE_DIR/server.pem" "$T/server.pem"
+    [ "$JUDGE_TLS" != tls ] || OVER_TLS=yes
     for SCENE in 1 2; do
         [ "$SCENE" = 1 ] || rm -f "$T/connected"
         serve "$1"
@@ -7450,7 +7689,8 @@ wait_for_customer() {
 start_customer() {
     [ -d "$T/scratch" ] || mkdir "$T/scratch"
     export ODMR_HOST=127.0.0.1 ODMR_PORT=$PORT ODMR_ADDRESS=127.0.0.1:$PORT ODMR_USER=$JUDGE_USER ODMR_SECRET
-    export ODMR_SECRET_FILE=$JUDGE_SECRET_FILE ODMR_DOMAINS=$JUDGE_DOMAINS ODMR_SCRATCH=$T/scratch
+    export ODMR_CA='' ODMR_SECRET_FILE=$JUDGE_SECRET_FILE ODMR_DOMAINS=$JUDGE_DOMAINS ODMR_SCRATCH=$T/scratch
+    [ "$JUDGE_TLS" = clear ] || ODMR_CA=$JUDGE_DIR/server.crt
     IFS= read -r ODMR_SECRET < "$JUDGE_SECRET_FILE"
     ODMR_SECRET=${ODMR_SECRET%$'\r'}
     exec timeout -k 1 $((PATIENCE * 5 + JUDGE_ATRN_WAIT)) sh -c "$JUDGE_CUSTOMER" > "$T/customer.log" 2>&1 < /dev/null
@@ -7492,7 +7732,11 @@ judge_all() {
 report() {
     local class row level id verdict text
     local -A count=()
+    local -A channel=([clear]='in the clear' [starttls]='inside TLS, by STARTTLS'
+        [tls]='inside TLS, from the first octet')
     if [ "$JUDGE_REPORT" = markdown ]; then echo "# $1"; else echo "$1"; fi
+    text="Judged ${channel[$JUDGE_TLS]}, with $JUDGE_MECHANISM."
+    if [ "$JUDGE_REPORT" = markdown ]; then printf '\n%s\n' "$text"; else echo "$text"; fi
     if [ -s "$JUDGE_DIR/bare" ]; then
         printed "$(< "$JUDGE_DIR/bare")"
         text="ATRN without domains is refused ($PRINTED), so other rows name a domain."
@@ -7542,8 +7786,9 @@ report_line() {
 reach_provider() {
     local code=0 greeting
     greeting=$(timeout "$PATIENCE" bash -c 'exec 3<> "/dev/tcp/$0/$1" || exit 69
+        [ "$2" != tls ] || exit 0
         IFS= read -r -n 400 line <&3 || exit 75; echo "$line"' \
-        "$JUDGE_HOST" "$JUDGE_PORT" 2> /dev/null) || code=$?
+        "$JUDGE_HOST" "$JUDGE_PORT" "$JUDGE_TLS" 2> /dev/null) || code=$?
     if [ "$code" = 0 ] && [[ $greeting == 4* ]]; then
         code=75
     elif [ "$code" = 0 ] && [[ $greeting == 5* ]]; then
@@ -7557,13 +7802,33 @@ reach_provider() {
     esac
 }
 
+# enter_channel: JUDGE_TLS and JUDGE_MECHANISM, as learned from the provider.
+enter_channel() {
+    local mechanism=$JUDGE_MECHANISM
+    mkdir "$JUDGE_DIR/learning"
+    ( T=$JUDGE_DIR/learning; STARTED=(); learns_channel ) > "$JUDGE_DIR/learning/log" 2>&1 < /dev/null
+    if [ -s "$JUDGE_DIR/channel" ]; then
+        read -r JUDGE_TLS JUDGE_MECHANISM < "$JUDGE_DIR/channel"
+    elif [ "$JUDGE_TLS" != clear ]; then
+        T=$JUDGE_DIR/learning tls_complaint
+    fi
+    if [ -e "$JUDGE_DIR/tls.failed" ]; then
+        printed "$(< "$JUDGE_DIR/tls.failed")"
+        echo "$JUDGE_HOST:$JUDGE_PORT: no TLS that can be trusted: $PRINTED; --ca FILE or --insecure may help" >&2
+        exit 69
+    fi
+    JUDGE_MECHANISM=${JUDGE_MECHANISM:-CRAM-MD5}
+}
+
 judge_usage() {
     cat >&2 << END
 $self: $1
 usage: $0 [--list] [NAME...]
        $0 --provider HOST:PORT --user NAME --secret-file FILE --domains A,B --foreign-domain C
+           [--starttls | --tls] [--ca FILE | --insecure] [--cert FILE --key FILE] [--mechanism NAME]
            [--inject COMMAND] [--only ID,...] [--report markdown]
-       $0 --customer COMMAND [--atrn-wait SECONDS] [--only ID,...] [--report markdown]
+       $0 --customer COMMAND [--starttls | --tls] [--mechanism NAME] [--atrn-wait SECONDS]
+           [--only ID,...] [--report markdown]
 README, "Judging another implementation", explains them.
 END
     exit 64
@@ -7574,11 +7839,17 @@ judge_options() {
     requirements
     domain="$name(\.$name)+"
     export PATIENCE JUDGE_USER=example.org JUDGE_SECRET_FILE='' JUDGE_DOMAINS=example.org,example.com JUDGE_FOREIGN='' \
-       JUDGE_INJECT='' JUDGE_REPORT='' JUDGE_ONLY='' \
+        JUDGE_INJECT='' JUDGE_REPORT='' JUDGE_ONLY='' \
+        JUDGE_TLS=clear JUDGE_INSECURE='' JUDGE_CA='' JUDGE_CERT='' JUDGE_KEY='' JUDGE_MECHANISM='' \
         JUDGE_ATRN_WAIT=35 JUDGE_CUSTOMER='' JUDGE_HOST='' JUDGE_PORT='' JUDGE_DIR \
         JUDGE_TOKEN="odmr-judge-$$-$RANDOM$RANDOM"
-    local given=' '
+    local given=' ' option
     while [ $# -gt 0 ]; do
+        case $1 in
+        --starttls) JUDGE_TLS=starttls given+="$1 "; shift; continue ;;
+        --tls) JUDGE_TLS=tls given+="$1 "; shift; continue ;;
+        --insecure) JUDGE_INSECURE=1 given+="$1 "; shift; continue ;;
+        esac
         [ $# -gt 1 ] || judge_usage "$1 takes a value"
         case $1 in
         --provider) JUDGE_HOST=${2%:*} JUDGE_PORT=${2##*:}; JUDGE_HOST=${JUDGE_HOST#[}; JUDGE_HOST=${JUDGE_HOST%]}
@@ -7591,6 +7862,11 @@ judge_options() {
         --domains) JUDGE_DOMAINS=$2; [[ $2 =~ ^$domain(,$domain)*$ ]] || judge_usage "$2 is no list of domains" ;;
         --foreign-domain) JUDGE_FOREIGN=$2; [[ $2 =~ ^$domain$ ]] || judge_usage "$2 is no domain" ;;
         --inject) JUDGE_INJECT=$2 ;;
+        --ca | --cert | --key) [ -r "$2" ] || judge_usage "$2 cannot be read"
+            option=${1#--} && printf -v "JUDGE_${option^^}" %s "$2" ;;
+        --mechanism) JUDGE_MECHANISM=${2^^}
+            [[ $JUDGE_MECHANISM =~ ^(CRAM-MD5|SCRAM-SHA-256(-PLUS)?|PLAIN|EXTERNAL)$ ]] ||
+                judge_usage "$2 is no mechanism that the judge knows" ;;
         --atrn-wait) JUDGE_ATRN_WAIT=$2; [[ $2 =~ ^[1-9][0-9]{0,4}$ ]] || judge_usage "$2 is no number of seconds" ;;
         --only) JUDGE_ONLY=$2
             for id in ${2//,/ }; do
@@ -7602,8 +7878,14 @@ judge_options() {
         given+="$1 "
         shift 2
     done
-    local option need=' --user --secret-file --domains --foreign-domain ' not=' --atrn-wait '
-    [ -z "$JUDGE_CUSTOMER" ] || { not="$need --inject "; need=' '; }
+    local need=' --user --domains --foreign-domain ' not=' --atrn-wait '
+    [ "$JUDGE_MECHANISM" = EXTERNAL ] || need+='--secret-file '
+    [ -z "$JUDGE_CUSTOMER" ] ||
+        { not=' --user --secret-file --domains --foreign-domain --inject --ca --insecure --cert --key '; need=' '; }
+    [[ $given == *' --cert '* ]] || not+='--key '
+    JUDGE_KEY=${JUDGE_KEY:-$JUDGE_CERT}
+    [[ $given != *' --tls '* || $given != *' --starttls '* ]] ||
+        judge_usage 'either --tls or --starttls'
     for option in $need; do [[ $given == *" $option "* ]] || judge_usage "$option is missing"; done
     for option in $not; do [[ $given != *" $option "* ]] || judge_usage "$option does not go with this"; done
     [[ $given == *' --provider '* ]] || [[ $given == *' --customer '* ]] ||
@@ -7611,11 +7893,23 @@ judge_options() {
     [ -z "$JUDGE_CUSTOMER" ] || [ -z "$JUDGE_HOST" ] || judge_usage 'either --provider or --customer'
 }
 
+# judge_needs PROGRAM...: no half report where one is not installed.
+judge_needs() {
+    local name
+    for name; do
+        type -P "$name" > /dev/null || { echo "$self: $name is not installed, and the judge needs it" >&2; exit 69; }
+    done
+    perl -MDigest::MD5 -MDigest::SHA -MMIME::Base64 -e 1 2> /dev/null ||
+        { echo "$self: the judge needs perl's Digest::MD5, Digest::SHA and MIME::Base64" >&2; exit 69; }
+}
 # judge OPTION...: the whole run; its exit status says whether a MUST or MUST NOT failed.
 judge() {
     local side=provider title
-    unset OVER_TLS # it speaks in the clear
+    unset OVER_TLS
+    export MISSING=
     judge_options "$@"
+    judge_needs openssl perl socat
+    export FIRST=${JUDGE_DOMAINS%%,*}
     JUDGE_DIR=$(mktemp -d "${TMPDIR:-/tmp}/odmr-judge-XXXXXX")
     trap 'rm -rf "$JUDGE_DIR"' EXIT
     if [ -n "$JUDGE_CUSTOMER" ]; then
@@ -7625,11 +7919,13 @@ judge() {
         (umask 077; echo tanstaaf > "$JUDGE_SECRET_FILE")
         cram_answer "$JUDGE_CHALLENGE"
         export JUDGE_RIGHT_RESPONSE=$RESPONSE
+        JUDGE_MECHANISM=${JUDGE_MECHANISM:-CRAM-MD5}
+        [ "$JUDGE_TLS" = clear ] || T=$JUDGE_DIR certificate server /CN=localhost DNS:localhost,IP:127.0.0.1
     else
         title="The provider $JUDGE_HOST:$JUDGE_PORT, by RFC 2645"
         reach_provider
+        enter_channel
     fi
-    export FIRST=${JUDGE_DOMAINS%%,*}
     judge_all "$side"
     report "$title"
 }
@@ -7648,6 +7944,7 @@ judged_provider() {
     local code=$1
     shift
     echo tanstaaf > "$T/secret"
+    [ -e "$T/other" ] || echo 'another secret: with colons' > "$T/other"
     judged "$code" --provider "127.0.0.1:$PORT" --user example.org --secret-file "$T/secret" \
         --domains example.org,example.com \
         --foreign-domain other.example --inject \
@@ -7656,7 +7953,7 @@ judged_provider() {
 judged_customer() {
     local code=$1
     shift
-    local command='customer -q "$ODMR_SCRATCH/mail" -u "$ODMR_USER" "$ODMR_ADDRESS"'
+    local command="customer ${TO_CUSTOMER:-} "'-q "$ODMR_SCRATCH/mail" -u "$ODMR_USER" "$ODMR_ADDRESS"'
     command+=' ${ODMR_DOMAINS%,*} ${ODMR_DOMAINS#*,}'
     judged "$code" --customer "'$ODMR' $command" "$@"
 }
@@ -7679,13 +7976,70 @@ t_judge_our_provider() {
     has "$T/out" '^MUST and MUST NOT: 5 pass, 0 fail, 0 not observable\. Prose: 21 pass, 0 fail, 5 not observable\.$'
 }
 
-# The judge speaks in the clear; what stands between is socat.
+# No lawful configuration of our own provider breaks a MUST or MUST NOT: AUTH inside TLS only, by STARTTLS and with TLS
+# from the first octet, without CRAM-MD5, with an interval between two requests, with EXTERNAL.
+BREACHES=5.1.1-b,5.1.2-c,5.2.1-b,5.2.1-e,5.2.1-f
 # not with: SANITIZE, OVER_TLS
-t_judge_a_provider_behind_tls() {
-    OVER_TLS=yes
-    provider
-    judged_provider 0 --only 5.1.1-b,5.2.1-a,5.2.1-e,5.3-c,6-a
-    equal "$(verdicts pass)" '5.1.1-b 5.2.1-a 5.2.1-e 5.3-c 6-a '
+t_judge_lawful_configurations() {
+    authority
+    certificate client /CN=example.org '' ca
+    in_configuration strict '5.1.1-b 5.1.2-c 5.2.1-b 5.2.1-e 5.2.1-f ' 'inside TLS, by STARTTLS, with CRAM-MD5' \
+        --cert server.pem --require-tls -- --ca ca.crt &
+    in_configuration implicit '5.1.1-b 5.1.2-c 5.2.1-b 5.2.1-e 5.2.1-f ' \
+        'inside TLS, from the first octet, with SCRAM-SHA-256-PLUS' \
+        --cert server.pem --tls-listen 127.0.0.1:0 -- --tls --ca ca.crt --mechanism SCRAM-SHA-256-PLUS &
+    in_configuration external '5.1.1-b 5.1.2-c 5.2.1-b 5.2.1-e 5.2.1-f ' 'inside TLS, by STARTTLS, with EXTERNAL' \
+        --cert server.pem --client-ca ca.crt -- --insecure --cert client.pem --mechanism EXTERNAL &
+    in_configuration stronger '5.1.1-b 5.2.1-b 5.2.1-e 5.2.1-f ' 'in the clear, with SCRAM-SHA-256' \
+        --no-cram-md5 --interval 1 -- &
+    in_configuration plain '5.1.1-b 5.1.2-c 5.2.1-b 5.2.1-e 5.2.1-f ' 'inside TLS, by STARTTLS, with PLAIN' \
+        --cert server.pem -- --ca ca.crt --mechanism PLAIN &
+    wait
+    equal "$(how_many '"$T"/*/passed')" 5
+}
+# in_configuration NAME PASSES CHANNEL PROVIDER-OPTION... -- JUDGE-OPTION...
+in_configuration() {
+    local options=() passes=$2 channel=$3
+    mkdir "$T/$1"
+    cp ca.crt client.pem server.pem "$T/$1"
+    cd "$T/$1" || exit 1
+    T=$T/$1 PROVIDER=
+    trap 'kill -9 $PROVIDER' EXIT
+    shift 3
+    while [ "$1" != -- ]; do options+=("$1"); shift; done
+    shift
+    provider "${options[@]}"
+    [[ " ${options[*]} " != *' --tls-listen '* ]] || PORT=${PORTS[1]}
+    judged_provider 0 "$@" --only "$BREACHES"
+    has "$T/out" "^Judged $channel\\.\$"
+    equal "$(verdicts fail)$(verdicts pass)" "$passes"
+    : > passed
+}
+
+# A certificate that cannot be verified ends the run, and --insecure does without.
+# not with: SANITIZE, OVER_TLS
+t_judge_verifies_the_certificate() {
+    tls_provider --require-tls
+    judged_provider 69
+    has "$T/err" "^127\\.0\\.0\\.1:$PORT: no TLS that can be trusted: verify error:.*; --ca FILE or --insecure may"
+    judged_provider 0 --insecure --only 5.2.1-b
+    equal "$(verdicts pass)" '5.2.1-b '
+}
+
+# not with: SANITIZE, OVER_TLS
+t_judge_our_customer_over_tls() {
+    local TO_CUSTOMER='--ca "$ODMR_CA"'
+    judged_customer 0 --starttls --mechanism SCRAM-SHA-256 --only 5-a,5.1.2-a,5.1.2-c,5.3-a
+    equal "$(verdicts pass)" '5-a 5.1.2-a 5.1.2-c 5.3-a '
+    judged_customer 0 --starttls --mechanism PLAIN --only 5.1.2-a,8-b
+    equal "$(verdicts pass)" '5.1.2-a 8-b '
+    TO_CUSTOMER+=' --tls'
+    judged_customer 0 --tls --only 5.1.2-a,5.3-b
+    equal "$(verdicts pass)" '5.1.2-a 5.3-b '
+    TO_CUSTOMER=
+    judged_customer 0 --starttls --only 5.1.2-a
+    has "$T/out" '^5\.1\.2-a  prose     '
+    equal "$(verdicts pass)" ''
 }
 
 # not with: SANITIZE, OVER_TLS
@@ -7747,6 +8101,10 @@ t_judge_options_and_exits() {
 --customer true --report html
 --provider localhost --customer true
 --provider localhost:1 --user a --domains a.example --foreign-domain b.example
+--customer true --tls --starttls
+--customer true --mechanism LOGIN
+--customer true --insecure
+--provider localhost:1 --ca /nowhere
 --provider localhost:1 --user a --secret-file /nowhere --domains a.example --foreign-domain b.example
 --provider localhost:1 --user a --secret-file "$T/wrong" --domains 'a.example, b.example' --foreign-domain b.example
 --provider localhost:1 --user a --secret-file "$T/wrong" --domains a.example --foreign-domain b
