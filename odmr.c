@@ -327,9 +327,11 @@ static bool mechanism_offered(const struct session *s, enum mechanism m)
         return s->io.tls != NULL;
     case EXTERNAL:
         return s->provider->client_ca && certificate_verified(s->io.tls);
-    default:
-        return false;
+    case NO_MECHANISM:
+    case MECHANISMS:
+        break;
     }
+    return false;
 }
 
 /* RFC 3207. Afterwards nothing of what came before is known (4.2): no EHLO, no name, no half-read command.
@@ -1442,9 +1444,14 @@ static bool mechanism_usable(const struct session *s, const struct customer *c, 
         return c->cert && s->io.tls && (!c->secret || c->mechanism == EXTERNAL);
     case PLAIN:
         return c->secret && certificate_verified(s->io.tls);
-    default:
+    case CRAM_MD5:
+    case SCRAM:
         return c->secret != NULL;
+    case NO_MECHANISM:
+    case MECHANISMS:
+        break;
     }
+    return false;
 }
 
 /* ---- ATRN, and the exit codes ---- */
