@@ -5778,9 +5778,36 @@ static int no_pass_phrase(char *buffer, int size, int writing, void *context)
     return -1;
 }
 
+/* SSLKEYLOGFILE, as browsers and curl know it: the secrets of each TLS session go to that file, and Wireshark shows
+ * what was said. For one's own desk: whoever can read the file can read the mail. */
+static int key_log = -1;
+
+static void log_key(const SSL *tls, const char *secret)
+{
+    char line[1024];
+    int n = snprintf(line, sizeof line, "%s\n", secret);
+    (void)tls;
+    if (n < (int)sizeof line && write(key_log, line, (size_t)n) < 0)
+        log_event(NULL, LOG_WARNING, "SSLKEYLOGFILE: %s; a secret of this TLS session is not in it", strerror(errno));
+}
+
+static void open_key_log(void)
+{
+    const char *path = secure_getenv("SSLKEYLOGFILE");
+    if (!path || !*path)
+        return;
+    key_log = open(path, O_WRONLY | O_APPEND | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
+    if (key_log >= 0)
+        log_event(NULL, LOG_WARNING, "SSLKEYLOGFILE %s: who reads it can read what TLS protects", path);
+    else
+        log_event(NULL, LOG_WARNING, "SSLKEYLOGFILE %s: %s; no secrets are written", path, strerror(errno));
+}
+
 static SSL_CTX *tls_context(const SSL_METHOD *method, const char *cert, const char *key, char *why, size_t size)
 {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
     SSL_CTX *context = SSL_CTX_new(method);
+    pthread_once(&once, open_key_log);
     if (context)
         SSL_CTX_set_default_passwd_cb(context, no_pass_phrase);
     ERR_clear_error();
@@ -5795,6 +5822,8 @@ static SSL_CTX *tls_context(const SSL_METHOD *method, const char *cert, const ch
         SSL_CTX_set_session_cache_mode(context, SSL_SESS_CACHE_OFF);
         SSL_CTX_set_options(context, SSL_OP_NO_TICKET | SSL_OP_NO_RENEGOTIATION);
         SSL_CTX_set_mode(context, SSL_MODE_RELEASE_BUFFERS);
+        if (key_log >= 0)
+            SSL_CTX_set_keylog_callback(context, log_key);
         SSL_CTX_clear_mode(context, SSL_MODE_AUTO_RETRY); /* encrypted_read() looks at the time between records */
         return context;
     }

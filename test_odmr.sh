@@ -2791,6 +2791,22 @@ t_require_tls() {
     customer 1 --ca "$T/ca.crt" "localhost:$PORT"
 }
 
+# SSLKEYLOGFILE: both sides append the secrets of a TLS session to it, which are the same, where only its owner can read
+# them; through a link nothing is written.
+t_secrets_of_tls_for_wireshark() {
+    SSLKEYLOGFILE=$T/provider.keys tls_provider
+    SSLKEYLOGFILE=$T/customer.keys customer 1 --ca "$T/ca.crt" "localhost:$PORT"
+    has "$T/err" "SSLKEYLOGFILE $T/customer.keys: who reads it can read what TLS protects"
+    has "$T/customer.keys" '^CLIENT_TRAFFIC_SECRET_0 [0-9a-f]\{64\} [0-9a-f]\{64,\}$'
+    equal "$(grep -v '^#' "$T/customer.keys" | sort | comm -13 <(sort "$T/provider.keys") -)" ''
+    equal "$(stat -c %a "$T/customer.keys" "$T/provider.keys" | xargs)" '600 600'
+
+    ln -s "$T/elsewhere" "$T/link"
+    SSLKEYLOGFILE=$T/link customer 1 --ca "$T/ca.crt" "localhost:$PORT"
+    has "$T/err" "SSLKEYLOGFILE $T/link: Too many levels of symbolic links; no secrets are written"
+    [ ! -e "$T/elsewhere" ] || fail 'it was written through a link'
+}
+
 # The 421 after the third failure is the end of the TLS session too, and says so: a client can tell it from a line that
 # was cut.
 # not with: OVER_TLS
