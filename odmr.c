@@ -1,8 +1,8 @@
 /* odmr: On-Demand Mail Relay (RFC 2645), provider and customer.
  *
  * Read odmr.h first: it is the map, and lists the parts. Then read this file from top to bottom. Parts 1 to 5 are the
- * protocol, in the order of time; there the caller stands before what it calls, and the prototypes at the head of a
- * part are its contents. Parts 6 to 15 carry the protocol; there what is called stands first.
+ * protocol, in the order of time; there the caller stands before what it calls, behind the prototypes of what comes
+ * further down. Parts 6 to 15 carry the protocol; there what is called stands first.
  *
  * A mark such as (5.2.1-f) names a requirement of the RFC. RFC2645.txt has them all, each with the function that keeps
  * it and the test that shows it. The line that keeps it gives the mark to the trace: grep for "5.2.1-f". */
@@ -83,7 +83,7 @@ void provider_session(struct session *s)
         authenticated_state(s) == GO_ON)
         reversed_state(s);
     log_event(s, LOG_INFO, "%s disconnected%s%s", s->peer, s->io.broken ? ": " : "", s->io.broken ? s->io.broken : "");
-    s->io.woken |= atomic_load(&s->provider->stopping);
+    s->io.woken |= atomic_load(&s->provider->stopping); /* then stream_close() does not linger */
     stream_close(&s->io);
 }
 
@@ -201,7 +201,8 @@ static bool read_command(struct session *s)
     return false;
 }
 
-/* ATRN is answered as it always is, whatever stands behind it (5.2.1-b, 5.2.1-l): what is no text is no domain. */
+/* ATRN is answered by its own rules even if octets that are not printable stand behind it (5.2.1-b, 5.2.1-l). They
+ * become question marks, which no domain has. */
 static bool command_readable(struct session *s)
 {
     bool readable = printable(s->line, s->line_len);
@@ -233,7 +234,7 @@ static void trace_command(struct session *s)
         trace_line(s, CUSTOMER, NULL, "%s", s->line);
 }
 
-/* PLAIN and its response on one line, even if it is none that will be obeyed. */
+/* Is this AUTH PLAIN with a response on the same line? The secret is hidden even if the command will be refused. */
 static bool tells_secret(const char *line)
 {
     if (strncasecmp(line, "AUTH", 4) != 0)
@@ -255,7 +256,6 @@ static void common_command(struct session *s)
         reply_bad_command(s, "5.4-a", "502 Command not implemented");
 }
 
-/* Nothing came, and nothing will be waited for: the session is over, and the peer is told why, if it is there. */
 void stop_waiting(struct session *s)
 {
     if (s->io.timed_out)
@@ -283,7 +283,7 @@ void end_with_421(struct session *s, const char *why)
  * mail for domains that the account may ask for. ATRN is the only command that looks into the queue (4-d). */
 
 static bool mechanism_offered(const struct session *s, enum mechanism m);
-static bool atrn_domains(struct session *s);
+static bool take_asked_domains(struct session *s);
 static bool asked_too_soon(struct session *s);
 static void start_interval(struct session *s);
 static struct last_atrn *last_atrn_of(const struct provider *p, const char *account);
@@ -386,11 +386,11 @@ static enum next auth_command(struct session *s)
         reply_bad_command(s, "5.1.2-b", "504 Mechanism not offered");
         return STAY;
     }
-    accounts_renew(s);
+    accounts_renew(s); /* cannot fail: the session has no account yet */
     return sasl_serve(s, m, initial);
 }
 
-/* What was said may have been a secret; nothing of it stays in memory that is freed one day. */
+/* What was said may have been a secret, and memory that is freed can be read by whoever gets it next. */
 static void forget_responses(struct session *s)
 {
     OPENSSL_cleanse(s->line, sizeof s->line);
@@ -398,8 +398,6 @@ static void forget_responses(struct session *s)
     OPENSSL_cleanse(s->io.in, s->io.in_at);
 }
 
-/* The session's accounts become those of now, for SIGHUP may have read others since, and so does its account, if it has
- * one already. False: that account is gone, or has another secret. */
 bool accounts_renew(struct session *s)
 {
     struct provider *p = s->provider;
@@ -423,9 +421,9 @@ bool accounts_renew(struct session *s)
 
 /* ---- 5.2.1 ATRN ---- */
 
-/* 5.2.1: GO_ON when the roles are to be reversed; then s->backlog and s->first hold what is to be sent. This
- * is the only place that looks into the queue: no timer and no new mail ever starts a delivery (4-d). The
- * codes are those of section 7 (7-a). */
+/* 5.2.1: GO_ON when the roles are to be reversed; then s->backlog and s->first hold what is to be sent. Only here is
+ * the queue listed for a delivery: no timer and no new mail ever starts one (4-d). The codes are those of section 7
+ * (7-a). */
 static enum next atrn_command(struct session *s)
 {
     enum claim got;
@@ -440,11 +438,11 @@ static enum next atrn_command(struct session *s)
         reply_bad_command(s, "5.2.1-b", "530 Authentication required, for the account has changed");
         return STAY;
     }
-    if (!atrn_domains(s) || asked_too_soon(s)) {
+    if (!take_asked_domains(s) || asked_too_soon(s)) {
         reply(s, "5.2.1-f", "450 ATRN request refused");
         return STAY;
     }
-    s->postponed = "it cannot be listed";
+    s->postponed = "it cannot be listed"; /* unless claim_next() finds another reason */
     complete = backlog_read(&s->backlog, s, s->provider->queue, s->asked);
     got = claim_next(s, &s->backlog, &s->first);
     if (got == NOTHING && !complete)
@@ -467,7 +465,7 @@ static enum next atrn_command(struct session *s)
 
 /* The domains of this request (5.2.1-a), each once; none named: all that the account has (5.2.1-d). False when the
  * customer has no access to one of them (5.2.1-e): not even for those it has access to. */
-static bool atrn_domains(struct session *s)
+static bool take_asked_domains(struct session *s)
 {
     const char *list = s->argument, *domain;
     size_t len;
@@ -502,8 +500,8 @@ static bool asked_too_soon(struct session *s)
     return soon;
 }
 
-/* The clock of that is set by an answer: mail that was handed over, or 453. A 450, a 451, and a connection lost before
- * any mail was taken are none. It outlives the session. */
+/* (5.2.1-i) The interval starts with an answer: mail that was handed over, or 453. A 450, a 451, and a connection lost
+ * before any mail was taken are none. It outlives the session. */
 static void start_interval(struct session *s)
 {
     struct provider *p = s->provider;
@@ -530,10 +528,10 @@ static struct last_atrn *last_atrn_of(const struct provider *p, const char *acco
     return last;
 }
 
-/* Claims the oldest message that can be sent. CLAIMED: there it is, in *claimed. NOTHING: no mail. BUSY: mail
- * waits, but others are at work on all of it, or it cannot be read; the log says of one of them which. b->stopped: the
- * walk has ended before a message that may well be claimed later: the file system is gone, or we are short of
- * descriptors or memory. */
+/* Claims the oldest message that can be sent. CLAIMED: there it is, in *claimed. NOTHING: no mail, or none but what is
+ * held. BUSY: mail waits, but others are at work on all of it, or it cannot be read; the log says of one of them which.
+ * b->stopped: the walk has ended before a message that may well be claimed later: the file system is gone, or we are
+ * short of descriptors or memory. */
 static enum claim claim_next(struct session *s, struct backlog *b, struct message **claimed)
 {
     enum claim result = NOTHING;
@@ -582,7 +580,7 @@ static const char *reason_to_stop(int problem, int before)
 {
     if (problem == ENOTCONN || problem == ESHUTDOWN || (problem == EIO && before == EIO))
         return "the file system of the queue is gone";
-    if (problem == EMFILE || problem == ENFILE)
+    if (short_of_descriptors(problem))
         return "short of file descriptors";
     return problem == ENOMEM ? "out of memory" : NULL;
 }
@@ -611,22 +609,23 @@ static bool quit_command(struct session *s)
  *   CHUNKING too      BDAT needs no go-ahead, so many messages are on their way at once (RFC 3030).
  *
  * What makes these one path: every command is noted in a FIFO of the replies it will bring, and replies
- * are read from it in order, each deciding what it was expected for. may_stay_outstanding() is the rule,
- * the only one, that says when the sender waits. Replies that have arrived are taken before the next
- * message, without waiting for more.
+ * are read from it in order, each deciding what it was expected for. may_stay_outstanding() is the one rule
+ * that says after which commands the sender waits. Replies that have arrived are taken before the next
+ * message, without waiting for more. When there is no next message, all are awaited.
  *
  * Why two peers that block cannot deadlock: the provider writes without reading, so all replies that it has not read
  * must fit into its receive buffer; then the customer, which can always write them, comes to read what the provider
- * writes. No more are outstanding than fit, by the size that the kernel says this buffer has (reply_window), with 512
- * octets a reply (RFC 5321, 4.5.3.1.5). After a longer reply each command waits. Only a customer that fills the buffer
+ * writes. No more are outstanding than fit, by the size that the kernel says this buffer has (reply_window), if each
+ * is as long as RFC 5321 allows. After a longer reply each command waits. Only a customer that fills the buffer
  * with longer ones before the first of them is read can still hold the session up, and the time-out ends it.
  *
  * RFC 2920 and RFC 3030 rest on the order of replies. When that can no longer be trusted, the connection
  * is broken, and nothing that comes after is believed. */
 
 #define RECIPIENTS_A_TRANSACTION 100 /* RFC 5321, 4.5.3.1.8: what every server must take */
-#define REPLIES_IN_FLIGHT 320    /* times REPLY_MAX and what the kernel and TLS add: RECEIVE_BUFFER */
 #define REPLY_MAX 512            /* RFC 5321, 4.5.3.1.5: octets, with its code and CRLF */
+#define REPLY_ROOM 665           /* octets: what such a reply takes in the receive buffer, with what TLS adds */
+#define REPLIES_IN_FLIGHT 320    /* RECEIVE_BUFFER has room for so many */
 #define REFUSED_MESSAGES_MAX 10  /* when so many were refused and none was taken, the session ends */
 
 struct transaction {
@@ -655,7 +654,8 @@ struct expected {
 
 struct sender {
     struct session *s;
-    bool pipelining, chunking, eight_bit, utf8, size;
+    bool pipelining;            /* offered, and no reply was too long for it */
+    bool chunking, eight_bit, utf8, size; /* offered */
     uint64_t size_limit;        /* 0: none told */
     size_t mail_max, rcpt_max;  /* RFC 9422: transactions in this session, 0: any number; recipients in each */
     bool unclean;               /* a transaction was left open on the other side: RSET before the next */
@@ -690,7 +690,7 @@ static size_t may_stay_outstanding(const struct sender *x, enum expectation what
 static bool take_arrived_replies(struct sender *x);
 static bool await_replies(struct sender *x, size_t left);
 static bool take_reply(struct sender *x, const struct reply *r);
-static const char *order_lost(enum expectation what, int code);
+static const char *last_reply(enum expectation what, int code);
 static const char *reply_clause(const struct sender *x);
 static void take_mail_reply(struct sender *x, struct transaction *t, const struct reply *r);
 static void take_rcpt_reply(struct sender *x, struct transaction *t, struct recipient *to, const struct reply *r);
@@ -702,6 +702,7 @@ static void abandon(struct sender *x);
 static void transaction_release(struct sender *x, struct transaction *t);
 static void message_release(struct sender *x, struct message *m);
 static void message_conclude(struct sender *x, struct message *m);
+static bool must_be_sent_again(struct sender *x, struct message *m);
 static void count_message(struct sender *x, const struct message *m);
 static void note_verdict(struct sender *x, struct message *m, struct recipient *to, enum verdict verdict,
                          const struct reply *r);
@@ -711,8 +712,8 @@ static void log_fate(const struct session *s, int priority, const char *fate, co
 
 /* ---- The session in this state ---- */
 
-/* The session as the client: the customer's greeting, the mail that ATRN found, oldest first, and QUIT (5-b). Nothing
- * that is in the queue by then has been touched without a reply. */
+/* The session as the client: the customer's greeting, the mail that ATRN found, oldest first, and QUIT (5-b). A message
+ * without a reply stays in the queue as it was. */
 static void send_mail(struct session *s)
 {
     struct sender x = {.s = s, .rcpt_max = RECIPIENTS_A_TRANSACTION};
@@ -750,7 +751,7 @@ static size_t reply_window(const struct session *s)
     int size = 0;
     size_t window;
     getsockopt(s->io.fd, SOL_SOCKET, SO_RCVBUF, &size, &(socklen_t){sizeof size});
-    window = (size_t)size / 2 / (RECEIVE_BUFFER / REPLIES_IN_FLIGHT);
+    window = (size_t)size / 2 / REPLY_ROOM;
     return window < 1 ? 1 : window < REPLIES_IN_FLIGHT ? window : REPLIES_IN_FLIGHT;
 }
 
@@ -804,8 +805,8 @@ static size_t limit_of(const char *limits, const char *name, size_t none)
 /* The message to be sent next: the one that was claimed for ATRN, then the others, then those that must be sent
  * again, once nothing is outstanding. When the walk through the queue was stopped (see claim_next), what is
  * outstanding is awaited, which gives descriptors and memory back, and the same message is tried once more. NULL:
- * that was all, or the connection is broken: after a walk that did not come to its end there is no QUIT, which
- * would say that it did. */
+ * that was all, or the connection is broken. It is broken when the walk cannot go on, for QUIT
+ * would say that all was sent. */
 static struct message *next_message(struct sender *x)
 {
     struct session *s = x->s;
@@ -979,9 +980,9 @@ static bool expect(struct sender *x, enum expectation what, struct transaction *
     return await_replies(x, may_stay_outstanding(x, what));
 }
 
-/* The one rule: how many replies may be left outstanding after this command. Without PIPELINING none.
- * With it, DATA must be the last of its group (RFC 2920, 3.1), so there all are awaited. Otherwise we
- * write on until the FIFO is full, and then make room for half of it. */
+/* The one rule: how many replies may be left outstanding after this command. Without PIPELINING, and once a reply was
+ * too long, none. With it, DATA must be the last of its group (RFC 2920, 3.1), so there all are awaited. Otherwise we
+ * write on until the window is full, and then make room for half of it. */
 static size_t may_stay_outstanding(const struct sender *x, enum expectation what)
 {
     if (!x->pipelining || what == FOR_DATA || what == FOR_QUIT)
@@ -991,6 +992,8 @@ static size_t may_stay_outstanding(const struct sender *x, enum expectation what
     return x->count < x->window ? x->count : x->window / 2;
 }
 
+/* Takes the replies that have arrived, without waiting. Accepted mail leaves the queue soon, so a provider that is
+ * killed causes few second copies. A reply that arrives before its command has left is not believed. */
 static bool take_arrived_replies(struct sender *x)
 {
     struct reply r;
@@ -1009,13 +1012,13 @@ static bool await_replies(struct sender *x, size_t left)
     return true;
 }
 
-/* Settles the oldest command with its reply. False: the connection is of no more use. */
+/* Gives the oldest command its reply. False: the connection is of no more use. */
 static bool take_reply(struct sender *x, const struct reply *r)
 {
     struct expected e = x->fifo[x->oldest];
-    const char *lost = order_lost(e.what, r->code);
-    if (lost) {
-        stream_break(&x->s->io, lost);
+    const char *last = last_reply(e.what, r->code);
+    if (last) {
+        stream_break(&x->s->io, last);
         stream_end_input(&x->s->io);
         return false;
     }
@@ -1052,10 +1055,10 @@ static bool take_reply(struct sender *x, const struct reply *r)
     return true;
 }
 
-/* Some replies show that the order of replies is lost. A server that does not know BDAT reads the content as commands,
- * and its replies to those would be taken for verdicts on mail. A 2xx in the place of 354 answers another command.
- * Returns the reason; NULL: the order holds. */
-static const char *order_lost(enum expectation what, int code)
+/* After some replies no other is believed. A server that does not know BDAT reads the content as commands, and its
+ * replies to those would be taken for verdicts on mail. A 2xx in the place of 354 answers another command. 421 is the
+ * last word of a server that closes (RFC 5321, 3.8). Returns the reason; NULL: it is none of these. */
+static const char *last_reply(enum expectation what, int code)
 {
     if (what == FOR_BDAT && (code == 500 || code == 502 || code == 504))
         return "the customer's server does not know BDAT, though CHUNKING was offered";
@@ -1064,8 +1067,6 @@ static const char *order_lost(enum expectation what, int code)
     return code == 421 ? "the customer closes the service (421)" : NULL;
 }
 
-/* Settles the replies that have arrived, without waiting. Accepted mail leaves the queue soon, so a provider that is
- * killed causes few second copies. A reply that arrives before its command has left is not believed. */
 /* Where the reply to the oldest command stands in RFC 2645. */
 static const char *reply_clause(const struct sender *x)
 {
@@ -1192,15 +1193,10 @@ static void message_release(struct sender *x, struct message *m)
 static void message_conclude(struct sender *x, struct message *m)
 {
     struct session *s = x->s;
-    struct message **at = &x->again;
+    if (must_be_sent_again(x, m))
+        return;
     for (size_t i = 0; i < m->recipients; i++) {
         struct recipient *r = &m->list[i];
-        if (r->fate == OWED && m->again && !x->abandoned) {
-            while (*at)
-                at = &(*at)->next;
-            *at = m;
-            return;
-        }
         if (r->fate == ACCEPTED || (r->fate == OWED && (s->io.broken || x->abandoned))) {
             r->fate = DEFERRED;
             x->deferred++;
@@ -1212,6 +1208,19 @@ static void message_conclude(struct sender *x, struct message *m)
         backlog_skip_box(&s->backlog, m->path);
     message_close(m);
     free(m);
+}
+
+/* True: the message now stands in x->again, behind those that stand there already. */
+static bool must_be_sent_again(struct sender *x, struct message *m)
+{
+    struct message **at = &x->again;
+    size_t next = 0;
+    if (!m->again || x->abandoned || !next_owed(m, &next))
+        return false;
+    while (*at)
+        at = &(*at)->next;
+    *at = m;
+    return true;
 }
 
 static void count_message(struct sender *x, const struct message *m)
@@ -1390,7 +1399,7 @@ static int client_starttls(struct session *s, const struct customer *c, struct r
     return code == EX_OK ? client_ehlo(s, r) : code;
 }
 
-/* The handshake. The certificate must be valid, and for the host that was asked for. */
+/* The handshake. Without --insecure the certificate must be valid, and for the host that was asked for. */
 static int client_tls(struct session *s, const struct customer *c)
 {
     char host[256], port[32];
@@ -1522,6 +1531,7 @@ static void stop_customer(int number)
 #define BAD_COMMANDS_SERVER 100  /* the customer allows its provider more */
 #define RECIPIENTS_MAX 1000      /* what our customer takes */
 #define DOMAINS_A_MESSAGE 32     /* and in how many domains */
+#define LONE_DOT 3               /* octets: the dot and CRLF that end the content of DATA */
 #define TRACE_FIELDS_MAX 100     /* RFC 5321, 6.3: more Received fields mean a loop */
 #define DELIVERIES_MAX 96 /* files that go to disk together */
 #define ANSWERS_MAX 512   /* that wait for them */
@@ -1538,7 +1548,7 @@ struct content {
     size_t column, trace_fields;
     char name[32]; /* the start of this header line, to count Received fields */
     struct delivery deliveries[DOMAINS_A_MESSAGE];
-    size_t files; /* 0: they cannot be opened */
+    size_t files; /* 0: they cannot be opened, or there is no recipient */
 };
 
 /* An answer that waits for its turn. */
@@ -1597,7 +1607,7 @@ static void answer(struct smtp_server *server, const char *clause, const char *f
 static void answer_when_stored(struct smtp_server *server);
 static void before_reading(struct smtp_server *server, bool (*arrived)(struct stream *));
 static void store_then_answer(struct smtp_server *server);
-static const char *not_stored(struct smtp_server *server, const struct delivery *d);
+static const char *report_unwritten(struct smtp_server *server, const struct delivery *d);
 
 int take_mail_ourselves(struct session *s, const struct customer *c)
 {
@@ -1623,15 +1633,15 @@ static void receive_mail(struct smtp_server *server)
     enter_state(s, REVERSED);
     answer(server, "5.3-b", "220 %s ready to receive email", s->name);
     while (!server->done && !s->protocol_broken) {
-        bool between = !server->in_mail && !server->content.under_way; /* two messages */
-        if (customer_stops && between) {
+        bool between_messages = !server->in_mail && !server->content.under_way;
+        if (customer_stops && between_messages) {
             store_then_answer(server);
             server->done = true;
             end_with_421(s, "this server is shutting down");
             break;
         }
 
-        s->io.wake_fd = between ? stop_pipe[0] : -1;
+        s->io.wake_fd = between_messages ? stop_pipe[0] : -1;
         before_reading(server, stream_has_line);
         if (!read_line(s)) {
             if (s->io.woken)
@@ -1654,7 +1664,7 @@ static void receive_mail(struct smtp_server *server)
     forget_transaction(server);
     stream_flush(&s->io);
     if (s->protocol_broken)
-        stream_break(&s->io, "that is not SMTP as a server could follow it");
+        stream_break(&s->io, "the provider does not speak SMTP as a server can follow it, or without end");
 }
 
 /* One command of the provider, answered. */
@@ -1709,6 +1719,8 @@ static void bad_command(struct smtp_server *server, const char *reply)
 
 /* ---- Commands ---- */
 
+/* EHLO, HELO. What else a new extension needs: its name in keyword_clause(), words in the ladder's notes and, for its
+ * parameter of MAIL, a line in mail_parameters_known(). */
 static void hello_command(struct smtp_server *server)
 {
     struct session *s = server->s;
@@ -1867,7 +1879,7 @@ static void data_command(struct smtp_server *server)
     if (!read_content(server, UINT64_MAX))
         return;
     trace_line(server->s, PROVIDER, "5.3-c", "... %llu octets of message ...",
-               (unsigned long long)(server->octets - before - 3));
+               (unsigned long long)(server->octets - before - LONE_DOT));
     trace_line(server->s, PROVIDER, "4-e", ".");
     end_content(server);
 }
@@ -1919,14 +1931,12 @@ static void forget_transaction(struct smtp_server *server)
 static void begin_content(struct smtp_server *server, bool dots)
 {
     struct content *c = &server->content;
-    int problem;
     *c = (struct content){.under_way = true, .dots = dots};
-    do {
+    c->files = deliveries_open(c->deliveries, server->c->queue, server->sender, server->recipients, server->count);
+    if (c->files == 0 && server->waiting_count > 0 && short_of_descriptors(c->deliveries->problem)) {
+        store_then_answer(server);
         c->files = deliveries_open(c->deliveries, server->c->queue, server->sender, server->recipients, server->count);
-        problem = c->files == 0 && server->waiting_count > 0 ? c->deliveries->problem : 0;
-        if (problem == EMFILE || problem == ENFILE)
-            store_then_answer(server);
-    } while (problem == EMFILE || problem == ENFILE);
+    }
     for (size_t i = 0; i < c->files; i++)
         write_received_field(server, c->deliveries[i].file);
 }
@@ -2044,8 +2054,8 @@ static void content_write(struct content *c, const char *data, size_t len)
         fwrite(data, 1, len, c->deliveries[i].file);
 }
 
-/* The end of the content: the only place that takes responsibility for a message. If the disk is full, the files are
- * removed at once, which makes room for others. */
+/* The end of the content: the message is refused, or answered once it is on disk (4-e). If the disk is full, its files
+ * are removed at once, which makes room for others. */
 static void end_content(struct smtp_server *server)
 {
     struct content *c = &server->content;
@@ -2061,7 +2071,7 @@ static void end_content(struct smtp_server *server)
     else if (deliveries_written(c->deliveries, c->files))
         answer_when_stored(server);
     else
-        answer(server, "4-e", "%s", not_stored(server, c->deliveries));
+        answer(server, "4-e", "%s", report_unwritten(server, c->deliveries));
     forget_transaction(server);
 }
 
@@ -2137,7 +2147,7 @@ static void answer_stored(struct smtp_server *server, struct delivery *d, size_t
 {
     if (d->problem) {
         deliveries_discard(d, files);
-        reply(server->s, "4-e", "%s", not_stored(server, d));
+        reply(server->s, "4-e", "%s", report_unwritten(server, d));
         return;
     }
     for (size_t i = 0; i < files; i++)
@@ -2154,7 +2164,7 @@ static void note_domain(struct smtp_server *server, const char *domain)
 }
 
 /* Logs why a message cannot be stored, and counts it. Returns the reply. */
-static const char *not_stored(struct smtp_server *server, const struct delivery *d)
+static const char *report_unwritten(struct smtp_server *server, const struct delivery *d)
 {
     log_event(server->s, LOG_ERR, "cannot write the message (%s); it stays with the provider", strerror(d->problem));
     server->unwritten++;
@@ -2175,7 +2185,8 @@ static const char *not_stored(struct smtp_server *server, const struct delivery 
  * An initial response "=" is an empty one; a response "*" cancels the exchange, and the reply is 501. Each mechanism
  * stands below once: its exchange, what both halves need, the server's half, the client's half. A new one takes these
  * two functions, a name in odmr.h, a row in the table, a case in mechanism_offered() and in mechanism_usable(), and a
- * rank in choose_mechanism() (8-b). */
+ * rank in choose_mechanism() (8-b). If it shows the secret, auth_command() refuses it in the clear, and the trace hides
+ * it (tells_secret, hide_response). If it needs another algorithm, fetch_algorithms() fetches that at the start. */
 
 #define AUTH_FAILURES 3          /* then 421 */
 #define AUTH_FAILURE_MS 1000     /* what a guess costs */
@@ -3390,7 +3401,8 @@ const struct reason *message_reason(struct message *m, int code, const char *tex
 /* ==== 8. The queue: Maildirs, messages, claims =======================================================
  *
  * DIR/<domain>/{new,cur,tmp}. Whoever delivers writes into tmp and renames into new; a message that is
- * there is complete and never changes. That is all the locking that reading needs. What must not happen
+ * there is complete, and only its claim's holder changes it, to strike out recipients. That is all the
+ * locking that reading needs. What must not happen
  * is that two sessions send the same message: so it is claimed with flock(2) on its own file. A claim
  * needs no clean-up, for it dies with its holder, be that a session, a process or a machine. */
 
@@ -3535,6 +3547,11 @@ static bool list_box(struct backlog *b, int queue, const char *domain, const cha
     return complete;
 }
 
+bool short_of_descriptors(int problem)
+{
+    return problem == EMFILE || problem == ENFILE;
+}
+
 bool file_system_gone(int problem)
 {
     return problem == ENOTCONN || problem == ESHUTDOWN || problem == EIO;
@@ -3551,11 +3568,12 @@ bool backlog_read(struct backlog *b, const struct session *s, int queue, const c
         char domain[MAILDIR_PATH];
         snprintf(domain, sizeof domain, "%.*s", (int)len, d);
         for (size_t i = 0; i < 2; i++) {
-            if (list_box(b, queue, domain, boxes[i]))
+            int problem = list_box(b, queue, domain, boxes[i]) ? 0 : errno;
+            if (!problem)
                 continue;
-            log_event(s, LOG_ERR, "the queue of %s cannot be read: %s", domain, strerror(errno));
+            log_event(s, LOG_ERR, "the queue of %s cannot be read: %s", domain, strerror(problem));
             complete = false;
-            if (file_system_gone(errno))
+            if (file_system_gone(problem))
                 domains = NULL;
             break; /* the other box would most likely say the same */
         }
@@ -4085,6 +4103,8 @@ enum update message_remove(struct message *m)
 {
     int dir;
     enum update result = still_the_same(m, &dir);
+    /* The directory is not flushed to disk: if the power fails before it is, the message is there again, and is sent a
+     * second time, which is never a loss. */
     if (result == UPDATED && dir >= 0 && unlinkat(dir, strrchr(m->path, '/') + 1, 0) < 0 && errno != ENOENT) {
         m->problem = errno;
         result = FAILED;
@@ -4462,7 +4482,7 @@ static size_t follow_data(struct relay *r, const char *data, size_t len)
     size_t taken = content_take(&r->data, data, len);
     r->octets += taken;
     if (r->data.ended) {
-        trace_line(r->s, PROVIDER, "5.3-c", "... %llu octets of message ...", (unsigned long long)r->octets - 3);
+        trace_line(r->s, PROVIDER, "5.3-c", "... %llu octets of message ...", (unsigned long long)r->octets - LONE_DOT);
         trace_line(r->s, PROVIDER, "4-e", ".");
         await_reply(r, CONTENT_REPLY);
         r->data = (struct content){.under_way = false};
@@ -5677,7 +5697,8 @@ void stream_skip(struct stream *s, size_t len)
     s->in_at += len;
 }
 
-/* The patience is for the whole line: a peer that sends an octet a minute gets no more of it. */
+/* The patience is for the whole line: a peer that sends an octet a minute gets no more of it. The content of a message
+ * is read by stream_peek(), where it begins anew with each octet, for a line may be slow. */
 bool stream_read_line(struct stream *s, char *line, size_t size, size_t *len)
 {
     size_t total = 0, kept = 0;
@@ -6013,8 +6034,8 @@ int connect_to(const char *where, const char *default_port, int timeout, int *co
 /* ==== 13. Log and trace ==============================================================================
  *
  * One event, one line, one write to standard error, so that the lines of many threads never mix.
- * Whatever a peer sent may be in a line, so every line is escaped as a whole, here and nowhere else:
- * a terminal never sees a control character that came from the network. */
+ * Whatever a peer sent may be in a line, so every line of the log and the trace is escaped here, as a
+ * whole: a terminal never sees a control character that came from the network. */
 
 #define PROGRESS_WIDTH 60
 #define PROGRESS_MS 200          /* between two lines of progress */

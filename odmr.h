@@ -16,7 +16,8 @@
  *   14  the caretaker; the listener: threads, signals, shutdown      caretaker; provider_run
  *   15  tools, demo, options                                         main
  *
- * Below stand the constants, types and functions that more than one part uses; what one part uses stands there. */
+ * Below stand the constants, types and functions that more than one part uses. What one part uses stands in that part;
+ * so does a static function that only parts below it use as well. */
 
 #ifndef ODMR_H
 #define ODMR_H
@@ -104,7 +105,7 @@ enum state { INITIAL, AUTHENTICATED, REVERSED };
 
 enum trace { TRACE_OFF, TRACE_RFC, TRACE_LADDER };
 
-/* What AUTH can be done with (5.1.2-a, 5.1.2-d). */
+/* The mechanisms of AUTH (5.1.2-a, 5.1.2-d). */
 enum mechanism { NO_MECHANISM, CRAM_MD5, SCRAM, SCRAM_PLUS, EXTERNAL, PLAIN, MECHANISMS };
 
 /* A connected socket with buffers. Owned by one thread. */
@@ -199,7 +200,7 @@ struct recipient {
     enum verdict fate;
 };
 
-/* A message of the queue. While fd is open it is claimed, if message_claim() made it. */
+/* A message of the queue. One that message_claim() opened is claimed as long as fd is open. */
 struct message {
     int queue;
     const char *path; /* borrowed from the backlog */
@@ -368,14 +369,16 @@ struct receiver {
 
 /* The whole dialogue with one customer, to the end of the connection. */
 void provider_session(struct session *s);
-/* Ends the session after read_line() has failed: time-out and shutdown are told to the peer. */
+/* For when read_line() has failed: ends the session, and tells the peer why if it is there, which is after a time-out
+ * and at a shutdown. */
 void stop_waiting(struct session *s);
 /* Ends the session: 421, and why. Nothing is said if the peer is gone. */
 void end_with_421(struct session *s, const char *why);
 
 /* 2. The provider's commands: EHLO, STARTTLS, AUTH, ATRN, QUIT */
 
-/* Takes the accounts of now. False: the session's own account is gone or has changed. */
+/* The session's accounts become those of now, for SIGHUP may have read others since, and so does its account, if it has
+ * one already. False: that account is gone, or has another secret. */
 bool accounts_renew(struct session *s);
 
 /* 4. The customer as the client: from the greeting to ATRN (5.1, 5.2) */
@@ -395,7 +398,6 @@ int take_mail_ourselves(struct session *s, const struct customer *c);
 
 /* 6. SASL: each mechanism once */
 
-/* SASL */
 const char *mechanism_name(enum mechanism m);
 /* NO_MECHANISM: there is none of that name. */
 enum mechanism mechanism_named(const char *name);
@@ -433,6 +435,8 @@ const struct reason *message_reason(struct message *m, int code, const char *tex
 
 /* 8. The queue: Maildirs, messages, claims */
 
+/* Does this errno say that there are too many open files, here or on this machine? */
+bool short_of_descriptors(int problem);
 /* Does this errno say that the file system is gone, and not only a file? Then no other file need be tried. */
 bool file_system_gone(int problem);
 /* Lists new and cur of each domain of a,b,c. False: something could not be read, and the log says what; the rest is
@@ -449,7 +453,7 @@ bool for_each_name(int queue, bool all, bool (*visit)(void *context, int queue, 
 bool for_each_domain(int queue, bool (*visit)(void *context, int queue, const char *domain), void *context);
 /* Removes what was never finished; fits for_each_domain(), always true. */
 bool clean_domain(void *context, int queue, const char *domain);
-/* Frees those octets: its file has all there is to read. */
+/* Frees message.top; from now on the file is read. */
 void message_forget_top(struct message *m);
 /* Octets of its file, from memory if it still has them; as pread(2). */
 ssize_t message_octets(const struct message *m, char *data, size_t size, off_t at);
@@ -677,7 +681,7 @@ void log_start(void);
 void log_event(const struct session *s, int priority, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
 /* One line on standard error, then exit(code). For the start and for tools, never in a session. */
 void die(int code, const char *fmt, ...) __attribute__((noreturn, format(printf, 2, 3)));
-/* The memory, or the end of the program. For the start and for tools. */
+/* The memory, or the end of the program. For tools and for the customer, never for the provider once it serves. */
 void *must_alloc(void *memory);
 /* "1 message", "2 messages" */
 const char *plural(uint64_t count);

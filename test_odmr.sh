@@ -8188,9 +8188,9 @@ MUTANT_PROVIDERS=(
     'reply(s, NULL, "250 %s closing connection", s->name);'
     'reply_bad_command(s, "5.2.1-b", "530 Authentication required");'
     'reply_bad_command(s, NULL, "503 Authentication required");'
-    'if (!atrn_domains(s) || asked_too_soon(s)) {'
-    'if (MUTANT && !atrn_domains(s)) { reply(s, NULL, "550 no"); return STAY; }
-    if (!atrn_domains(s) || asked_too_soon(s)) {'
+    'if (!take_asked_domains(s) || asked_too_soon(s)) {'
+    'if (MUTANT && !take_asked_domains(s)) { reply(s, NULL, "550 no"); return STAY; }
+    if (!take_asked_domains(s) || asked_too_soon(s)) {'
     'reply(s, "5.2.1-g", "453 You have no mail");' 'reply(s, NULL, "550 You have no mail");'
     'reply(s, "5.2.1-j", "250 OK now reversing the connection");'
     'reply(s, NULL, "252 OK now reversing the connection");'
