@@ -5369,7 +5369,7 @@ t_customer_and_broken_providers() {
     customer 76 "127.0.0.1:$PORT"
     serve peer_long_lines
     customer 76 "127.0.0.1:$PORT"
-    has "$T/err" 'that is not SMTP as a server could follow it'
+    has "$T/err" 'the provider does not speak SMTP as a server can follow it'
     serve peer_silent
     customer 75 --timeout 3 "127.0.0.1:$PORT"
     peer_ok
