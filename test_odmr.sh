@@ -5521,7 +5521,7 @@ peer_in_a_hurry_for_one() {
 # A provider that is short of descriptors settles what is outstanding and goes on; it does not skip messages.
 t_a_provider_short_of_descriptors() {
     needs prlimit
-    put_many 120
+    put_many 60
     AROUND=(prlimit --nofile=30:30)
     provider
     login; ask ATRN '^250 '
@@ -5530,9 +5530,9 @@ t_a_provider_short_of_descriptors() {
             my $l = heard(); if ($l eq "QUIT") { said(221); print STDERR "$n with QUIT\n"; exit }
             if ($l =~ /^BDAT (\d+)/) { content($1); $n++ }
             $owed++; my $r = ""; vec($r, 0, 1) = 1; # replies as late as can be
-            if (!select $r, undef, undef, 0.05) { print "250 ok\r\n" x $owed; $owed = 0 }
+            if (!select $r, undef, undef, 0.02) { print "250 ok\r\n" x $owed; $owed = 0 }
         }' 2> "$T/count"
-    matches "$T/count" '^120 with QUIT$'
+    matches "$T/count" '^60 with QUIT$'
     until_true settled
     equal "$(waiting)" 0
 }
