@@ -3,6 +3,7 @@
 # make check SANITIZE=address|thread          make bench      how fast it is
 # make torture    cuts, kills, failures, hostile peers; TIME=SECONDS for how long
 # make fuzz       TIME=SECONDS or RUNS=N, TARGETS="provider message ..." of .ci/fuzz.c; needs clang
+# make model      .ci/odmr.pml, checked by spin; CHECKS="window ..." of .ci/model: these only
 # make coverage   what the tests execute of odmr.c; needs clang and llvm
 # make uninstall, make clean, make help
 
@@ -29,7 +30,7 @@ comma    := ,
 hash     := \#
 
 .DELETE_ON_ERROR:
-.PHONY: all demo check coverage torture fuzz bench install uninstall clean help
+.PHONY: all demo check coverage torture fuzz model bench install uninstall clean help
 .PHONY: build/odmr-provider.service build/odmr-customer.service
 
 all: odmr
@@ -221,9 +222,13 @@ uninstall:
 clean:
 	rm -rf odmr build
 
+# The protocol as a model: every run of it, and mutants of it. Needs spin.
+model:
+	@CC='$(CC)' .ci/model $(CHECKS)
+
 # Ratios of times, each measured in one run; SCALE=N: the N-th part of all work; PARTS: of .ci/bench.
 bench: odmr build/bench build/proxy
 	.ci/bench '$(SCALE)' '$(PARTS)'
 
 help:
-	@sed -n '1,7s/^# //p' Makefile
+	@sed -n '1,8s/^# //p' Makefile

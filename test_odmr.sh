@@ -6257,6 +6257,39 @@ t_guide_names_exist() {
         sort | uniq -d)"
 }
 
+# The model reads beside odmr.c: its processes, its labels and the functions in its comments are functions there, and
+# its ids are the guide's.
+# not with: OVER_TLS
+t_model_names_exist() {
+    local model=$here/.ci/odmr.pml
+    perl -0777 -ne '
+        print "$1\n" while /^(?:proctype )?([a-z_]+)(?:: |:$|\()/gm;
+        for my $comment (m!/\*(.*?)\*/!gs) { print "$1\n" while $comment =~ /\b([a-z_]+)\(/g }' "$model" |
+        grep -vE '^(end_.*|close|flock)$' | sort -u > "$T/names"
+    [ "$(wc -l < "$T/names")" -ge 40 ] || fail 'the model names few functions'
+    none 'in the model, and not in odmr.c' "$(defined | comm -13 - "$T/names")"
+    none 'in the model, and not in the guide' "$(ids < "$model" | comm -23 - <(ids < "$here/RFC2645.txt"))"
+    none 'lines over 120 columns' "$(awk 'length > 120 { print FNR }' "$model")"
+}
+
+# The check of the model can fail: on an error, on a search that ends before its end, on a mutant that breaks nothing.
+# not with: SANITIZE, OVER_TLS
+t_model_check_can_fail() {
+    local model=$here/.ci/odmr.pml
+    needs spin cc
+    { echo '#define MUTANT_UNLINK_BEFORE_250'; cat "$model"; } > "$T/defect.pml"
+    run 1 env MODEL="$T/defect.pml" "$here/.ci/model" window
+    has "$T/out" '^FAILED  window: assertion violated'
+    has "$T/out" '^0 passed, 1 failed$'
+    run 1 env DEPTH=100 "$here/.ci/model" window
+    has "$T/out" '^FAILED  window: the search is not complete: '
+    sed -e 's/^#ifdef MUTANT_250_BEFORE_FSYNC/#if 0/' -e 's/^#ifndef MUTANT_250_BEFORE_FSYNC/#if 1/' "$model" \
+        > "$T/same.pml"
+    run 1 env MODEL="$T/same.pml" "$here/.ci/model" 250_before_fsync
+    has "$T/out" '^FAILED  250_before_fsync: the mutant lives'
+    run 64 "$here/.ci/model" no_such_check
+}
+
 # The guide's form: the front page has each entry once, in the same order and with the same level and role; each entry
 # has its labels in order, from the rule to code and test; so have the questions and the other standards. Not to be seen
 # from outside is what the judge has no way to see. Plain US-ASCII that fits on any screen.
@@ -6448,6 +6481,12 @@ t_readme_what_the_judge_says_of_fetchmail() {
 t_readme_ten_experiments() {
     needs openssl
     does 'TLS and the mechanisms' 'Ten experiments'
+}
+
+# not with: SANITIZE, OVER_TLS
+t_readme_the_model() {
+    needs spin cc make
+    does 'The model'
 }
 
 t_readme_proof_that_nothing_is_lost() {
@@ -8411,8 +8450,8 @@ list_tests() {
 }
 
 # What some tests need, and a machine with only the demo's packages lacks; into MISSING.
-OPTIONAL=(openssl socat unbuffer faketime fetchmail postfix smtp-sink smtp-source swaks gsasl adduser systemd-analyze
-    chattr mandoc)
+OPTIONAL=(openssl socat spin unbuffer faketime fetchmail postfix smtp-sink smtp-source swaks gsasl adduser
+    systemd-analyze chattr mandoc)
 look_for_what_is_missing() {
     local name
     MISSING=
