@@ -288,6 +288,7 @@ static bool asked_too_soon(struct session *s);
 static void start_interval(struct session *s);
 static struct last_atrn *last_atrn_of(const struct provider *p, const char *account);
 static enum claim claim_next(struct session *s, struct backlog *b, struct message **claimed);
+static void log_unclaimed(const struct session *s, const struct message *m, bool gone_before);
 static const char *reason_to_stop(int problem, int before);
 
 /* 5.1.1: EHLO is ESMTP's (5.1.1-a), and lists AUTH and ATRN in every state (5.1.1-b). */
@@ -559,11 +560,8 @@ static enum claim claim_next(struct session *s, struct backlog *b, struct messag
             s->postponed = m->trouble ? m->trouble : "other sessions have claimed it";
             result = BUSY;
         }
-        if (m->held)
-            log_event(s, LOG_WARNING, "held %s: %s", m->path, m->held);
-        else if (m->trouble && !(file_system_gone(problem) && file_system_gone(before)))
-            log_event(s, LOG_WARNING, "cannot send %s now: %s (%s)", m->path, m->trouble, strerror(problem));
-        else if (got == BUSY)
+        log_unclaimed(s, m, file_system_gone(before));
+        if (got == BUSY && !m->trouble)
             busy = m->path;
         b->stopped = reason_to_stop(problem, before);
         b->next += !b->stopped;
@@ -573,6 +571,16 @@ static enum claim claim_next(struct session *s, struct backlog *b, struct messag
     if (busy)
         log_event(s, LOG_INFO, "%s is left for later: another session is at work on it", busy);
     return result;
+}
+
+/* Why this message is not sent, unless another session is at work on it. When the file system is gone, the log says it
+ * of one message, not of each. */
+static void log_unclaimed(const struct session *s, const struct message *m, bool gone_before)
+{
+    if (m->held)
+        log_event(s, LOG_WARNING, "held %s: %s", m->path, m->held);
+    else if (m->trouble && !(gone_before && file_system_gone(m->problem)))
+        log_event(s, LOG_WARNING, "cannot send %s now: %s (%s)", m->path, m->trouble, strerror(m->problem));
 }
 
 /* One file that cannot be read may be a bad sector; when the next one says the same, the disk is gone. */
@@ -1228,7 +1236,7 @@ static void count_message(struct sender *x, const struct message *m)
     bool taken = false, refused = false;
     for (size_t i = 0; i < m->recipients; i++) {
         taken |= m->list[i].fate == DELIVERED;
-        refused |= m->list[i].fate == REFUSED && strncmp(m->list[i].reason->text, "000", 3) != 0;
+        refused |= m->list[i].fate == REFUSED && !m->list[i].reason->ours;
     }
     x->s->messages += taken;
     x->octets += taken ? m->wire_size : 0;
@@ -1587,6 +1595,7 @@ static void hello_command(struct smtp_server *server);
 static void mail_command(struct smtp_server *server);
 static bool mail_parameters_known(const char *parameters);
 static void rcpt_command(struct smtp_server *server);
+static const char *recipient_refusal(const struct smtp_server *server, const char *mailbox, const char *parameters);
 static const char *parse_path(const char *argument, const char *keyword, char *mailbox, size_t size);
 static void complete_postmaster(struct smtp_server *server, char *mailbox, size_t size);
 static bool has_recipient_in(const struct smtp_server *server, const char *domain);
@@ -1786,34 +1795,50 @@ static bool mail_parameters_known(const char *parameters)
 static void rcpt_command(struct smtp_server *server)
 {
     char mailbox[MAILBOX_MAX + 2];
-    const char *parameters = parse_path(server->s->argument, "TO:", mailbox, sizeof mailbox), *domain;
+    const char *parameters = parse_path(server->s->argument, "TO:", mailbox, sizeof mailbox), *refusal;
     bool another; /* the first recipient in this domain */
+    if (!server->in_mail) {
+        answer(server, NULL, "503 5.5.1 MAIL first");
+        return;
+    }
     if (parameters && strcasecmp(mailbox, "postmaster") == 0)
         complete_postmaster(server, mailbox, sizeof mailbox);
-    domain = parameters ? mailbox_domain(mailbox) : NULL;
-    another = domain && !has_recipient_in(server, domain);
-    if (!server->in_mail)
-        answer(server, NULL, "503 5.5.1 MAIL first");
-    else if (parameters && strcasecmp(mailbox, "postmaster") == 0)
-        answer(server, "4-e", "450 4.7.1 Not known yet which domain's postmaster is meant");
-    else if (!parameters || !recipient_valid(mailbox) || !domain_valid(domain, strlen(domain)))
-        answer(server, "4-e", "501 5.1.3 Not a mailbox");
-    else if (*parameters != '\0')
-        answer(server, "4-e", "555 5.5.4 Parameter not known");
-    else if (server->c->domains[0] != '\0' && !domain_in_list(server->c->domains, domain, strlen(domain))) {
+    refusal = recipient_refusal(server, parameters ? mailbox : "", parameters);
+    if (refusal) {
+        answer(server, "4-e", "%s", refusal);
+        return;
+    }
+
+    another = !has_recipient_in(server, mailbox_domain(mailbox));
+    if (server->count == RECIPIENTS_MAX || (another && server->domains == DOMAINS_A_MESSAGE)) {
+        answer(server, "4-e", "452 4.5.3 Too many recipients");
+        return;
+    }
+    server->recipients[server->count] = strcpy(server->mailboxes[server->count], mailbox);
+    server->count++;
+    server->domains += another;
+    answer(server, "5.3-c", "250 2.1.5 OK, recipient accepted");
+}
+
+/* The reply that refuses this recipient; NULL: it is taken. */
+static const char *recipient_refusal(const struct smtp_server *server, const char *mailbox, const char *parameters)
+{
+    const struct customer *c = server->c;
+    const char *domain = mailbox_domain(mailbox);
+    if (strcasecmp(mailbox, "postmaster") == 0)
+        return "450 4.7.1 Not known yet which domain's postmaster is meant";
+    if (!recipient_valid(mailbox) || !domain_valid(domain, strlen(domain)))
+        return "501 5.1.3 Not a mailbox";
+    if (*parameters != '\0')
+        return "555 5.5.4 Parameter not known";
+    if (*c->domains && !domain_in_list(c->domains, domain, strlen(domain))) {
         log_event(server->s, LOG_WARNING, "the provider sent mail for %s, whose domain was not asked for; deferred",
                   mailbox);
-        answer(server, "4-e", "450 4.7.1 Not a domain that was asked for"); /* 5xx would bounce this mail */
-    } else if (server->c->unknown_mailbox && strcasecmp(mailbox, server->c->unknown_mailbox) == 0)
-        answer(server, "4-e", "550 5.1.1 Nobody of that name here");
-    else if (server->count == RECIPIENTS_MAX || (another && server->domains == DOMAINS_A_MESSAGE))
-        answer(server, "4-e", "452 4.5.3 Too many recipients");
-    else {
-        server->recipients[server->count] = strcpy(server->mailboxes[server->count], mailbox);
-        server->count++;
-        server->domains += another;
-        answer(server, "5.3-c", "250 2.1.5 OK, recipient accepted");
+        return "450 4.7.1 Not a domain that was asked for"; /* 5xx would bounce this mail */
     }
+    if (c->unknown_mailbox && strcasecmp(mailbox, c->unknown_mailbox) == 0)
+        return "550 5.1.1 Nobody of that name here";
+    return NULL;
 }
 
 /* Reads `FROM:<path> parameters`. A blank before the bracket is against RFC 5321 but in RFC 2645's own example (6-a).
@@ -2961,43 +2986,47 @@ static FILE *scratch_file(void)
 }
 
 /* RFC 3463: the enhanced code that the reply starts with, or the little that its first digit tells. */
-static void write_status(FILE *out, const char *refusal)
+static void write_status(FILE *out, const struct reason *reason)
 {
+    const char *text = reason->ours ? reason->text : reason->text + 4;
     char class[2], subject[4], detail[4], after = ' ';
-    if (sscanf(refusal + 4, "%1[45].%3[0-9].%3[0-9]%c", class, subject, detail, &after) >= 3 && after == ' ')
+    if (sscanf(text, "%1[45].%3[0-9].%3[0-9]%c", class, subject, detail, &after) >= 3 && after == ' ')
         fprintf(out, "Status: %s.%s.%s\n", class, subject, detail);
     else
-        fprintf(out, "Status: %c.0.0\n", refusal[0]);
+        fprintf(out, "Status: %c.0.0\n", reason->text[0]);
 }
 
 /* RFC 3464, 2.3; with an address in UTF-8, RFC 6533. */
-static void write_recipient_fields(FILE *out, const struct session *s, const char *address, const char *refusal)
+static void write_recipient_fields(FILE *out, const struct session *s, const struct recipient *to)
 {
-    fprintf(out, "\nFinal-Recipient: %s; %s\nAction: failed\n", ascii(address) ? "rfc822" : "utf-8", address);
-    write_status(out, refusal);
-    if (strncmp(refusal, "000", 3) == 0) {
-        fprintf(out, "Diagnostic-Code: x-odmr; %s\n", refusal + 4);
+    fprintf(out, "\nFinal-Recipient: %s; %s\nAction: failed\n", ascii(to->address) ? "rfc822" : "utf-8", to->address);
+    write_status(out, to->reason);
+    if (to->reason->ours) {
+        fprintf(out, "Diagnostic-Code: x-odmr; %s\n", to->reason->text);
         return;
     }
     if (s)
         fprintf(out, "Remote-MTA: dns; %s\n", s->peer_name);
-    fprintf(out, "Diagnostic-Code: smtp; %s\n", refusal);
+    fprintf(out, "Diagnostic-Code: smtp; %s\n", to->reason->text);
     write_date(out, "Last-Attempt-Date: ", time(NULL));
+}
+
+static void write_plain_words(FILE *out, const struct session *s, const struct recipient *to)
+{
+    const char *text = to->reason->text;
+    (void)s;
+    if (to->reason->ours)
+        text += strcspn(text, " ") + 1; /* without its status code */
+    fprintf(out, "  <%s>\n      %s\n\n", to->address, text);
 }
 
 /* Calls the writer for each refused recipient: the human part and the machine's part list the same. */
 static void for_each_refused(FILE *out, const struct session *s, const struct message *m,
-                             void (*write_one)(FILE *, const struct session *, const char *, const char *))
+                             void (*write_one)(FILE *, const struct session *, const struct recipient *))
 {
     for (size_t i = 0; i < m->recipients; i++)
         if (m->list[i].fate == REFUSED)
-            write_one(out, s, m->list[i].address, m->list[i].reason->text);
-}
-
-static void write_plain_words(FILE *out, const struct session *s, const char *address, const char *refusal)
-{
-    (void)s;
-    fprintf(out, "  <%s>\n      %s\n\n", address, strncmp(refusal, "000", 3) == 0 ? refusal + 10 : refusal);
+            write_one(out, s, &m->list[i]);
 }
 
 /* The header of what is returned, not its body (RFC 3461, 6.3 lets us choose). It is text when it leaves, whatever it
@@ -3386,12 +3415,16 @@ const struct reason *message_reason(struct message *m, int code, const char *tex
 {
     char reason[REFUSAL_SIZE];
     struct reason *r = m->reasons;
-    snprintf(reason, sizeof reason, "%03d %s", code, text);
-    if (r && strcmp(r->text, reason) == 0)
+    if (code)
+        snprintf(reason, sizeof reason, "%03d %s", code, text);
+    else
+        snprintf(reason, sizeof reason, "%s", text);
+    if (r && r->ours == !code && strcmp(r->text, reason) == 0)
         return r;
     r = malloc(sizeof *r + strlen(reason) + 1);
     if (!r)
         return NULL;
+    r->ours = !code;
     memcpy(r->text, reason, strlen(reason) + 1);
     r->next = m->reasons;
     m->reasons = r;

@@ -189,7 +189,8 @@ enum verdict { OWED, FOREIGN, REPEATED, ACCEPTED, DELIVERED, DEFERRED, REFUSED, 
 /* The text of a reply, kept for the notice: one copy for all recipients with the same reply. */
 struct reason {
     struct reason *next;
-    char text[]; /* "550 5.1.1 no such user", escaped; code 000: the reason is ours, not the customer's */
+    bool ours;   /* not the customer's: the text is "4.4.7 ...", a status code (RFC 3463) and words */
+    char text[]; /* "550 5.1.1 no such user", escaped */
 };
 
 struct recipient {
@@ -430,7 +431,7 @@ bool next_line(struct line_reader *r);
 /* Reads the block into m: sender, recipients, where the message starts. BUSY: it cannot be read now,
  * and m->trouble says why. */
 enum claim envelope_read(struct message *m);
-/* The reason, kept by the message; text is escaped. NULL: out of memory. */
+/* The reason, kept by the message; text is escaped. Code 0: the reason is ours. NULL: out of memory. */
 const struct reason *message_reason(struct message *m, int code, const char *text);
 
 /* 8. The queue: Maildirs, messages, claims */
