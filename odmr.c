@@ -1593,14 +1593,14 @@ static bool too_idle(struct smtp_server *server);
 static void bad_command(struct smtp_server *server, const char *reply);
 static void hello_command(struct smtp_server *server);
 static void mail_command(struct smtp_server *server);
-static bool mail_parameters_known(const char *parameters);
 static void rcpt_command(struct smtp_server *server);
 static const char *recipient_refusal(const struct smtp_server *server, const char *mailbox, const char *parameters);
-static const char *parse_path(const char *argument, const char *keyword, char *mailbox, size_t size);
-static void complete_postmaster(struct smtp_server *server, char *mailbox, size_t size);
-static bool has_recipient_in(const struct smtp_server *server, const char *domain);
 static void data_command(struct smtp_server *server);
 static void bdat_command(struct smtp_server *server);
+static const char *parse_path(const char *argument, const char *keyword, char *mailbox, size_t size);
+static bool mail_parameters_known(const char *parameters);
+static void complete_postmaster(struct smtp_server *server, char *mailbox, size_t size);
+static bool has_recipient_in(const struct smtp_server *server, const char *domain);
 static void forget_transaction(struct smtp_server *server);
 static void begin_content(struct smtp_server *server, bool dots);
 static void write_received_field(const struct smtp_server *server, FILE *file);
@@ -1776,22 +1776,6 @@ static void mail_command(struct smtp_server *server)
     }
 }
 
-/* The parameters of MAIL that our EHLO response offers; any other is refused (RFC 5321, 4.1.1.11). */
-static bool mail_parameters_known(const char *parameters)
-{
-    size_t len;
-    const char *word;
-    while ((word = next_word(&parameters, &len))) {
-        bool known = (len > 5 && strncasecmp(word, "SIZE=", 5) == 0 && strspn(word + 5, "0123456789") == len - 5) ||
-                     (len == 9 && strncasecmp(word, "BODY=7BIT", 9) == 0) ||
-                     (len == 13 && strncasecmp(word, "BODY=8BITMIME", 13) == 0) ||
-                     (len == 8 && strncasecmp(word, "SMTPUTF8", 8) == 0);
-        if (!known)
-            return false;
-    }
-    return true;
-}
-
 static void rcpt_command(struct smtp_server *server)
 {
     char mailbox[MAILBOX_MAX + 2];
@@ -1841,57 +1825,6 @@ static const char *recipient_refusal(const struct smtp_server *server, const cha
     return NULL;
 }
 
-/* Reads `FROM:<path> parameters`. A blank before the bracket is against RFC 5321 but in RFC 2645's own example (6-a).
- * A source route is dropped, as RFC 5321 (4.1.1.3) allows. Returns the parameters; NULL: the syntax is wrong. */
-static const char *parse_path(const char *argument, const char *keyword, char *mailbox, size_t size)
-{
-    size_t n = strlen(keyword);
-    const char *p = argument ? argument : "", *end;
-    bool quoted = false;
-    if (strncasecmp(p, keyword, n) != 0)
-        return NULL;
-    p += n;
-    p += strspn(p, " ");
-    if (*p++ != '<')
-        return NULL;
-    if (*p == '@' && strchr(p, ':'))
-        p = strchr(p, ':') + 1;
-
-    for (end = p; *end && (quoted || *end != '>'); end++) {
-        if (quoted && *end == '\\' && end[1])
-            end++;
-        else if (*end == '"')
-            quoted = !quoted;
-    }
-    if (*end != '>' || (end[1] != ' ' && end[1] != '\0') || (size_t)(end - p) >= size)
-        return NULL;
-    memcpy(mailbox, p, (size_t)(end - p));
-    mailbox[end - p] = '\0';
-    return end + 1;
-}
-
-/* RFC 5321, 4.5.1: postmaster needs no domain. The first one asked for is meant, or, after a bare ATRN, the first that
- * mail was stored for. */
-static void complete_postmaster(struct smtp_server *server, char *mailbox, size_t size)
-{
-    const char *list = server->c->domains, *domain;
-    size_t len;
-    if (!*list) {
-        store_then_answer(server);
-        list = server->stored;
-    }
-    if (*list && (domain = next_domain(&list, &len)))
-        snprintf(mailbox, size, "postmaster@%.*s", (int)len, domain);
-}
-
-static bool has_recipient_in(const struct smtp_server *server, const char *domain)
-{
-    for (size_t i = 0; i < server->count; i++)
-        if (strcasecmp(mailbox_domain(server->recipients[i]), domain) == 0)
-            return true;
-    return false;
-}
-
 static void data_command(struct smtp_server *server)
 {
     uint64_t before = server->octets;
@@ -1936,6 +1869,73 @@ static void bdat_command(struct smtp_server *server)
     } else {
         end_content(server);
     }
+}
+
+/* Reads `FROM:<path> parameters`. A blank before the bracket is against RFC 5321 but in RFC 2645's own example (6-a).
+ * A source route is dropped, as RFC 5321 (4.1.1.3) allows. Returns the parameters; NULL: the syntax is wrong. */
+static const char *parse_path(const char *argument, const char *keyword, char *mailbox, size_t size)
+{
+    size_t n = strlen(keyword);
+    const char *p = argument ? argument : "", *end;
+    bool quoted = false;
+    if (strncasecmp(p, keyword, n) != 0)
+        return NULL;
+    p += n;
+    p += strspn(p, " ");
+    if (*p++ != '<')
+        return NULL;
+    if (*p == '@' && strchr(p, ':'))
+        p = strchr(p, ':') + 1;
+
+    for (end = p; *end && (quoted || *end != '>'); end++) {
+        if (quoted && *end == '\\' && end[1])
+            end++;
+        else if (*end == '"')
+            quoted = !quoted;
+    }
+    if (*end != '>' || (end[1] != ' ' && end[1] != '\0') || (size_t)(end - p) >= size)
+        return NULL;
+    memcpy(mailbox, p, (size_t)(end - p));
+    mailbox[end - p] = '\0';
+    return end + 1;
+}
+
+/* The parameters of MAIL that our EHLO response offers; any other is refused (RFC 5321, 4.1.1.11). */
+static bool mail_parameters_known(const char *parameters)
+{
+    size_t len;
+    const char *word;
+    while ((word = next_word(&parameters, &len))) {
+        bool known = (len > 5 && strncasecmp(word, "SIZE=", 5) == 0 && strspn(word + 5, "0123456789") == len - 5) ||
+                     (len == 9 && strncasecmp(word, "BODY=7BIT", 9) == 0) ||
+                     (len == 13 && strncasecmp(word, "BODY=8BITMIME", 13) == 0) ||
+                     (len == 8 && strncasecmp(word, "SMTPUTF8", 8) == 0);
+        if (!known)
+            return false;
+    }
+    return true;
+}
+
+/* RFC 5321, 4.5.1: postmaster needs no domain. The first one asked for is meant, or, after a bare ATRN, the first that
+ * mail was stored for. */
+static void complete_postmaster(struct smtp_server *server, char *mailbox, size_t size)
+{
+    const char *list = server->c->domains, *domain;
+    size_t len;
+    if (!*list) {
+        store_then_answer(server);
+        list = server->stored;
+    }
+    if (*list && (domain = next_domain(&list, &len)))
+        snprintf(mailbox, size, "postmaster@%.*s", (int)len, domain);
+}
+
+static bool has_recipient_in(const struct smtp_server *server, const char *domain)
+{
+    for (size_t i = 0; i < server->count; i++)
+        if (strcasecmp(mailbox_domain(server->recipients[i]), domain) == 0)
+            return true;
+    return false;
 }
 
 static void forget_transaction(struct smtp_server *server)
