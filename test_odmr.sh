@@ -6913,7 +6913,7 @@ responds_by_scram() {
     answers
     if [ "$CODE" = 334 ]; then
         from_base64 "${ANSWER#334 }"
-        [[ $TEXT == "v=$SIGNED"* ]] || { CODE=malformed ANSWER="a wrong server signature: $TEXT"; return 1; }
+        [[ $# = 2 || $TEXT == "v=$SIGNED"* ]] || { CODE=malformed ANSWER="a wrong server signature: $TEXT"; return 1; }
         say '' 2> /dev/null
         answers
     fi
@@ -6983,14 +6983,17 @@ offers() {
 # Known, allowed and served, whatever there is to fetch.
 ATRN_CODES='250|450|451|453'
 
-# injects DOMAIN: a message that this run will know again, by way of the user's command.
+# injects DOMAIN...: a message for judge at each, that this run will know again, by way of the user's command. Its text
+# is BODY, or one with dots.
 injects() {
+    local recipients=("${@/#/judge@}")
+    MESSAGE_ID=$JUDGE_TOKEN.$RANDOM$RANDOM
     [ -n "$JUDGE_INJECT" ] || not_observable 'no mail waits: there is no --inject'
     printf '%s\n' 'From: judge@example.edu' "To: judge@$1" "Subject: $JUDGE_TOKEN" \
         'Date: Mon, 1 Jan 2024 09:00:00 +0000' \
-        "Message-ID: <$JUDGE_TOKEN.$RANDOM$RANDOM@example.edu>" '' 'A line.' '.a dot before it' '.' 'The end.' \
-        > "$T/letter"
-    ODMR_SENDER=judge@example.edu ODMR_RECIPIENT=judge@$1 ODMR_DOMAIN=$1 \
+        "Message-ID: <$MESSAGE_ID@example.edu>" '' \
+        "${BODY:-$'A line.\n.a dot before it\n.\nThe end.'}" > "$T/letter"
+    ODMR_SENDER=judge@example.edu ODMR_RECIPIENT=judge@$1 ODMR_RECIPIENTS="${recipients[*]}" ODMR_DOMAIN=$1 \
         timeout -k 1 "$PATIENCE" sh -c "$JUDGE_INJECT" < "$T/letter" > "$T/inject.log" 2>&1 ||
         not_observable "--inject failed: $(tail -n 1 "$T/inject.log")"
 }
@@ -7024,18 +7027,21 @@ turned() { turns "$@" || not_observable "mail waits, but $SAID: $ANSWER"; }
 
 # receives: the server in the reversed state, until QUIT or the end of the connection, without any extension. A
 # message of this run is answered with OURS, any other is put off and stays where it is. COMMANDS are the verbs
-# in their order, RECIPIENTS those of our messages; TAKEN is how many of them came, OTHERS how many of others.
+# in their order, RECIPIENTS those of our messages and ASKED those of all; TEXTS has the text of each of ours. TAKEN is
+# how many of them came, OTHERS how many of others. ON_RCPT is said to RCPT. CUT_AT ends the connection after so many
+# lines of content. HOLDING returns before the first message is answered, and RESUMING answers it and goes on.
 receives() {
     local recipients=
-    COMMANDS='' RECIPIENTS='' TAKEN=0 OTHERS=0
-    tells "220 $FIRST ready"
+    COMMANDS='' RECIPIENTS='' ASKED='' TAKEN=0 OTHERS=0 TEXTS=()
+    if [ -n "${RESUMING:-}" ]; then tells '250 OK'; else tells "220 $FIRST ready"; fi
     while hears; do
         COMMANDS+=${COMMANDS:+ }${HEARD%% *}
         case ${HEARD^^} in
         EHLO\ * | HELO\ *) tells "250 $FIRST" ;;
         MAIL\ FROM:*) recipients=; tells '250 OK' ;;
-        RCPT\ TO:*) recipients+=" ${HEARD#*:}"; tells '250 OK' ;;
-        DATA) tells '354 go on'; receives_content "$recipients" ;;
+        RCPT\ TO:*) recipients+=" ${HEARD#*:}"; ASKED+=" ${HEARD#*:}"; tells "${ON_RCPT:-250 OK}" ;;
+        DATA) if [ -n "${ON_RCPT:-}" ]; then tells '554 no valid recipients'
+            else tells '354 go on'; receives_content "$recipients" || return 0; fi ;;
         RSET | NOOP*) tells '250 OK' ;;
         QUIT) tells '221 closing'; return ;;
         *) tells '502 not known here' ;;
@@ -7044,15 +7050,29 @@ receives() {
     done
 }
 receives_content() {
-    local content=
-    while hears && [ "$HEARD" != . ]; do [ ${#content} -gt 100000 ] || content+=$HEARD$'\n'; done
+    local content='' lines=0
+    while hears && [ "$HEARD" != . ]; do
+        [ ${#content} -gt 100000 ] || content+=$HEARD$'\n'
+        lines=$((lines + 1))
+        [ "$lines" != "${CUT_AT:-}" ] || { cuts; return 1; }
+    done
     if [[ $content == *"$JUDGE_TOKEN"* ]]; then
         TAKEN=$((TAKEN + 1)) RECIPIENTS+=$1 TEXT_OF_OURS=${content#*$'\n\n'}
+        TEXTS+=("$TEXT_OF_OURS")
+        [ -z "${HOLDING:-}" ] || return 1
         tells "${OURS:-250 OK}"
     else
         OTHERS=$((OTHERS + 1))
         tells '451 only what the judge has sent is taken'
     fi
+}
+# in_domains ADDRESS...: each is in one of the account's domains; else ADDRESS is the first that is not.
+in_domains() {
+    local domain
+    for ADDRESS; do
+        domain=${ADDRESS##*@} domain=${domain%%>*}
+        [[ ,${JUDGE_DOMAINS,,}, == *",${domain,,},"* ]] || return 1
+    done
 }
 # fetches [DOMAINS]: a whole session, in which mail of this run must come.
 fetches() {
@@ -7125,10 +7145,142 @@ judge_provider_4-e() {
     fetches
     OURS='250 OK'
     logs_in
-    turns || departs "a message that was put off with 451 did not come again: $ANSWER"
+    turns || departs "a message that was put off with 451 $(was_returned): $ANSWER"
     receives
-    [ "$TAKEN" -gt 0 ] || departs "a message that was put off with 451 did not come again: ${COMMANDS:-nothing}"
+    [ "$TAKEN" -gt 0 ] || departs "a message that was put off with 451 $(was_returned): ${COMMANDS:-nothing}"
     passes 'what was put off with 451 came again; a notice to the sender of what is refused is not seen'
+}
+# was_returned: what has become of a message that does not come again, as far as --notice-dir shows it.
+was_returned() {
+    if notified; then echo 'was returned to its sender instead of kept'
+    else echo 'did not come again'; fi
+}
+# A notice has the header of the message that it is about.
+notified() { [ -n "$JUDGE_NOTICE_DIR" ] && grep -rqF -e "$MESSAGE_ID" "$JUDGE_NOTICE_DIR"; }
+# injects_many N: messages whose text says which they are, and has what a careless sender would spoil.
+injects_many() {
+    local n BODY
+    SENT=()
+    for ((n = 1; n <= $1; n++)); do
+        text_of "$n"
+        injects "$FIRST"
+        SENT+=("$BODY")
+    done
+}
+text_of() {
+    BODY="Message $1 of this row."$'\n\n..two dots\n.one\n\ta tab and blanks at the end  \n.\nend'
+}
+# compares: each message of SENT is once in ALL, as it crossed the wire, or else DIFFERENCE says what is wrong.
+compares() {
+    local n text count wire
+    DIFFERENCE=
+    for ((n = 1; n <= ${#SENT[@]}; n++)); do
+        wire=$'\n'${SENT[n - 1]}$'\n' wire=${wire//$'\n.'/$'\n..'} wire=${wire#$'\n'} count=0
+        for text in "${ALL[@]}"; do
+            [[ $text == "Message $n of this row."* ]] || continue
+            count=$((count + 1))
+            [ "$text" = "$wire" ] || DIFFERENCE+="${DIFFERENCE:+, }message $n came out changed"
+        done
+        [ "$count" = 1 ] || DIFFERENCE+="${DIFFERENCE:+, }message $n came $count times"
+    done
+}
+judge_provider_4-e2() {
+    local ALL=()
+    empties
+    injects_many 4
+    logs_in
+    turned
+    receives
+    leaves
+    ALL=("${TEXTS[@]}")
+    EXPECTED='4 messages in one session, each once and unchanged'
+    compares
+    [ "$TAKEN" -gt 0 ] || not_observable "after 250 came no mail of this run: ${COMMANDS:-nothing}"
+    [ "$TAKEN" -ge 4 ] || departs "a session brought $TAKEN of 4 messages: $DIFFERENCE"
+    [ -z "$DIFFERENCE" ] || departs "$DIFFERENCE"
+    passes
+}
+judge_provider_4-e3() {
+    local JUDGE_INSECURE=1
+    [ "$JUDGE_TLS" = clear ] || passes '4-e2 was inside TLS'
+    joins
+    offers STARTTLS || not_observable 'STARTTLS is not offered'
+    leaves
+    JUDGE_TLS=starttls
+    judge_provider_4-e2
+}
+judge_provider_4-e4() {
+    local ALL=() one
+    empties
+    injects_many 4
+    logs_in
+    turned
+    HOLDING=1 receives
+    ALL+=("${TEXTS[@]}")
+    suspend_line one
+    logs_in
+    asked_for_all "$ATRN_CODES" || departs "the second session, $SAID: $ANSWER"
+    if [ "$CODE" = 250 ]; then receives; ALL+=("${TEXTS[@]}"); fi
+    leaves
+    resume_line one
+    RESUMING=1 receives
+    ALL+=("${TEXTS[@]}")
+    leaves
+    if [ ${#ALL[@]} -lt 4 ]; then
+        logs_in
+        ! turns || { receives; ALL+=("${TEXTS[@]}"); }
+        leaves
+    fi
+    EXPECTED='each of 4 messages once'
+    compares
+    [ -z "$DIFFERENCE" ] || departs "$DIFFERENCE"
+    passes
+}
+# suspend_line NAME, resume_line NAME: more than one connection of a row.
+suspend_line() { printf -v "$1" '%s %s %s' "${LINE:-}" "${LINE_OUT:-}" "${LINE_PID:-}"; }
+resume_line() {
+    local IFS=' ' words
+    words=${!1}
+    LINE=${words%% *} words=${words#* } LINE_OUT=${words%% *} LINE_PID=${words#* }
+}
+judge_provider_4-e5() {
+    local ALL=() SENT=() BODY CUT_AT='' line
+    empties
+    text_of 1
+    for line in {1..300}; do BODY+=$'\n'"line $line of a longer message that the connection does not outlive"; done
+    SENT=("$BODY")
+    injects "$FIRST"
+    logs_in
+    turned
+    CUT_AT=50
+    receives
+    CUT_AT=
+    logs_in
+    turns || departs "after the connection was cut in the middle of a message, the message $(was_returned): $ANSWER"
+    receives
+    leaves
+    ALL=("${TEXTS[@]}")
+    EXPECTED='the message comes whole in the next session'
+    compares
+    [ -z "$DIFFERENCE" ] || departs "after the connection was cut in the middle of a message: $DIFFERENCE"
+    passes
+}
+judge_provider_4-e6() {
+    local ON_RCPT='550 5.1.1 no such user' BODY="Refused $RANDOM$RANDOM" try
+    [ -n "$JUDGE_NOTICE_DIR" ] || not_observable 'a notice cannot be seen without --notice-dir'
+    empties
+    injects "$FIRST"
+    logs_in
+    turned
+    receives
+    leaves
+    [ -n "$ASKED" ] || not_observable "after 250 came no recipient: ${COMMANDS:-nothing}"
+    for ((try = 0; try < PATIENCE; try++)); do
+        ! notified || passes
+        sleep 1
+    done
+    EXPECTED='a notice to the sender'
+    departs "a recipient was refused with 550, and no notice came within $PATIENCE s"
 }
 judge_provider_5-a() {
     joins
@@ -7309,6 +7461,49 @@ judge_provider_5.2.1-e() {
     fetches "$FIRST" # it was there all the time
     passes
 }
+# Two messages, so that the second follows another, whichever that is.
+judge_provider_5.2.1-e2() {
+    local recipients
+    empties
+    injects "$FIRST"
+    injects "$FIRST" "$JUDGE_FOREIGN"
+    injects "$FIRST"
+    logs_in
+    turned
+    receives
+    leaves
+    read -r -a recipients <<< "$ASKED"
+    EXPECTED="no recipient but those in $JUDGE_DOMAINS"
+    in_domains "${recipients[@]}" || departs "the account of $JUDGE_DOMAINS was sent mail for $ADDRESS"
+    [ "$TAKEN" -gt 1 ] || not_observable "of 3 messages came $TAKEN in this session: ${COMMANDS:-nothing}"
+    passes
+}
+judge_provider_5.2.1-e3() {
+    local OURS='451 not now' recipients others
+    [ -n "$JUDGE_OTHER_USER" ] || not_observable 'there is no --other-user'
+    injects "$JUDGE_FOREIGN"
+    others=$MESSAGE_ID
+    JUDGE_USER=$JUDGE_OTHER_USER JUDGE_SECRET_FILE=$JUDGE_OTHER_SECRET logs_in
+    turned "$JUDGE_FOREIGN"
+    receives
+    leaves
+    [ "$TAKEN" -gt 0 ] || not_observable "the other account got no mail: ${COMMANDS:-nothing}"
+    OURS='250 OK'
+    injects "$FIRST"
+    logs_in
+    turned
+    receives
+    leaves
+    read -r -a recipients <<< "$ASKED"
+    EXPECTED="no recipient but those in $JUDGE_DOMAINS"
+    in_domains "${recipients[@]}" ||
+        departs "the account of $JUDGE_DOMAINS was sent what another had deferred: $ADDRESS"
+    JUDGE_USER=$JUDGE_OTHER_USER JUDGE_SECRET_FILE=$JUDGE_OTHER_SECRET logs_in
+    MESSAGE_ID=$others
+    turns "$JUDGE_FOREIGN" || departs "what the other account had deferred $(was_returned): $ANSWER"
+    receives
+    passes
+}
 judge_provider_5.2.1-f() {
     local list
     for list in "$FIRST,$JUDGE_FOREIGN" "$JUDGE_FOREIGN,$FIRST" "$JUDGE_FOREIGN"; do
@@ -7340,6 +7535,29 @@ judge_provider_5.2.1-h() {
     [ "$CODE" = 250 ] || not_observable "$SAID: $ANSWER"
     no_mail_after_250 || not_observable 'other mail is waiting'
     passes 'no mail: 250, then QUIT after EHLO'
+}
+# The first session keeps what it has claimed until the second has been answered.
+judge_provider_5.2.1-h2() {
+    local one first
+    empties
+    injects "$FIRST"
+    logs_in
+    turned
+    suspend_line one
+    logs_in
+    asked_for_all "$ATRN_CODES" || departs "while another session has the mail, $SAID: $ANSWER"
+    first=$CODE
+    if [ "$CODE" = 250 ]; then
+        receives
+        EXPECTED='EHLO or HELO, then QUIT'
+        [[ ${COMMANDS^^} =~ ^(EHLO|HELO)\  ]] ||
+            departs "another session has the mail, and after 250 came: ${COMMANDS:-the end of the connection}"
+    fi
+    leaves
+    resume_line one
+    receives
+    leaves
+    passes "while another session has the mail: $first"
 }
 judge_provider_5.2.1-i() {
     logs_in
@@ -7666,6 +7884,135 @@ judge_customer_5.3-a() {
     asks RSET 250
     passes
 }
+# says_hello: hello, and what was offered is in EHLO.
+says_hello() {
+    hello
+    EHLO=("${LINES[@]:1}")
+}
+# sends_text TEXT [PARAMETERS]: a message for judge at FIRST; its last reply is in CODE.
+sends_text() {
+    asks "MAIL FROM:<judge@example.edu>${2:-}" 250
+    asked "RCPT TO:<judge@$FIRST>" 25. || not_observable "its server takes no mail for judge@$FIRST: $ANSWER"
+    asks DATA 354
+    say "Subject: $JUDGE_TOKEN"
+    say
+    say "${1//$'\n'/$'\r\n'}"
+    asked . '2..'
+}
+# stored_with TEXT: how many files of the customer's scratch directory have it, into STORED. Those that are still being
+# written, in a directory tmp, do not count.
+stored_with() {
+    local try
+    for try in {1..5}; do
+        STORED=$(cd "$T/scratch" && grep -rlF -e "$1" . | grep -vc /tmp/)
+        [ "$STORED" = 0 ] || break
+        moment 0.2
+    done
+}
+judge_customer_5.3-a2() {
+    local n
+    reverses
+    says_hello
+    for n in 1 2 3; do
+        sends_text "Message <$n> of this row." && continue
+        [ "$n" != 1 ] || not_observable "its server did not take the message: $ANSWER"
+        departs "message $n: $ANSWER"
+    done
+    asks QUIT 221
+    stored_with 'Message <1> of this row.'
+    [ "$STORED" != 0 ] || passes 'three messages were taken; where they are stored is not seen'
+    EXPECTED='each of 3 messages once'
+    for n in 2 3; do
+        stored_with "Message <$n> of this row."
+        [ "$STORED" = 1 ] || departs "message $n was taken and is stored $STORED times"
+    done
+    passes
+}
+judge_customer_5.3-a3() {
+    local text=$'Subject: x\r\n\r\n.one\r\n..two dots\r\n' seen=
+    reverses
+    says_hello
+    if offers PIPELINING; then
+        printf 'MAIL FROM:<judge@example.edu>\r\nRCPT TO:<judge@%s>\r\nDATA\r\n' "$FIRST" >&"${LINE_OUT:-$LINE}"
+        SAID='MAIL, RCPT and DATA at once' EXPECTED='250, 250, 354'
+        answers
+        [ "$CODE" = 250 ] || departs "$SAID: MAIL: $ANSWER"
+        answers
+        [[ $CODE == 25? ]] || not_observable "its server takes no mail for judge@$FIRST: $ANSWER"
+        answers
+        [ "$CODE" = 354 ] || departs "$SAID: DATA: $ANSWER"
+        say $'Subject: x\r\n\r\nPipelined.'
+        asks . 250
+        seen='PIPELINING'
+    fi
+    if offers CHUNKING; then
+        asks 'MAIL FROM:<judge@example.edu>' 250
+        asked "RCPT TO:<judge@$FIRST>" 25. || not_observable "its server takes no mail for judge@$FIRST: $ANSWER"
+        printf 'BDAT %d\r\n%s' ${#text} "$text" >&"${LINE_OUT:-$LINE}"
+        SAID='BDAT' EXPECTED=250
+        answers
+        [ "$CODE" = 250 ] || departs "BDAT: $ANSWER"
+        asks 'BDAT 0 LAST' 250
+        stored_with '.two dots'
+        [ "$STORED" = 0 ] || { stored_with '..two dots'; [ "$STORED" != 0 ] || departs 'a dot of BDAT was taken away'; }
+        seen+="${seen:+ and }CHUNKING"
+    fi
+    asks QUIT 221
+    passes "${seen:-neither PIPELINING nor CHUNKING} offered"
+}
+# In the first scene the connection ends in the middle of the second message.
+judge_customer_5.3-a4() {
+    if [ "$SCENE" = 1 ]; then
+        reverses
+        says_hello
+        sends_text 'Message <1> of this row, whole.' || not_observable "its server did not take the message: $ANSWER"
+        asks 'MAIL FROM:<judge@example.edu>' 250
+        asks "RCPT TO:<judge@$FIRST>" 25.
+        asks DATA 354
+        say $'Subject: x\r\n\r\nMessage <2> of this row, and'
+        next_scene
+    fi
+    provides || true
+    tells '453 You have no mail'
+    stored_with 'Message <1> of this row'
+    [ "$STORED" != 0 ] || not_observable 'where messages are stored is not seen'
+    stored_with 'Message <2> of this row'
+    [ "$STORED" = 0 ] || departs 'a message that was cut off is stored as if it were whole'
+    passes
+}
+judge_customer_5.3-a5() {
+    reverses
+    says_hello
+    offers 8BITMIME || passes '8BITMIME is not offered'
+    sends_text $'M\xc3\xbcll \xff of this row' ' BODY=8BITMIME' ||
+        not_observable "its server did not take the message: $ANSWER"
+    asks QUIT 221
+    stored_with "$JUDGE_TOKEN"
+    [ "$STORED" != 0 ] || passes 'it was taken; where it is stored is not seen'
+    stored_with $'M\xc3\xbcll \xff of this row'
+    [ "$STORED" != 0 ] || departs '8-bit octets of a message with BODY=8BITMIME came out changed'
+    passes
+}
+# What one server takes for the end of a message and another does not lets mail be smuggled.
+judge_customer_5.3-a6() {
+    reverses
+    says_hello
+    asks 'MAIL FROM:<judge@example.edu>' 250
+    asked "RCPT TO:<judge@$FIRST>" 25. || not_observable "its server takes no mail for judge@$FIRST: $ANSWER"
+    asks DATA 354
+    printf 'Subject: x\r\n\r\nA line.\n.\nRSET\r\n' >&"${LINE_OUT:-$LINE}"
+    SAID='LF, a dot, LF' EXPECTED='no reply before CRLF, a dot, CRLF'
+    quiet 1 || departs "LF, a dot, LF was taken for the end of a message: $HEARD"
+    asked . '[245]..' || departs "$SAID: $ANSWER"
+    passes "a message with LF alone: $CODE"
+}
+judge_customer_5.3-a7() {
+    reverses
+    says_hello
+    asks 'MAIL FROM:<judge@example.edu>' 250
+    asked 'RCPT TO:<judge@not-asked-for.example>' '[245]..' || departs "$SAID: $ANSWER"
+    passes "for a domain that it did not ask for: $CODE"
+}
 # A server that waits for EHLO where it should greet answers when EHLO comes.
 judge_customer_5.3-b() {
     asks_for_mail
@@ -7735,7 +8082,7 @@ customer_faces() {
 # left first, its peer has a moment to say what that means.
 wait_for_customer() {
     local n grace=0
-    for ((n = 0; n < $2 && grace < 30; n++)); do
+    for ((n = 0; n < $2 && grace < 60; n++)); do
         if [ -e "$T/verdict" ] || [ -e "$T/scene.$SCENE" ]; then [ -n "${3:-}" ] || return 0; fi
         kill -0 "$1" 2> /dev/null || { [ -e "$T/connected" ] && [ -z "${3:-}" ] || return 0; grace=$((grace + 1)); }
         moment 0.1
@@ -7754,8 +8101,36 @@ start_customer() {
 # requirements: REQUIREMENTS, "id level who" of each, as the guide has them.
 requirements() {
     local entry='^  ([4-8][0-9.]*-[a-z])  ([MNmp])  (provider|customer|both|site)$'
-    [ -v REQUIREMENTS ] || mapfile -t REQUIREMENTS < <(sed -nE "s/$entry/\1 \2 \3/p" "$here/RFC2645.txt")
+    local requirement row words
+    if [ -v REQUIREMENTS ]; then return; fi
+    REQUIREMENTS=()
+    while IFS= read -r requirement; do
+        REQUIREMENTS+=("$requirement")
+        for row in "${MORE_ROWS[@]}"; do
+            [[ $row == "${requirement%% *}"[2-9]\ * ]] || continue
+            read -r -a words <<< "$row"
+            REQUIREMENTS+=("${words[*]:0:3}")
+        done
+    done < <(sed -nE "s/$entry/\1 \2 \3/p" "$here/RFC2645.txt")
 }
+# What a requirement means for several messages, several sessions and lost connections: rows of their own, each with its
+# level, its side and what it asks for.
+MORE_ROWS=(
+    '4-e2 p provider Several messages of one session all come, each once and unchanged.'
+    '4-e3 p provider The same inside TLS.'
+    '4-e4 p provider Two sessions of one account at once get each message once.'
+    '4-e5 p provider A message that was cut off comes whole in the next session.'
+    '4-e6 p provider The sender of a message whose recipient is refused gets a notice.'
+    '5.2.1-e2 N provider Recipients of a foreign domain are not sent, also after another message of the session.'
+    '5.2.1-e3 N provider Mail that another account has deferred at the same address is not sent.'
+    '5.2.1-h2 p provider While another session has all the mail, a 250 leads to EHLO and then to QUIT.'
+    '5.3-a2 p customer The server takes several messages of one session, and stores each once.'
+    '5.3-a3 p customer PIPELINING and BDAT work where they are offered.'
+    '5.3-a4 p customer A message that was cut off is not stored.'
+    '5.3-a5 p customer 8-bit octets arrive unchanged where 8BITMIME is offered.'
+    '5.3-a6 p customer LF, a dot, LF does not end a message.'
+    '5.3-a7 m customer The reply to a recipient in a domain that was not asked for.'
+)
 # judged_here SIDE WHO ID. Only the customer waits for the reply to ATRN (5.2.1-c).
 judged_here() {
     [ "$1 $3" != 'provider 5.2.1-c' ] || return 1
@@ -7881,6 +8256,7 @@ $self: $1
 usage: $0 [--list] [NAME...]
        $0 --provider HOST:PORT --user NAME --secret-file FILE --domains A,B --foreign-domain C
            [--starttls | --tls] [--ca FILE | --insecure] [--cert FILE --key FILE] [--mechanism NAME]
+           [--other-user NAME --other-secret-file FILE] [--notice-dir DIR]
            [--inject COMMAND] [--only ID,...] [--report markdown]
        $0 --customer COMMAND [--starttls | --tls] [--mechanism NAME] [--atrn-wait SECONDS]
            [--only ID,...] [--report markdown]
@@ -7896,6 +8272,7 @@ judge_options() {
     export PATIENCE JUDGE_USER=example.org JUDGE_SECRET_FILE='' JUDGE_DOMAINS=example.org,example.com JUDGE_FOREIGN='' \
         JUDGE_INJECT='' JUDGE_REPORT='' JUDGE_ONLY='' \
         JUDGE_TLS=clear JUDGE_INSECURE='' JUDGE_CA='' JUDGE_CERT='' JUDGE_KEY='' JUDGE_MECHANISM='' \
+        JUDGE_OTHER_USER='' JUDGE_OTHER_SECRET='' JUDGE_NOTICE_DIR='' \
         JUDGE_ATRN_WAIT=35 JUDGE_CUSTOMER='' JUDGE_HOST='' JUDGE_PORT='' JUDGE_DIR \
         JUDGE_TOKEN="odmr-judge-$$-$RANDOM$RANDOM"
     local given=' ' option
@@ -7917,6 +8294,10 @@ judge_options() {
         --domains) JUDGE_DOMAINS=$2; [[ $2 =~ ^$domain(,$domain)*$ ]] || judge_usage "$2 is no list of domains" ;;
         --foreign-domain) JUDGE_FOREIGN=$2; [[ $2 =~ ^$domain$ ]] || judge_usage "$2 is no domain" ;;
         --inject) JUDGE_INJECT=$2 ;;
+        --notice-dir) JUDGE_NOTICE_DIR=$2; [ -d "$2" ] || judge_usage "$2 is no directory" ;;
+        --other-user) JUDGE_OTHER_USER=$2 ;;
+        --other-secret-file) JUDGE_OTHER_SECRET=$2
+            [ -s "$2" ] && [ -r "$2" ] || judge_usage "$2 cannot be read, or is empty" ;;
         --ca | --cert | --key) [ -r "$2" ] || judge_usage "$2 cannot be read"
             option=${1#--} && printf -v "JUDGE_${option^^}" %s "$2" ;;
         --mechanism) JUDGE_MECHANISM=${2^^}
@@ -7936,7 +8317,9 @@ judge_options() {
     local need=' --user --domains --foreign-domain ' not=' --atrn-wait '
     [ "$JUDGE_MECHANISM" = EXTERNAL ] || need+='--secret-file '
     [ -z "$JUDGE_CUSTOMER" ] ||
-        { not=' --user --secret-file --domains --foreign-domain --inject --ca --insecure --cert --key '; need=' '; }
+        { not=' --user --secret-file --domains --foreign-domain --inject --ca --insecure --cert --key '
+            not+='--notice-dir --other-user --other-secret-file '; need=' '; }
+    [[ $given != *' --other-user '* ]] || need+='--other-secret-file '
     [[ $given == *' --cert '* ]] || not+='--key '
     JUDGE_KEY=${JUDGE_KEY:-$JUDGE_CERT}
     [[ $given != *' --tls '* || $given != *' --starttls '* ]] ||
@@ -7999,11 +8382,11 @@ judged_provider() {
     local code=$1
     shift
     echo tanstaaf > "$T/secret"
-    [ -e "$T/other" ] || echo 'another secret: with colons' > "$T/other"
+    echo 'another secret: with colons' > "$T/other"
     judged "$code" --provider "127.0.0.1:$PORT" --user example.org --secret-file "$T/secret" \
         --domains example.org,example.com \
         --foreign-domain other.example --inject \
-        "'$ODMR' enqueue -q '$T/queue' -f \"\$ODMR_SENDER\" \"\$ODMR_RECIPIENT\"" "$@"
+        "'$ODMR' enqueue -q '$T/queue' -f \"\$ODMR_SENDER\" \$ODMR_RECIPIENTS" "$@"
 }
 judged_customer() {
     local code=$1
@@ -8014,40 +8397,46 @@ judged_customer() {
 }
 # verdicts VERDICT: the ids that have it, in order.
 verdicts() {
-    awk -v verdict="$1" '/^[4-8][0-9.]*-[a-z] / && substr($0, 20, length(verdict)) == verdict { print $1 }' "$T/out" |
-        sort | tr '\n' ' '
+    awk -v verdict="$1" '/^[4-8][0-9.]*-[a-z][2-9]? / && substr($0, 20, length(verdict)) == verdict {
+        print $1 }' "$T/out" | sort | tr '\n' ' '
 }
 
 # Our own program has nothing to fear, and no row is missing from either report.
 # not with: SANITIZE, OVER_TLS
 t_judge_our_provider() {
-    provider
-    judged_provider 0
+    notices_into_a_directory
+    authority
+    provider --cert "$T/server.pem"
+    judged_provider 0 --other-user other --other-secret-file "$T/other" --notice-dir "$T/notices"
     equal "$(verdicts fail)" ''
     equal "$(verdicts 'not observable')" '4-a 4-d 5.1.2-f 5.2.1-k 8-a '
-    equal "$(verdicts n/a)" '5.2.1-c 5.3-b '
-    equal "$(grep -c '^[4-8][0-9.]*-[a-z] ' "$T/out")" 38
+    equal "$(verdicts n/a)" '5.2.1-c 5.3-a2 5.3-a3 5.3-a4 5.3-a5 5.3-a6 5.3-a7 5.3-b '
+    equal "$(grep -c '^[4-8][0-9.]*-[a-z][2-9]\? ' "$T/out")" 52
     equal "$(waiting)" 0
-    has "$T/out" '^MUST and MUST NOT: 5 pass, 0 fail, 0 not observable\. Prose: 21 pass, 0 fail, 5 not observable\.$'
+    has "$T/out" '^MUST and MUST NOT: 7 pass, 0 fail, 0 not observable\. Prose: 27 pass, 0 fail, 5 not observable\.$'
+}
+notices_into_a_directory() {
+    mkdir "$T/notices"
+    printf '%s\n' '#!/bin/sh' "cat > '$T/notices/'\$\$" > "$T/sendmail"
+    chmod 755 "$T/sendmail"
 }
 
 # No lawful configuration of our own provider breaks a MUST or MUST NOT: AUTH inside TLS only, by STARTTLS and with TLS
 # from the first octet, without CRAM-MD5, with an interval between two requests, with EXTERNAL.
-BREACHES=5.1.1-b,5.1.2-c,5.2.1-b,5.2.1-e,5.2.1-f
+BREACHES=5.1.1-b,5.1.2-c,5.2.1-b,5.2.1-e,5.2.1-e2,5.2.1-e3,5.2.1-f
 # not with: SANITIZE, OVER_TLS
 t_judge_lawful_configurations() {
     authority
     certificate client /CN=example.org '' ca
-    in_configuration strict '5.1.1-b 5.1.2-c 5.2.1-b 5.2.1-e 5.2.1-f ' 'inside TLS, by STARTTLS, with CRAM-MD5' \
+    in_configuration strict "$BREACHES" 'inside TLS, by STARTTLS, with CRAM-MD5' \
         --cert server.pem --require-tls -- --ca ca.crt &
-    in_configuration implicit '5.1.1-b 5.1.2-c 5.2.1-b 5.2.1-e 5.2.1-f ' \
-        'inside TLS, from the first octet, with SCRAM-SHA-256-PLUS' \
+    in_configuration implicit "$BREACHES" 'inside TLS, from the first octet, with SCRAM-SHA-256-PLUS' \
         --cert server.pem --tls-listen 127.0.0.1:0 -- --tls --ca ca.crt --mechanism SCRAM-SHA-256-PLUS &
-    in_configuration external '5.1.1-b 5.1.2-c 5.2.1-b 5.2.1-e 5.2.1-f ' 'inside TLS, by STARTTLS, with EXTERNAL' \
+    in_configuration external "${BREACHES/,5.2.1-e3}" 'inside TLS, by STARTTLS, with EXTERNAL' \
         --cert server.pem --client-ca ca.crt -- --insecure --cert client.pem --mechanism EXTERNAL &
-    in_configuration stronger '5.1.1-b 5.2.1-b 5.2.1-e 5.2.1-f ' 'in the clear, with SCRAM-SHA-256' \
+    in_configuration stronger "${BREACHES/,5.1.2-c}" 'in the clear, with SCRAM-SHA-256' \
         --no-cram-md5 --interval 1 -- &
-    in_configuration plain '5.1.1-b 5.1.2-c 5.2.1-b 5.2.1-e 5.2.1-f ' 'inside TLS, by STARTTLS, with PLAIN' \
+    in_configuration plain "$BREACHES" 'inside TLS, by STARTTLS, with PLAIN' \
         --cert server.pem -- --ca ca.crt --mechanism PLAIN &
     wait
     equal "$(how_many '"$T"/*/passed')" 5
@@ -8065,9 +8454,9 @@ in_configuration() {
     shift
     provider "${options[@]}"
     [[ " ${options[*]} " != *' --tls-listen '* ]] || PORT=${PORTS[1]}
-    judged_provider 0 "$@" --only "$BREACHES"
+    judged_provider 0 "$@" --other-user other --other-secret-file "$T/other" --only "$BREACHES"
     has "$T/out" "^Judged $channel\\.\$"
-    equal "$(verdicts fail)$(verdicts pass)" "$passes"
+    equal "$(verdicts fail)$(verdicts pass)" "${passes//,/ } "
     : > passed
 }
 
@@ -8102,8 +8491,9 @@ t_judge_our_customer() {
     judged_customer 0 --atrn-wait 2
     equal "$(verdicts fail)" ''
     equal "$(verdicts 'not observable')" '5.1.2-f 5.2.1-c '
-    equal "$(verdicts pass)" '4-b 5-a 5-b 5.1.2-a 5.1.2-c 5.1.2-d 5.2.1-l 5.3-a 5.3-b 6-a 8-b '
-    equal "$(grep -c '^[4-8][0-9.]*-[a-z] ' "$T/out")" 38
+    equal "$(verdicts pass)" "4-b 5-a 5-b 5.1.2-a 5.1.2-c 5.1.2-d 5.2.1-l 5.3-a $(printf '5.3-a%d ' {2..7})\
+5.3-b 6-a 8-b "
+    equal "$(grep -c '^[4-8][0-9.]*-[a-z][2-9]\? ' "$T/out")" 52
     has "$T/out" '^5\.2\.1-c  MUST      not observable silent for 2 s, and it waited; --atrn-wait 600 decides$'
 }
 
@@ -8117,7 +8507,7 @@ t_judge_each_requirement() {
             if judged_here "$side" "$who" "$id"; then echo "judge_${side}_$id"; fi
         done < <(printf '%s\n' "${REQUIREMENTS[@]}")
     done | sort > "$T/wanted"
-    equal "$(wc -l < "$T/wanted")" 49
+    equal "$(wc -l < "$T/wanted")" 63
     equal "$(declare -F | sed -n 's/^declare -f \(judge_\(provider\|customer\)_[4-8].*\)/\1/p' | sort |
         diff - "$T/wanted")" ''
 }
@@ -8285,6 +8675,52 @@ MUTANT_CUSTOMERS=(
     'snprintf(encoded, sizeof encoded, "%s", response);'
     -- 5.1.2-c 'cram_md5_digest(digest, c->secret, s->response)' 'cram_md5_digest(digest, c->user, s->response)'
 )
+# Of the rows with several messages, sessions or lost connections.
+MUTANTS_OF_MANY=(
+    4-e4,4-e5,4-e6,5.2.1-e2,5.2.1-e3
+    'flock(m->fd, LOCK_EX | LOCK_NB) < 0' 'false'
+    'r->fate == ACCEPTED || (r->fate == OWED && (s->io.broken || x->abandoned))'
+    's->io.broken ? (r->fate = DELIVERED, false) : r->fate == ACCEPTED'
+    'done = done && hand_over_notice(p, notice, m, s);' 'done = true;'
+    'command(x->s, "5.3-c", "RCPT TO:<%s>", to->address);'
+    'command(x->s, NULL, "RCPT TO:<%s>", x->s->messages > 0 ? "judge@other.example" : to->address);'
+    's->asked = s->account->domains;' 's->asked = "other.example,example.org,example.com";'
+    -- 4-e2,5.2.1-h2
+    'good && !x.over' 'good && !x.over && s->messages == 0'
+    $'if (got == BUSY) {\n        log_event(s, LOG_WARNING, "ATRN' 'if (MUTANT && got == BUSY) {
+        struct reply r;
+        send_line(s, NULL, "250 turn"); read_reply(s, NULL, &r); send_line(s, NULL, "QUIT"); stream_flush(&s->io);
+        return END;
+    }
+    if (got == BUSY) {
+        log_event(s, LOG_WARNING, "ATRN'
+    -- 4-e3 'good && !x.over' 'good && !x.over && (s->messages == 0 || !s->io.tls)'
+)
+# Of what changes when the dialogue is inside TLS, and by SCRAM.
+MUTANTS_OVER_TLS=(
+    5.1.2-b,5.2.1-e3,5.2.1-f
+    'CRYPTO_memcmp(stored, v->keys.stored, sizeof stored) == 0' 'true'
+    's->asked = s->account->domains;' 's->asked = "other.example,example.org,example.com";'
+    '!domain_in_list(s->account->domains, domain, len)' 'false'
+    -- 4-e2 'good && !x.over' 'good && !x.over && s->messages == 0'
+)
+MORE_MUTANT_CUSTOMERS=(
+    5.3-a2,5.3-a5,5.3-a6
+    'answer_when_stored(server);' 'if (MUTANT && server->messages > 0) { answer(server, NULL, "250 lost");
+        server->messages++; } else answer_when_stored(server);'
+    'fwrite(data, 1, len, c->deliveries[i].file);'
+    'for (size_t j = 0; j < len; j++) fputc(data[j] & 0x7f, c->deliveries[i].file);'
+    'c->after_cr != lf' 'false'
+    'c->after_cr && lf' 'lf'
+    -- 5.3-a3,5.3-a4
+    'begin_content(server, false);' 'begin_content(server, true);'
+    'if (!s->io.broken)
+        store_then_answer(server);' 'if (MUTANT || !s->io.broken)
+        store_then_answer(server);'
+    'stream_end_input(&s->io); /* what comes later would be content, not a command */
+            return false;' 'stream_end_input(&s->io);
+            if (!MUTANT) return false; return true;'
+)
 # Not broken: it does otherwise wherever it may.
 LAWFUL_STRANGER=(none
     'reply(s, "5.1-a", "220 %s on-demand mail relay server ready", s->name);'
@@ -8320,7 +8756,8 @@ mutants() {
         exit 1
     ODMR=$SCRATCH/mutant
     export ODMR_MUTANT=1
-    for list in MUTANT_PROVIDERS MORE_MUTANT_PROVIDERS MUTANT_CUSTOMERS LAWFUL_STRANGER WITHOUT_BARE_ATRN; do
+    for list in MUTANT_PROVIDERS MORE_MUTANT_PROVIDERS MUTANT_CUSTOMERS LAWFUL_STRANGER WITHOUT_BARE_ATRN \
+        MUTANTS_OF_MANY MUTANTS_OVER_TLS MORE_MUTANT_CUSTOMERS; do
         local -n words=$list
         ROWS_OF=() ids=1
         for word in "${words[@]}"; do
@@ -8345,6 +8782,7 @@ make_mutants() {
         print "#define mutant atoi(getenv(\"ODMR_MUTANT\"))\n", $c' -- \
         "${MUTANT_PROVIDERS[@]}" -- "${MORE_MUTANT_PROVIDERS[@]}" -- "${MUTANT_CUSTOMERS[@]}" \
         -- "${LAWFUL_STRANGER[@]}" -- "${WITHOUT_BARE_ATRN[@]}" \
+        -- "${MUTANTS_OF_MANY[@]}" -- "${MUTANTS_OVER_TLS[@]}" -- "${MORE_MUTANT_CUSTOMERS[@]}" \
         < "$here/odmr.c" > "$SCRATCH/mutant.c" ||
         fail 'an edit that breaks odmr.c no longer fits it'
     ${CC:-cc} -std=gnu11 -O0 -w -I "$here" -o "$SCRATCH/mutant" "$SCRATCH/mutant.c" -lssl -lcrypto -pthread ||
@@ -8378,10 +8816,11 @@ caught() {
 }
 mutant_provider() {
     rm -rf "$T/queue"
-    provider
-    judged_provider "$1" --only "$2"
+    provider "${MUTANT_OPTIONS[@]}"
+    judged_provider "$1" --only "$2" "${JUDGE_OPTIONS[@]}"
     kill -9 "$PROVIDER"
 }
+MUTANT_OPTIONS=() JUDGE_OPTIONS=()
 mutant_customer() { judged_customer "$1" --only "$2" --atrn-wait 3; }
 
 # not with: SANITIZE, OVER_TLS
@@ -8395,8 +8834,32 @@ t_mutants_of_the_provider_2() {
 }
 
 # not with: SANITIZE, OVER_TLS
+t_mutants_of_many_messages() {
+    local MUTANT_OPTIONS JUDGE_OPTIONS
+    notices_into_a_directory
+    authority
+    MUTANT_OPTIONS=(--cert "$T/server.pem")
+    JUDGE_OPTIONS=(--other-user other --other-secret-file "$T/other" --notice-dir "$T/notices")
+    caught provider MUTANTS_OF_MANY
+}
+
+# not with: SANITIZE, OVER_TLS
+t_mutants_over_tls() {
+    local MUTANT_OPTIONS JUDGE_OPTIONS
+    authority
+    MUTANT_OPTIONS=(--cert "$T/server.pem" --require-tls)
+    JUDGE_OPTIONS=(--ca "$T/ca.crt" --mechanism SCRAM-SHA-256 --other-user other --other-secret-file "$T/other")
+    caught provider MUTANTS_OVER_TLS
+}
+
+# not with: SANITIZE, OVER_TLS
 t_mutants_of_the_customer() {
     caught customer MUTANT_CUSTOMERS
+}
+
+# not with: SANITIZE, OVER_TLS
+t_mutants_of_the_customer_2() {
+    caught customer MORE_MUTANT_CUSTOMERS
 }
 
 # The judge is the standard, not our program: a provider that does otherwise wherever it may passes every row.
@@ -8407,7 +8870,7 @@ t_judge_a_lawful_stranger() {
     provider
     judged_provider 0
     equal "$(verdicts fail)" ''
-    equal "$(verdicts 'not observable')" '4-a 4-d 5.1.2-f 5.2.1-k 8-a '
+    equal "$(verdicts 'not observable')" '4-a 4-d 4-e3 4-e6 5.1.2-f 5.2.1-e3 5.2.1-k 8-a '
     has "$T/out" '^5\.2\.1-g  prose     pass           250, then QUIT (5\.2\.1-h)$'
     has "$T/out" '^5\.2\.1-h  MAY       pass           no mail: 250, then QUIT after EHLO$'
 }
