@@ -30,7 +30,12 @@ PATIENCE=${PATIENCE:-20}   # seconds any one thing may take
 #
 # Most of the time that the tests take goes into starting processes, so what is called often starts none.
 
-fail() { echo "FAILED: $*" >&2; exit 1; }
+fail() {
+    echo "FAILED: $*" >&2
+    dialogue_seen >&2
+    [ ! -s "${T:-}/peer.failed" ] || echo "the scripted provider: $(cat "$T/peer.failed")" >&2
+    exit 1
+}
 skip() { echo "$*" > "$T/skipped"; exit 77; }
 needs() {
     local p; for p; do PATH=$PATH:/usr/sbin:/sbin command -v "$p" > /dev/null || skip "$p is not installed"; done
@@ -221,27 +226,116 @@ owed() { sed -n 's/^Delivered-To: \(.*@.*\)$/\1/p' "$T/queue/example.org/new/$1"
 
 # ---- The protocol by hand, over bash's /dev/tcp ----
 
-dial() { exec {LINE}<> "/dev/tcp/127.0.0.1/${1:-$PORT}" || fail "cannot connect"; }
+dial() {
+    exec {LINE}<> "/dev/tcp/127.0.0.1/${1:-$PORT}" || fail "cannot connect"
+    note "-- connected" "-- connected"
+}
 hang_up() { exec {LINE}>&-; }
-say() { printf '%s\r\n' "$*" >&"${LINE_OUT:-$LINE}"; }
+say() { note "$SIDE: $*" "$SIDE: $*"; printf '%s\r\n' "$*" >&"${LINE_OUT:-$LINE}"; }
 # Reads one line, without its CRLF, into HEARD; false at the end of the connection.
 hear() {
-    IFS= read -r -t "$PATIENCE" HEARD <&"$LINE" || return 1
+    IFS= read -r -t "$PATIENCE" HEARD <&"$LINE" || { note '' "(nothing)"; return 1; }
+    note '' "${OTHER_SIDE[$SIDE]}: ${HEARD%$'\r'}"
     [ "${HEARD%$'\r'}" != "$HEARD" ] || fail "a line without CR: $HEARD"
     HEARD=${HEARD%$'\r'}
 }
-# expect PATTERN: a whole reply, its lines joined by |, must match.
+# expect REGEX [WHY]: a whole reply, its lines joined by |, must match.
 expect() {
     local all=
     while :; do
         hear || fail "the connection ended, but expected $1"
+        WANTED[-1]="${OTHER_SIDE[$SIDE]}: (like $1)"
         all+=${all:+|}$HEARD
         [[ $HEARD == ???-* ]] || break
     done
     ANSWER=$all
-    match "$all" "$1" reply
+    match "$all" "$1" "${2:-reply}"
 }
 ask() { say "$1"; expect "$2"; }
+# ask_raw COMMAND CODE [CLAUSE]: the same with printf's escapes in the command.
+ask_raw() {
+    note "$SIDE: $1" "$SIDE: $1"
+    printf '%b\r\n' "$1" >&"${LINE_OUT:-$LINE}"
+    expect "^$2[ -]" "the reply to \"$1\"${3:+ ($3)}"
+}
+
+# dialogue: plays a part of a session, which stands on standard input as RFC 2645, 6 writes it.
+#   C: EHLO example.org     the customer says this line, printf's escapes resolved; \c at its end: without CRLF
+#   P: 250-*                the provider says a line that matches this pattern of bash's: * is any text
+#   P: ...                  any lines of the same reply, up to one that matches what follows
+#   P: (content)            the lines of a message, with the dot that ends it
+#   P: (closes)             ends the connection
+#   C: (waits 2 s)
+# What the side of the test ($SIDE, C or P) says is said, and what the other says is awaited and compared.
+dialogue() {
+    local script n line text any=
+    mapfile -t script
+    ANSWER=
+    for n in "${!script[@]}"; do
+        line=${script[n]} text=${script[n]:3}
+        TO_COME=("${script[@]:n + 1}")
+        case $line in
+        "$SIDE: (closes)") hang_up; note "$line" "$line" ;;
+        "$SIDE: (waits "*) text=${text#(waits }; moment "${text% s)}" ;;
+        "$SIDE:"*) note "$line" "$line"; printf '%b\r\n' "$text" >&"${LINE_OUT:-$LINE}" ;;
+        ?': (closes)') note "$line" ''; closed; SEEN[-1]=$line ;;
+        ?': ...') any=yes ;;
+        ?': (content)') while [ "$HEARD" != . ]; do hear || fail 'the content did not end'; WANTED[-1]=$line; done ;;
+        ?:*)
+            while :; do
+                [[ $ANSWER == *"|" ]] || ANSWER=
+                hear || { WANTED[-1]=$line; fail "the connection ended, but expected $line"; }
+                ANSWER+=$HEARD
+                [[ $HEARD != ???-* ]] || ANSWER+="|"
+                # shellcheck disable=SC2053
+                if [[ $HEARD == $text ]]; then WANTED[-1]=$line; break; fi
+                [[ -n $any && $HEARD == ???-* ]] || { WANTED[-1]=$line; fail "not what was expected: $line"; }
+                WANTED[-1]="${line:0:1}: ..."
+            done
+            any= ;;
+        *) fail "no line of a dialogue: $line" ;;
+        esac
+    done
+    TO_COME=()
+}
+# open_session [PORT]: connects, up to the reply to EHLO. dialogue_on_a_new_connection: connects first.
+open_session() { dial "$@"; expect '^220 '; ask 'EHLO x' '^250'; }
+dialogue_on_a_new_connection() { dial; dialogue; }
+
+# note EXPECTED SEEN: a line of the dialogue that fail prints.
+note() {
+    WANTED+=("${1:0:200}") SEEN+=("${2:0:200}")
+    ((${#SEEN[@]} < 400)) || SEEN=("${SEEN[@]: -40}") WANTED=("${WANTED[@]: -40}")
+}
+SIDE=C WANTED=() SEEN=() TO_COME=()
+declare -A OTHER_SIDE=([C]=P [P]=C)
+# The last lines of the dialogue, expected on the left and seen on the right, the one that failed with >.
+dialogue_seen() {
+    local n mark=' ' last=$((${#SEEN[@]} - 1))
+    [ "$last" -ge 0 ] || return 0
+    printf '  %-56s %s\n' 'expected' 'seen'
+    for ((n = last < 24 ? 0 : last - 24; n <= last; n++)); do
+        [ "$n" != "$last" ] || mark='>'
+        printf '%s %-56s %s\n' "$mark" "${WANTED[n]//[^ -~]/?}" "${SEEN[n]//[^ -~]/?}"
+    done
+    for n in "${!TO_COME[@]}"; do [ "$n" -ge 12 ] || printf '  %s\n' "${TO_COME[n]}"; done
+}
+
+# each_row COMMAND [WORD...]: runs it with the columns of each row of a table on standard input. " | " stands between
+# the columns; blanks around them only align them, and \x20 is a blank that counts.
+each_row() {
+    local row column columns
+    while IFS= read -r row; do
+        columns=()
+        while [ -n "$row" ]; do
+            column=${row%%|*}
+            if [[ $row == *'|'* ]]; then row=${row#*|}; else row=; fi
+            column=${column#"${column%%[! ]*}"}
+            columns+=("${column%"${column##*[! ]}"}")
+        done
+        "$@" "${columns[@]}"
+    done
+}
 closed() { local more; ! IFS= read -r -t "$PATIENCE" more <&"$LINE" || fail "more came: $more"; }
 
 b64() { printf '%s' "$1" | base64 -w 0; }
@@ -281,9 +375,7 @@ auth_cram_md5() {
 # login [NAME SECRET]: greeting, EHLO, AUTH CRAM-MD5.
 login() {
     local name=${1:-example.org} secret=${2:-tanstaaf}
-    dial
-    expect '^220 '
-    ask 'EHLO example.org' '^250'
+    open_session
     auth_cram_md5 "$name" "$secret" "^235 now authenticated as $name\$"
 }
 
@@ -400,24 +492,33 @@ serve() {
 peer_ok() { [ ! -s "$T/peer.failed" ] || fail "the scripted provider: $(cat "$T/peer.failed")"; }
 run_peer() {
     T=$1
+    SIDE=P
     exec {LINE}<&0
     LINE_OUT=1
     ( "$2" ) 2> "$T/peer.err.$$" || cat "$T/peer.err.$$" > "$T/peer.failed"
 }
-# provide [REPLY]: the provider's part up to ATRN, and its reply to it (250).
+# provide [REPLY]: the provider's part up to ATRN, and its reply to it (250). The challenge is
+# <1896.697170952@example.net>.
 provide() {
-    say '220 example.net on-demand mail relay server ready'
-    expect_line '^EHLO '
-    say '250-example.net'; say '250-AUTH EXTERNAL CRAM-MD5'; say '250 ATRN'
-    expect_line '^AUTH CRAM-MD5$'
-    say '334 PDE4OTYuNjk3MTcwOTUyQGV4YW1wbGUubmV0Pg==' # <1896.697170952@example.net>
-    # example.org and openssl dgst -md5 -hmac
-    expect_line '^ZXhhbXBsZS5vcmcgNTcxNGI1ZWRmYzIwMWNiOWMwNGRmYjFlY2Y0OWFjZGQ=$'
-    say '235 now authenticated as example.org'
+    dialogue <<'END'
+P: 220 example.net on-demand mail relay server ready
+C: EHLO *
+P: 250-example.net
+P: 250-AUTH EXTERNAL CRAM-MD5
+P: 250 ATRN
+C: AUTH CRAM-MD5
+P: 334 PDE4OTYuNjk3MTcwOTUyQGV4YW1wbGUubmV0Pg==
+C: ZXhhbXBsZS5vcmcgNTcxNGI1ZWRmYzIwMWNiOWMwNGRmYjFlY2Y0OWFjZGQ=
+P: 235 now authenticated as example.org
+END
     expect_line '^ATRN( example.org,example.com)?$'
     say "${1:-250 OK now reversing the connection}"
 }
-expect_line() { hear || fail "the connection ended, but expected $1"; match "$HEARD" "$1" line; }
+expect_line() {
+    hear || fail "the connection ended, but expected $1"
+    WANTED[-1]="${OTHER_SIDE[$SIDE]}: (like $1)"
+    match "$HEARD" "$1" line
+}
 # reverse: provide, and the customer's greeting and EHLO.
 reverse() { provide; expect '^220 '; ask 'EHLO example.net' '^250'; }
 # The same in parts: up to AUTH, with these mechanisms; from ATRN on; when the customer gives up.
@@ -687,7 +788,8 @@ outcomes() {
     outcome "$all" '' '' GREETING '450 later'
 }
 
-# Port 366 on every address is where the provider listens and the customer looks, if nobody says otherwise.
+# The provider listens on port 366 of every address and the customer connects to port 366, unless an option names
+# another (RFC 2645, 4).
 # shows: 4-a
 # not with: OVER_TLS
 t_4-a_port_366() {
@@ -705,8 +807,8 @@ t_4-a_port_366() {
     equal "$(grep -cE "^$MOMENT odmr: listening on (0.0.0.0|\[::\]):366\$" "$T/log")" 2
 }
 
-# Mail that arrives starts nothing, however long a session is open and whoever it belongs to; neither does
-# time. Even in the reversed state only what waited at ATRN is sent.
+# A new message and the passing of time make the provider send nothing: it sends what waited at ATRN, when ATRN comes
+# (RFC 2645, 4).
 # shows: 4-d
 t_4-d_nothing_is_sent_without_being_asked() {
     provider
@@ -722,7 +824,8 @@ t_4-d_nothing_is_sent_without_being_asked() {
     equal "$(waiting)" 1
 }
 
-# Whatever step the customer fails at, for now or in the middle, the mail is still the provider's to deliver.
+# If the customer fails at any step, for now or by closing, the provider keeps the message for the next session (RFC
+# 2645, 4).
 # shows: 4-e
 t_4-e_mail_stays_until_it_is_taken() {
     local step reply
@@ -742,21 +845,29 @@ t_4-e_mail_stays_until_it_is_taken() {
     equal "$N_GOT $(waiting)" '1 0'
 }
 
+# Each recipient is delivered, returned or kept as the replies say when each command waits for its reply (RFC 2645, 4;
+# RFC 5321, 4.2).
 # shows: 4-e
 t_4-e_outcomes_plain() {
     OFFER='' outcomes;
 }
 
+# Each recipient is delivered, returned or kept as the replies say when commands are sent in groups (RFC 2645, 4; RFC
+# 2920, 3.1).
 # shows: 4-e
 t_4-e_outcomes_pipelining() {
     OFFER=PIPELINING outcomes;
 }
 
+# Each recipient is delivered, returned or kept as the replies say when the content is sent with BDAT (RFC 2645, 4;
+# RFC 3030, 2).
 # shows: 4-e
 t_4-e_outcomes_chunking() {
     OFFER='PIPELINING CHUNKING' outcomes;
 }
 
+# The sender of a refused message gets one notice that names each refused recipient with its reply (RFC 2645, 4; RFC
+# 3464, 2).
 # shows: 4-e
 t_4-e_the_notice() {
     provider
@@ -803,7 +914,7 @@ X-Long: a
         $e++ if $b && /^--\Q$b\E--$/; END { print "$n $e" }')" '3 1'
 }
 
-# Two providers on one queue, six customers at once, 600 messages: each arrives exactly once.
+# Two providers on one queue and six customers at once deliver each of 600 messages exactly once (RFC 2645, 4).
 t_exactly_once() {
     local i ports=() pids=()
     put_many 600 r%d@example.org
@@ -821,7 +932,8 @@ t_exactly_once() {
         "$(seq 600 | tr '\n' ' ')"
 }
 
-# What the customer's Maildirs hold, another provider can serve: envelope and content come through both.
+# The customer's Maildirs are a queue that another provider can serve, with the same envelope and content (RFC 2645,
+# 4).
 t_a_customer_is_a_provider_in_turn() {
     provider
     put_letter one 1.a '' '"e va"@example.org' bob@example.org
@@ -838,16 +950,49 @@ t_a_customer_is_a_provider_in_turn() {
 
 # ---- RFC 2645, 5: States -----------------------------------------------------------------------------
 
-# The states in their order, as both sides' traces name them; QUIT ends each, and what fails leads nowhere.
+# Each state begins with its command, QUIT ends each of them, and a command that fails leads to no other state
+# (RFC 2645, 5).
 # shows: 5-a 5-b
 t_5-a_the_three_states() {
     provider --trace
-    dial; expect '^220'; ask QUIT '^221 '; closed
-    dial; expect '^220'; ask 'EHLO x' '^250'; ask 'AUTH CRAM-MD5' '^334 '; ask '*' '^501 '; ask ATRN '^530 '
-    ask QUIT '^221 '; closed
+    dialogue_on_a_new_connection <<'END'
+P: 220 *
+C: QUIT
+P: 221 *
+P: (closes)
+END
+    dialogue_on_a_new_connection <<'END'
+P: 220 *
+C: EHLO x
+P: ...
+P: 250 *
+C: AUTH CRAM-MD5
+P: 334 *
+C: *
+P: 501 *
+C: ATRN
+P: 530 *
+C: QUIT
+P: 221 *
+P: (closes)
+END
     until_true counted 2 disconnected "$LOG"
     equal "$(states "$LOG")" 'initial initial '
-    login; ask 'EHLO y' '^250'; ask ATRN '^453 '; ask RSET '^250 '; ask ATRN '^453 '; ask QUIT '^221 '; closed
+    login
+    dialogue <<'END'
+C: EHLO y
+P: ...
+P: 250 *
+C: ATRN
+P: 453 *
+C: RSET
+P: 250 *
+C: ATRN
+P: 453 *
+C: QUIT
+P: 221 *
+P: (closes)
+END
     until_true counted 3 disconnected "$LOG"
     equal "$(states "$LOG")" 'initial initial initial authenticated '
     put_letter one 1.a a@example.edu eva@example.org
@@ -861,22 +1006,54 @@ states() { sed -n 's/^\[[0-9]*\] -- \([a-z]*\) state (RFC 2645, 5\.[123]).*/\1/p
 
 # ---- RFC 2645, 5.1: Initial State --------------------------------------------------------------------
 
+# A customer that is silent for longer than a time-out, or closes early, gets 421 where a reply can still be sent, and
+# its mail stays queued (RFC 5321, 4.5.3.2.7).
 t_silence_and_early_close() {
     provider --timeout 3 --login-timeout 5
-    dial; expect '^220'; expect '^421 '; closed
-    dial; expect '^220'; sleep 1.7; ask 'NOOP' '^250'; sleep 1.7; ask 'NOOP' '^250'; sleep 1.7; expect '^421 '; closed
+    dialogue_on_a_new_connection <<'END'
+P: 220 *
+P: 421 *
+P: (closes)
+END
+    dialogue_on_a_new_connection <<'END'
+P: 220 *
+C: (waits 1.7 s)
+C: NOOP
+P: 250 *
+C: (waits 1.7 s)
+C: NOOP
+P: 250 *
+C: (waits 1.7 s)
+P: 421 *
+P: (closes)
+END
     login; expect '^421 '; closed
     put_letter one 1 a@example.edu eva@example.org
-    login; ask 'ATRN' '^250'; closed; hang_up      # silent instead of a greeting
+    login
+    dialogue <<'END'
+C: ATRN
+P: 250 *
+P: (closes)
+END
+    hang_up
     dial; hang_up
-    dial; expect '^220'; printf 'EHL' >&"$LINE"; hang_up
-    login; ask 'ATRN' '^250'; hang_up
+    dialogue_on_a_new_connection <<'END'
+P: 220 *
+C: EHL\c
+C: (closes)
+END
+    login
+    dialogue <<'END'
+C: ATRN
+P: 250 *
+C: (closes)
+END
     until_true claimable "$T/queue/example.org/new/1"
     turn
     equal "$N_GOT" 1
 }
 
-# A peer that never pauses is never waited for, but it gets no more time than others.
+# A client that pipelines without pause is not authenticated in time like any other, and gets 421 (RFC 5321, 4.5.3.2).
 t_no_time_without_end() {
     provider --login-timeout 1
     dial; expect '^220'
@@ -884,29 +1061,42 @@ t_no_time_without_end() {
     timeout "$PATIENCE" grep -q -m 1 '^421 .*not authenticated in time' <&"$LINE" || fail 'no 421'
 }
 
-# Who is in the middle of an AUTH exchange is told like everybody else.
+# A customer in the middle of an AUTH exchange gets the 421 for its time-out or for the shutdown, too (RFC 5321, 3.8).
 t_421_in_the_middle_of_auth() {
     provider --login-timeout 1
-    dial; expect '^220'; ask 'EHLO x' '^250'; ask 'AUTH CRAM-MD5' '^334 '; expect '^421 .*not authenticated in time'
-    closed
+    open_session
+    dialogue <<'END'
+C: AUTH CRAM-MD5
+P: 334 *
+P: 421 *not authenticated in time*
+P: (closes)
+END
     provider
-    dial; expect '^220'; ask 'EHLO x' '^250'; ask "AUTH SCRAM-SHA-256" '^334 '
+    open_session; ask "AUTH SCRAM-SHA-256" '^334 '
     kill -TERM "$PROVIDER"; expect '^421 .*shutting down'; closed
     wait "$PROVIDER"; equal $? 0
 }
 
 # ---- RFC 2645, 5.1.1: EHLO ---------------------------------------------------------------------------
 
+# The response to EHLO names AUTH with CRAM-MD5, and ATRN (RFC 2645, 5.1 and 5.1.1).
 # shows: 5.1-a 5.1.1-a 5.1.1-b 5.1.3-a 5-a
 t_5.1.1-b_ehlo_lists_auth_and_atrn() {
     provider
-    dial
-    expect '^220 example.net on-demand mail relay server ready$'
-    ask 'EHLO example.org' '^250-example.net\|(.*\|)*250-AUTH (.* )?CRAM-MD5( .*)?\|(.*\|)*250 ATRN$'
-    ask 'QUIT' '^221 example.net '
-    closed
+    dialogue_on_a_new_connection <<'END'
+P: 220 example.net on-demand mail relay server ready
+C: EHLO example.org
+P: 250-example.net
+P: 250-AUTH CRAM-MD5*
+P: 250 ATRN
+C: QUIT
+P: 221 example.net *
+P: (closes)
+END
 }
 
+# A provider without ATRN, without a usable mechanism, or with a 421 ends the customer with an exit code for that case
+# (RFC 2645, 5.1.1).
 t_customer_wants_atrn_and_a_mechanism() {
     serve peer_without_atrn
     customer 69 "127.0.0.1:$PORT"
@@ -918,31 +1108,58 @@ t_customer_wants_atrn_and_a_mechanism() {
     customer 75 "127.0.0.1:$PORT"
     peer_ok
 }
-peer_without_atrn() { say '220 x'; expect_line '^EHLO'; say '250-x'; say '250 AUTH CRAM-MD5'; expect_line QUIT; }
+peer_without_atrn() {
+    dialogue <<'END'
+P: 220 x
+C: EHLO *
+P: 250-x
+P: 250 AUTH CRAM-MD5
+C: QUIT
+END
+}
 peer_without_mechanism() {
-    say '220 x'; expect_line '^EHLO'; say '250-x'; say '250-AUTH FROB'; say '250 ATRN'; expect_line QUIT
+    dialogue <<'END'
+P: 220 x
+C: EHLO *
+P: 250-x
+P: 250-AUTH FROB
+P: 250 ATRN
+C: QUIT
+END
 }
 peer_busy() { say '421 too busy'; hear || true; }
 peer_closes() { say '220 x'; expect_line '^EHLO'; }
 
-# The keywords of an EHLO response count all together, on however many lines and in whatever order.
+# All keywords of an EHLO response count, on however many lines and in whatever order (RFC 4954, 3; the form with = is
+# older).
 t_keywords_on_several_lines() {
     local order
-    for order in '250-AUTH=LOGIN 250-AUTH_LOGIN_CRAM-MD5' '250-AUTH_LOGIN_CRAM-MD5 250-AUTH=LOGIN'; do
+    for order in '250-AUTH=LOGIN\r\n250-AUTH LOGIN CRAM-MD5' '250-AUTH LOGIN CRAM-MD5\r\n250-AUTH=LOGIN'; do
         ORDER=$order serve peer_with_two_auth_lines
         customer 1 "127.0.0.1:$PORT"
         peer_ok
     done
 }
 peer_with_two_auth_lines() {
-    local line
-    say '220 x'; expect_line '^EHLO'; say '250-x'
-    for line in $ORDER; do say "${line//_/ }"; done
-    say '250 ATRN'; expect_line '^AUTH CRAM-MD5$'
-    say "334 $(b64 '<1@x>')"; expect_line .; say '235 yes'; expect_line '^ATRN'; say '453 none'; goodbye
+    dialogue <<END
+P: 220 x
+C: EHLO *
+P: 250-x
+P: $ORDER
+P: 250 ATRN
+C: AUTH CRAM-MD5
+P: 334 $(b64 '<1@x>')
+C: *
+P: 235 yes
+C: ATRN
+P: 453 none
+C: QUIT
+P: 221 bye
+END
 }
 
-# However much a provider offers, STARTTLS is seen; if the response is too long, nothing more is said in the clear.
+# STARTTLS is found in a long EHLO response; if the response is too long, nothing more is sent in the clear (RFC 3207,
+# 4).
 t_a_very_long_ehlo_response() {
     unset OVER_TLS # it speaks in the clear
     OFFERED=100 serve peer_that_offers_much
@@ -954,24 +1171,34 @@ t_a_very_long_ehlo_response() {
 }
 peer_that_offers_much() {
     local n
-    say '220 x'; expect_line '^EHLO'; say '250-x'; say '250-AUTH CRAM-MD5'
+    dialogue <<'END'
+P: 220 x
+C: EHLO *
+P: 250-x
+P: 250-AUTH CRAM-MD5
+END
     for ((n = 0; n < OFFERED; n++)); do say "250-X-ODDITY-$n $(printf '%040d' "$n")"; done
     say '250-STARTTLS'; say '250 ATRN'; hear
 }
 
 # ---- RFC 2645, 5.1.2: AUTH ---------------------------------------------------------------------------
 
+# CRAM-MD5 is accepted as RFC 2195 computes it, and a second AUTH has the reply 503 (RFC 2645, 5.1.2; RFC 4954, 4).
 # shows: 5.1.2-a 5.1.2-b 5.1.2-c 5.2-a
 t_5.1.2-c_cram_md5_by_hand() {
     provider
-    dial; expect '^220 '; ask 'EHLO example.org' '^250'; ask 'AUTH CRAM-MD5' '^334 '
+    open_session; ask 'AUTH CRAM-MD5' '^334 '
     ask "$(b64 "example.org $(hmac_md5 tanstaaf "$(unb64 "${ANSWER#334 }")")")" '^235 now authenticated as example.org$'
-    ask 'AUTH CRAM-MD5' '^503 '
-    ask 'QUIT' '^221 '
-    closed
+    dialogue <<'END'
+C: AUTH CRAM-MD5
+P: 503 *
+C: QUIT
+P: 221 *
+P: (closes)
+END
 }
 
-# Each mechanism brings the mail, and the TLS session stays through the reversal (5.1.2-d).
+# Each mechanism authenticates a session that brings mail, and TLS goes on through the reversal (RFC 2645, 5.1.2).
 # shows: 5.1.2-d 8-b
 # not with: OVER_TLS
 t_5.1.2-d_each_mechanism() {
@@ -1003,17 +1230,25 @@ t_5.1.2-d_each_mechanism() {
     ODMR_SECRET=x run 64 "$ODMR" customer -u example.org --mechanism ROT13 "localhost:$PORT"
 }
 
+# With --no-cram-md5 the mechanism is neither offered nor accepted (RFC 2645, 5.1.2).
 # shows: 5.1.2-e
 # not with: OVER_TLS
 t_5.1.2-e_a_site_without_cram_md5() {
     provider --no-cram-md5
-    dial; expect '^220'; ask 'EHLO x' '^250-.*AUTH SCRAM-SHA-256'
-    hasnt <(echo "$ANSWER") CRAM-MD5
-    ask 'AUTH CRAM-MD5' '^504 '
+    dialogue_on_a_new_connection <<'END'
+P: 220 *
+C: EHLO x
+P: 250-example.net
+P: 250-AUTH SCRAM-SHA-256
+P: 250 ATRN
+C: AUTH CRAM-MD5
+P: 504 *
+END
     customer 77 --mechanism CRAM-MD5 "127.0.0.1:$PORT"
     customer 1 "127.0.0.1:$PORT"
 }
 
+# With EXTERNAL a certificate logs in to the accounts that it names, and to no other (RFC 2645, 5.1.2; RFC 4422, A).
 # shows: 5.1.2-f
 # not with: OVER_TLS
 t_5.1.2-f_external() {
@@ -1042,7 +1277,7 @@ t_5.1.2-f_external() {
     customer 1 --trace --ca "$T/ca.crt" --cert "$T/me.pem" --mechanism EXTERNAL "localhost:$PORT"
     has "$T/err" 'C: AUTH EXTERNAL'
     tunnel
-    dial; expect '^220'; ask 'EHLO x' '^250'
+    open_session
     hasnt <(echo "$ANSWER") EXTERNAL
     ask 'AUTH EXTERNAL =' '^504 '
     hang_up
@@ -1052,6 +1287,7 @@ t_5.1.2-f_external() {
     ask "$(b64 example.org)" '^235 '
 }
 
+# A wrong secret ends the customer with exit code 77, and the right one does not (RFC 4954, 6).
 t_customer_and_a_wrong_secret() {
     provider
     echo wrong > "$T/secret"
@@ -1062,7 +1298,7 @@ t_customer_and_a_wrong_secret() {
 
 # ---- RFC 2645, 5.2: Authenticated State --------------------------------------------------------------
 
-# A customer that is logged in cannot hold its session with commands: 100 in a row that are not ATRN end it with 421.
+# A session ends with 421 when 100 commands in a row after the log-in are not ATRN (RFC 2645, 5.2; RFC 5321, 3.8).
 t_idle_commands_after_the_log_in() {
     local n
     provider
@@ -1076,22 +1312,30 @@ t_idle_commands_after_the_log_in() {
 
 # ---- RFC 2645, 5.2.1: ATRN ---------------------------------------------------------------------------
 
+# ATRN before AUTH has the reply 530, whatever its argument is (RFC 2645, 5.2.1).
 # shows: 5.2.1-b
 t_5.2.1-b_atrn_before_authentication() {
     provider
-    dial
-    expect '^220'
-    ask 'ATRN' '^530 '
-    ask 'EHLO x' '^250'
-    ask 'ATRN example.org' '^530 '
-    ask 'ATRN nonsense,,' '^530 '
-    ask $'ATRN ex\xe4mple.org' '^530 '
+    dialogue_on_a_new_connection <<'END'
+P: 220 *
+C: ATRN
+P: 530 *
+C: EHLO x
+P: ...
+P: 250 *
+C: ATRN example.org
+P: 530 *
+C: ATRN nonsense,,
+P: 530 *
+C: ATRN ex\xe4mple.org
+P: 530 *
+END
     auth_cram_md5 example.org wrong '^535 '
     ask 'ATRN' '^530 '
 }
 
-# 5.2.1-c: ten minutes, whatever --timeout says. Nobody waits ten minutes here: five seconds of silence
-# must not disturb a customer whose patience for anything else is three.
+# The customer waits ten minutes for the reply to ATRN, whatever --timeout says (RFC 2645, 5.2.1). Five seconds stand
+# for them here, in a session whose --timeout is three.
 # shows: 5.2.1-c
 t_5.2.1-c_patience_for_atrn() {
     serve peer_slow_atrn
@@ -1100,11 +1344,23 @@ t_5.2.1-c_patience_for_atrn() {
     has "$here/odmr.c" '^#define ATRN_TIMEOUT 600 '
 }
 peer_slow_atrn() {
-    say '220 x'; expect_line '^EHLO'; say '250-x'; say '250-AUTH CRAM-MD5'; say '250 ATRN'; expect_line '^AUTH'
-    say "334 $(b64 '<1@x>')"; expect_line .; say '235 yes'; expect_line '^ATRN'; sleep 5; say '453 You have no mail'
+    dialogue <<END
+P: 220 x
+C: EHLO *
+P: 250-x
+P: 250-AUTH CRAM-MD5
+P: 250 ATRN
+C: AUTH *
+P: 334 $(b64 '<1@x>')
+C: *
+P: 235 yes
+C: ATRN
+P: (waits 5 s)
+P: 453 You have no mail
+END
 }
 
-# More domains than an ATRN could name are all meant by one that names none.
+# ATRN without a domain means all domains of the account, even more than one line could name (RFC 2645, 5.2.1).
 t_5.2.1-d_more_domains_than_a_line_holds() {
     mkdir "$T/queue"
     {
@@ -1117,15 +1373,21 @@ t_5.2.1-d_more_domains_than_a_line_holds() {
     equal "$N_GOT" 1
 }
 
+# An account has access to all domains of an ATRN, or the whole command is refused with 450 (RFC 2645, 5.2.1).
 # shows: 4-c 5.2.1-e 5.2.1-f 5.2.1-g 5.2.1-a 5.2.1-d 5.2.1-j 7-a
 t_5.2.1-e_access_to_all_or_nothing() {
     provider
     put_letter one 1 a@example.edu eva@example.org
     put_letter two 2 a@example.edu eva@other.example
     login
-    ask 'ATRN example.org,other.example' '^450 ATRN request refused$'
-    ask 'ATRN other.example' '^450 '
-    ask 'ATRN example.com' '^453 You have no mail$'
+    dialogue <<'END'
+C: ATRN example.org,other.example
+P: 450 ATRN request refused
+C: ATRN other.example
+P: 450 *
+C: ATRN example.com
+P: 453 You have no mail
+END
     equal "$(waiting)" 2
     ask 'ATRN example.com,example.org,example.org' '^250 OK now reversing the connection$'
     take_mail
@@ -1133,7 +1395,8 @@ t_5.2.1-e_access_to_all_or_nothing() {
     equal "$(waiting)" 1
 }
 
-# The provider may say yes and then have nothing: QUIT right after EHLO. No mail, and no error.
+# After 250 to ATRN the provider may have no mail and say QUIT after EHLO; for the customer that is no error
+# (RFC 2645, 5.2.1).
 # shows: 5.2.1-h
 t_5.2.1-h_reversal_without_mail() {
     serve peer_without_mail
@@ -1144,7 +1407,7 @@ t_5.2.1-h_reversal_without_mail() {
 }
 peer_without_mail() { reverse; ask QUIT '^221 '; closed; }
 
-# A provider that says QUIT without EHLO has no mail (5.2.1-h asks for EHLO first, some do without it).
+# A provider that says QUIT even without EHLO has no mail, too; RFC 2645, 5.2.1, asks for EHLO first.
 t_5.2.1-h_quit_without_ehlo() {
     serve peer_quits
     customer 1 "127.0.0.1:$PORT"
@@ -1160,33 +1423,48 @@ t_5.2.1-h_quit_without_ehlo() {
 }
 peer_quits() { provide; expect '^220 '; ask QUIT '^221 '; }
 
+# With --interval an account that asks again too soon gets 450; another account is not concerned (RFC 2645, 5.2.1).
 # shows: 5.2.1-i
 t_5.2.1-i_interval() {
     provider --interval 5
     login
-    ask 'ATRN' '^453 '
-    ask 'ATRN' '^450 '
-    hang_up
+    dialogue <<'END'
+C: ATRN
+P: 453 *
+C: ATRN
+P: 450 *
+C: (closes)
+END
     login
-    ask 'ATRN' '^450 '
-    sleep 5.1
-    ask 'ATRN' '^453 '
-    hang_up
+    dialogue <<'END'
+C: ATRN
+P: 450 *
+C: (waits 5.1 s)
+C: ATRN
+P: 453 *
+C: (closes)
+END
     login other 'another secret: with colons'
     ask 'ATRN' '^453 '
 }
 
-# Only an answer starts the interval: who was refused for a domain that is not his may ask for his own.
+# A refused ATRN starts no interval: only mail or 453 does (RFC 2645, 5.2.1).
 t_5.2.1-i_a_refusal_starts_no_interval() {
     provider --interval 3600
     login
-    ask 'ATRN other.example' '^450 '
-    ask 'ATRN nonsense' '^501 '
-    ask 'ATRN' '^453 '
-    ask 'ATRN' '^450 ATRN request refused$'
+    dialogue <<'END'
+C: ATRN other.example
+P: 450 *
+C: ATRN nonsense
+P: 501 *
+C: ATRN
+P: 453 *
+C: ATRN
+P: 450 ATRN request refused
+END
 }
 
-# An answer is mail that was handed over, or 453: neither a 451 nor a line that was cut behind the 250 is one.
+# Neither 451 nor a connection that is lost after the 250 starts an interval (RFC 2645, 5.2.1).
 # shows: 5.2.1-i
 t_5.2.1-i_what_is_no_answer_starts_no_interval() {
     put_letter one 1.a a@example.edu eva@example.org
@@ -1197,14 +1475,23 @@ t_5.2.1-i_what_is_no_answer_starts_no_interval() {
     exec {CLAIM}<&-
     ask ATRN '^250 '; hang_up
     until_true over 1
-    login; ask ATRN '^250 '; say '220 me'; expect '^EHLO '; say '250 me'; expect '^MAIL '; hang_up
+    login
+    dialogue <<'END'
+C: ATRN
+P: 250 *
+C: 220 me
+P: EHLO *
+C: 250 me
+P: MAIL *
+C: (closes)
+END
     until_true over 2
     turn
     equal "$N_GOT" 1
     login; ask ATRN '^450 '
 }
 
-# Mail that the provider may not open is a reason to try later, not to say that there is none.
+# Mail that the provider cannot open has the reply 451, not 453 (RFC 2645, 5.2.1).
 # shows: 5.2.1-k
 t_5.2.1-k_mail_that_cannot_be_opened() {
     needs_capabilities 'file that the provider may not read' CHOWN SETUID
@@ -1218,6 +1505,7 @@ t_5.2.1-k_mail_that_cannot_be_opened() {
     ask ATRN '^250 '
 }
 
+# A queue that the provider cannot read has the reply 451, and only its own domain does (RFC 2645, 5.2.1).
 # shows: 5.2.1-k 7-a
 t_5.2.1-k_queue_that_cannot_be_read() {
     needs_capabilities 'file that the provider may not read' CHOWN SETUID
@@ -1232,8 +1520,8 @@ t_5.2.1-k_queue_that_cannot_be_read() {
     ask 'ATRN example.com' '^453 '
 }
 
-# A domain that cannot be read does not keep the account's other domains from their mail, and is no reason to say that
-# there is no mail.
+# A domain that cannot be read holds back no other domain's mail, but without such mail the reply is 451 (RFC 2645,
+# 5.2.1).
 t_5.2.1-k_one_domain_that_cannot_be_read() {
     provider
     mkdir -p "$T/queue/example.com"; : > "$T/queue/example.com/new"
@@ -1244,8 +1532,7 @@ t_5.2.1-k_one_domain_that_cannot_be_read() {
     equal "$(grep -c 'the queue of example.com cannot be read: Not a directory$' "$LOG")" 2
 }
 
-# The log gives the reason of each 451 and 450: mail that is claimed, that cannot be opened or listed; a domain without
-# access; a repetition within --interval.
+# The log gives the reason of each 450 and 451 to ATRN (RFC 2645, 5.2.1).
 t_5.2.1-k_the_log_says_why() {
     needs flock
     provider
@@ -1265,27 +1552,43 @@ t_5.2.1-k_the_log_says_why() {
     has "$LOG" '\[1\] ATRN refused (450): example.org repeats it within --interval 3600 s$'
 }
 
+# The argument of ATRN is a list of domains without blanks; anything else has the reply 501 (RFC 2645, 5.2.1).
 # shows: 5.2.1-l
 t_5.2.1-l_atrn_syntax() {
-    local label bad
+    local label
     label=$(printf 'a%.0s' {1..63})
     provider
-    for bad in 'org' '..' '.org' 'example.org.' 'example..org' 'example.org, example.com' 'example.org,' \
-        ',example.org' \
-        '-a.org' 'a-.org' 'a_b.org' '../example.org' 'example.org/../x' "${label}a.org" 'exämple.org' '' 'a.b c.d' \
-        $'example.org\t'; do
-        login
-        ask "ATRN $bad" '^501 '
-        hang_up
-    done
-    login
-    ask 'ATRN EXAMPLE.ORG' '^453 '
-    ask 'atrn Example.Com,example.org' '^453 '
-    ask "ATRN $label.org" '^450 '
-    ask 'ATRN a-b.1.org' '^450 '
+    each_row ask_after_log_in <<END
+ATRN org                     | 501 | 5.2.1: a domain has two labels or more
+ATRN ..                      | 501 | RFC 5321, 4.1.2: no label is empty
+ATRN .org                    | 501 | the same
+ATRN example.org.            | 501 | the same
+ATRN example..org            | 501 | the same
+ATRN example.org, a.example  | 501 | 5.2.1: no blank in the list
+ATRN a.b c.d                 | 501 | the same
+ATRN example.org\\t           | 501 | the same
+ATRN example.org\\x20         | 501 | the same
+ATRN  example.org            | 501 | RFC 5321, 4.1.1: one blank after the verb
+ATRN\\x20                     | 501 | a blank, and no domain
+ATRN example.org,            | 501 | 5.2.1: a domain after each comma
+ATRN ,example.org            | 501 | and one before it
+ATRN -a.org                  | 501 | RFC 5321, 4.1.2: a letter or digit at the start of a label
+ATRN a-.org                  | 501 | and at its end
+ATRN a_b.org                 | 501 | RFC 5321, 4.1.2: letters, digits and hyphens
+ATRN ../example.org          | 501 | no path
+ATRN example.org/../x        | 501 | no path
+ATRN ex\\xe4mple.org          | 501 | no octet over 127
+ATRN ${label}a.org | 501 | RFC 1035, 2.3.4: a label has 63 octets at most
+ATRN $label.org   | 450 | 5.2.1: the syntax is right, but there is no access
+ATRN a-b.1.org               | 450 | the same
+ATRN EXAMPLE.ORG             | 453 | RFC 5321, 2.4: a domain in upper case is the same
+atrn Example.Com,example.org | 453 | and so is a command in lower case
+END
 }
+ask_after_log_in() { login; ask_raw "$@"; hang_up; }
 
-# A message that another session has claimed: 451, not 453; the claim dies with its holder.
+# Mail that another session has claimed has the reply 451, not 453, and the claim ends with the process that holds it
+# (RFC 2645, 5.2.1).
 t_claimed_by_another_session() {
     needs flock
     provider
@@ -1300,7 +1603,7 @@ t_claimed_by_another_session() {
     equal "$N_GOT" 1
 }
 
-# Once is enough, for the account as for ATRN.
+# A domain that an account or an ATRN names twice is served once (RFC 2645, 5.2.1).
 t_a_domain_named_twice() {
     echo 'example.org:Example.org,example.com,example.org:tanstaaf' > "$T/accounts"; chmod 600 "$T/accounts"
     provider
@@ -1315,9 +1618,10 @@ t_a_domain_named_twice() {
 
 # ---- RFC 2645, 5.3: Reversed State -------------------------------------------------------------------
 
-# The customer's server half, command by command, and what lands in its Maildir.
+# The customer is an SMTP server after ATRN, and what it accepts is in its Maildir (RFC 2645, 5.3).
 # shows: 5.3-a 5.3-b
 t_5.3-b_the_customer_as_server() {
+    local date='[A-Z][a-z]{2}, [0-9 ][0-9] [A-Z][a-z]{2} 20[0-9]{2} [0-9:]{8} [+-][0-9]{4}'
     serve peer_commands
     customer 0 "127.0.0.1:$PORT" example.org example.com
     peer_ok
@@ -1326,47 +1630,109 @@ t_5.3-b_the_customer_as_server() {
     equal "$(mailbox example.com)" 1
     equal "$(ls "$T/mail/example.org/tmp")" ''
     equal "$(head -n 2 "$T"/mail/example.com/new/* | tr '\n' ' ')" 'Return-Path: <> Delivered-To: x@Example.com '
-    local date='[A-Z][a-z]{2}, [0-9 ][0-9] [A-Z][a-z]{2} 20[0-9]{2} [0-9:]{8} [+-][0-9]{4}'
     match "$(sed -n 3,5p "$T"/mail/example.com/new/* | tr '\n' ' ')" \
-        '^Received: from example.net \(127.0.0.1:[0-9]+\) 	by example.org with ESMTPS? \(odmr, RFC 2645\); 	'"$date \$"
+        '^Received: from example.net \(127.0.0.1:[0-9]+\) 	by example.org with ESMTPS? \(odmr, RFC 2645\); 	'"$date"' $'
     equal "$(stored example.com)" "$(printf 'Subject: x\n\n.dot\n..\n')"
 }
 peer_commands() {
     provide
     expect '^220 example.org ready to receive email$'
-    ask 'MAIL FROM:<a@b.example>' '^503 '
-    ask 'EHLO' '^501 '; ask $'EHLO evil\rInjected: yes' '^501 '; ask $'EHLO \e[31mred' '^501 '
-    ask 'EHLO two words' '^501 '
-    ask 'HELO example.net' '^250 example.org$'
-    local offer='250-PIPELINING\|250-SIZE\|250-8BITMIME\|250-SMTPUTF8\|250-CHUNKING\|250-LIMITS RCPTMAX=1000'
-    ask 'EHLO example.net' "^250-example.org\\|$offer\\|250 ENHANCEDSTATUSCODES\$"
-    ask 'NOOP' '^250 '; ask 'VRFY eva' '^252 '; ask 'RSET' '^250 '; ask 'FROB' '^50[02] '; ask 'ATRN' '^502 '
-    ask 'RCPT TO:<x@example.org>' '^503 '; ask 'DATA' '^503 '
-    ask 'MAIL FROM:a@b.example' '^501 '; ask 'MAIL FROM:<a@b.example' '^501 '; ask 'MAIL FROM:<a b@c.example>' '^501 '
-    ask 'MAIL FROM:<a@b.example> FROB=1' '^555 '
-    ask 'MAIL FROM: <a@b.example> SIZE=100 BODY=8BITMIME SMTPUTF8' '^250 '
-    ask 'MAIL FROM:<a@b.example>' '^503 '
-    ask 'RCPT TO: <x@example.org>' '^250 '
-    ask 'RCPT TO:<@relay.example,@b.example:"q >q"@example.org>' '^250 '
-    ask 'RCPT TO:<x@elsewhere.example>' '^450 4\.7\.1 '; ask 'RCPT TO:<x>' '^501 '; ask 'RCPT TO:<>' '^501 '
-    ask 'RCPT TO:<x@../example.org>' '^501 '; ask 'RCPT TO:<x@example.org> NOTIFY=NEVER' '^555 '
-    ask 'DATA' '^354 '; say 'Subject: one'; say ''; say 'text'; ask '.' '^250 '
-    ask 'RCPT TO:<x@example.org>' '^503 '
-    ask 'MAIL FROM:<>' '^250 '; ask 'RCPT TO:<x@Example.com>' '^250 '
-    ask 'DATA' '^354 '; printf 'Subject: x\r\n\r\n..dot\r\n...\r\n' >&"$LINE_OUT"; ask '.' '^250 '
-    ask 'DATA' '^503 '
-    ask 'MAIL FROM:<a@b.example>' '^250 '; ask 'RSET' '^250 '; ask 'DATA' '^503 '
-    ask 'MAIL FROM:<a@b.example>' '^250 '; ask 'RCPT TO:<x@example.org>' '^250 '
-    printf 'BDAT 4\r\nS: x' >&"$LINE_OUT"; expect '^250 '
-    ask 'MAIL FROM:<a@b.example>' '^503 '
-    printf 'BDAT 9 LAST\r\n\r\n\r\nthe e' >&"$LINE_OUT"; expect '^250 '
-    printf 'BDAT 5\r\nabcde' >&"$LINE_OUT"; expect '^503 '
-    ask 'MAIL FROM:<a@b.example>' '^250 '; ask 'RCPT TO:<x@example.org>' '^250 '
-    printf 'BDAT 0 LAST\r\n' >&"$LINE_OUT"; expect '^250 '
-    ask 'QUIT' '^221 '
+    each_row ask_raw <<'END'
+MAIL FROM:<a@b.example>  | 503       | RFC 5321, 4.1.4: EHLO comes first
+EHLO                     | 501       | RFC 5321, 4.1.1.1: it has an argument
+EHLO evil\rInjected: yes | 501       | RFC 5321, 2.3.8: no CR but before LF
+EHLO \x1b[31mred         | 501       | RFC 5321, 4.1.2: no control characters
+EHLO two words           | 501       | RFC 5321, 4.1.1.1: one argument
+HELO example.net         | 250       | RFC 5321, 4.1.1.1
+END
+    dialogue <<'END'
+P: EHLO example.net
+C: 250-example.org
+C: 250-PIPELINING
+C: 250-SIZE
+C: 250-8BITMIME
+C: 250-SMTPUTF8
+C: 250-CHUNKING
+C: 250-LIMITS RCPTMAX=1000
+C: 250 ENHANCEDSTATUSCODES
+END
+    each_row ask_raw <<'END'
+NOOP                     | 250       | RFC 5321, 4.1.1.9
+VRFY eva                 | 252       | RFC 5321, 3.5.3: it need not be verified
+RSET                     | 250       | RFC 5321, 4.1.1.5
+FROB                     | 50[02]    | RFC 5321, 4.2.4: unknown
+ATRN                     | 502       | RFC 2645, 5.3: the roles are reversed
+RCPT TO:<x@example.org>  | 503       | RFC 5321, 4.1.4: MAIL comes first
+DATA                     | 503       | the same
+MAIL FROM:a@b.example    | 501       | RFC 5321, 4.1.2: a path has angle brackets
+MAIL FROM:<a@b.example   | 501       | both of them
+MAIL FROM:<a b@c.example> | 501      | and no blank
+MAIL FROM:<a@b.example> FROB=1 | 555 | RFC 5321, 4.1.1.11: a parameter that was not offered
+MAIL FROM: <a@b.example> SIZE=100 BODY=8BITMIME SMTPUTF8 | 250 | RFC 1870, 6152, 6531
+MAIL FROM:<a@b.example>  | 503       | RFC 5321, 4.1.4: a transaction is open
+RCPT TO: <x@example.org> | 250       | the blank is RFC 2645's, section 6
+RCPT TO:<@relay.example,@b.example:"q >q"@example.org> | 250 | RFC 5321, 4.1.1.3: a route is ignored
+RCPT TO:<x@elsewhere.example> | 450 4\.7\.1 | a domain that was not asked for: deferred
+RCPT TO:<x>              | 501       | RFC 5321, 4.1.1.3: only postmaster has no domain
+RCPT TO:<>               | 501       | RFC 5321, 4.1.2: no recipient is empty
+RCPT TO:<x@../example.org> | 501     | no path
+RCPT TO:<x@example.org> NOTIFY=NEVER | 555 | RFC 5321, 4.1.1.11
+END
+    dialogue <<'END'
+P: DATA
+C: 354 *
+P: Subject: one
+P:
+P: text
+P: .
+C: 250 *
+P: RCPT TO:<x@example.org>
+C: 503 *
+P: MAIL FROM:<>
+C: 250 *
+P: RCPT TO:<x@Example.com>
+C: 250 *
+P: DATA
+C: 354 *
+P: Subject: x
+P:
+P: ..dot
+P: ...\c
+P: \r\n.
+C: 250 *
+P: DATA
+C: 503 *
+P: MAIL FROM:<a@b.example>
+C: 250 *
+P: RSET
+C: 250 *
+P: DATA
+C: 503 *
+P: MAIL FROM:<a@b.example>
+C: 250 *
+P: RCPT TO:<x@example.org>
+C: 250 *
+P: BDAT 4\r\nS: x\c
+C: 250 *
+P: MAIL FROM:<a@b.example>
+C: 503 *
+P: BDAT 9 LAST\r\n\r\n\r\nthe e\c
+C: 250 *
+P: BDAT 5\r\nabcde\c
+C: 503 *
+P: MAIL FROM:<a@b.example>
+C: 250 *
+P: RCPT TO:<x@example.org>
+C: 250 *
+P: BDAT 0 LAST
+C: 250 *
+P: QUIT
+C: 221 *
+END
 }
 
-# Where EHLO is not known HELO is said, and nothing is assumed.
+# If the customer's server does not know EHLO, the provider says HELO and uses no extension (RFC 2645, 5.3; RFC 5321,
+# 3.2).
 t_5.3-c_helo_where_ehlo_is_unknown() {
     provider
     put_letter one 1.a a@example.edu eva@example.org
@@ -1376,8 +1742,8 @@ t_5.3-c_helo_where_ehlo_is_unknown() {
     equal "$(sed 's/:.*//' "$T/heard" | tr '\n' ' ')" 'EHLO example.net HELO example.net MAIL FROM RCPT TO DATA QUIT '
 }
 
-# Keywords count, however much stands before them. If an EHLO response is too long, what it offers is not known, so
-# nothing is sent, and nothing returned.
+# A keyword of EHLO counts after any number of others; if the response is too long, no message is sent or returned
+# (RFC 2645, 5.3).
 t_5.3-c_endless_offer() {
     provider
     printf 'Subject: a\n\n\374\n' | put 1.a a@example.edu eva@example.org
@@ -1389,7 +1755,8 @@ t_5.3-c_endless_offer() {
     equal "$N_GOT $(waiting) $(notices)" '1 0 0'
 }
 
-# A session in which 100 commands in a row bring no mail forward ends with 421; those that do start the count anew.
+# A session in which 100 commands in a row bring no mail forward ends with 421; a command that does starts the count
+# anew (RFC 5321, 3.8).
 t_idle_commands() {
     serve peer_that_idles
     customer 76 "127.0.0.1:$PORT"
@@ -1406,7 +1773,7 @@ peer_that_idles() {
     closed
 }
 
-# A provider that says nothing but nonsense is left after a hundred of it, of whatever kind.
+# The customer ends a session with 421 after 100 commands that it does not know (RFC 2645, 5.3; RFC 5321, 3.8).
 t_customer_leaves_a_babbler() {
     serve peer_babbler
     customer 76 "127.0.0.1:$PORT"
@@ -1422,7 +1789,8 @@ peer_babbler() {
     closed
 }
 
-# Replies in 5xx that are about the session: nobody's mail is returned, QUIT is said, and the log says once why.
+# A 5xx reply that concerns the session returns no mail, and the log gives its reason once (RFC 2645, 5.3; RFC 5321,
+# 4.2.3).
 t_replies_about_the_session() {
     local code command
     provider
@@ -1451,7 +1819,7 @@ t_replies_about_the_session() {
     equal "$(waiting) $(notices)" '0 4'
 }
 
-# A customer whose server refuses everything does not make the provider return its whole queue: ten messages, no more.
+# A server that refuses every message makes the provider return ten messages and no more (RFC 2645, 5.3).
 t_a_server_that_refuses_everything() {
     provider
     for OFFER in '' PIPELINING 'PIPELINING CHUNKING'; do
@@ -1472,7 +1840,8 @@ t_a_server_that_refuses_everything() {
     equal "$(waiting) $(notices)" '0 14'
 }
 
-# A line that breaks again and again makes progress: what was accepted before it broke has left the queue.
+# What was accepted before a connection broke has left the queue, so repeated breaks still make progress (RFC 2645,
+# 5.3).
 t_a_broken_line_makes_progress() {
     local i way
     provider
@@ -1495,7 +1864,8 @@ t_a_broken_line_makes_progress() {
     done
 }
 
-# What is accepted leaves the queue while the session goes on, so a provider that is killed costs few second copies.
+# An accepted message leaves the queue while the session goes on, so a provider that is killed sends few messages
+# twice (RFC 2645, 5.3).
 t_replies_are_settled_as_they_arrive() {
     local i
     provider
@@ -1515,35 +1885,59 @@ t_replies_are_settled_as_they_arrive() {
 
 # ---- RFC 2645, 5.4: Other Commands -------------------------------------------------------------------
 
+# Every command has its reply in each state; a command that ODMR does not have there is 502 (RFC 2645, 5.1, 5.2 and
+# 5.4).
 # shows: 4-c 5.1-a 5.2-a 5.4-a 7-a
 t_5.4-a_each_command_in_each_state() {
     provider
     dial
     expect '^220'
-    ask 'AUTH CRAM-MD5' '^503 '
+    ask_raw 'AUTH CRAM-MD5' 503 'RFC 2645, 5.1.1: EHLO comes first'
     common_commands
-    ask 'EHLO example.org' '^250'
-    ask 'ATRN' '^530 '
-    hang_up
+    dialogue <<'END'
+C: EHLO example.org
+P: ...
+P: 250 *
+C: ATRN
+P: 530 *
+C: (closes)
+END
     login
     common_commands
-    ask 'EHLO example.org' '^250-'
-    ask 'AUTH CRAM-MD5' '^503 '
-    ask 'ATRN' '^453 '
-    ask 'QUIT' '^221 '
-    closed
+    dialogue <<'END'
+C: EHLO example.org
+P: ...
+P: 250 *
+C: AUTH CRAM-MD5
+P: 503 *
+C: ATRN
+P: 453 *
+C: QUIT
+P: 221 *
+P: (closes)
+END
 }
 common_commands() {
-    ask 'NOOP' '^250 '; ask 'noop with text' '^250 '; ask 'RSET' '^250 '; ask 'HELP' '^214 '
-    ask 'HELO example.org' '^502 '; ask 'MAIL FROM:<a@b.example>' '^502 '; ask 'RCPT TO:<a@example.org>' '^502 '
-    ask 'DATA' '^502 '; ask 'TURN' '^502 '; ask 'ETRN example.org' '^502 '; ask 'VRFY eva' '^502 '
-    ask 'FROBNICATE' '^502 '
+    each_row ask_raw <<'END'
+NOOP                    | 250 | RFC 2645, 5.4: a command of every state
+noop with text          | 250 | RFC 5321, 4.1.1.9: its argument is ignored
+RSET                    | 250 | RFC 5321, 4.1.1.5
+HELP                    | 214 | RFC 5321, 4.1.1.8
+HELO example.org        | 502 | RFC 2645, 5.1.1: EHLO it is
+MAIL FROM:<a@b.example> | 502 | RFC 2645, 5.4: no command of these states
+RCPT TO:<a@example.org> | 502 | the same
+DATA                    | 502 | the same
+TURN                    | 502 | the same
+ETRN example.org        | 502 | the same
+VRFY eva                | 502 | the same
+FROBNICATE              | 502 | RFC 5321, 4.2.4: no command at all
+END
 }
 
 # ---- RFC 2645, 6: Example On-Demand Mail Relay Session -----------------------------------------------
 
-# The memo's own example (section 6), line by line, from the trace of both sides. Left open by the memo:
-# the challenge, what else EHLO offers, the text behind a code, blanks behind FROM: and TO:, parameters.
+# Both traces show the example of RFC 2645, 6, line by line. The RFC leaves open the challenge, the other keywords of
+# EHLO, the text of a reply, the blanks in FROM: and TO:, and the parameters.
 # shows: 4-b 5.3-a 5.3-b 5.3-c 5-b 6-a
 t_6-a_the_example_session() {
     local side who
@@ -1590,7 +1984,7 @@ END
 
 # ---- RFC 2645, 7: Response Codes ---------------------------------------------------------------------
 
-# What each answer means for the script that runs us.
+# Each reply to ATRN ends the customer with an exit code of its own meaning (RFC 2645, 7).
 t_customer_exit_codes() {
     local code reply
     serve peer_atrn
@@ -1617,7 +2011,7 @@ END
 }
 peer_atrn() { provide "$(cat "$T/reply")"; hear || true; }
 
-# A reply of several lines is one line of the log, on both sides.
+# A reply of several lines is one line of the log (RFC 5321, 4.2.1).
 t_replies_of_several_lines_in_the_log() {
     serve peer_with_a_long_refusal
     customer 75 "127.0.0.1:$PORT"
@@ -1627,6 +2021,7 @@ peer_with_a_long_refusal() { provide $'450-not now\r\n450 nor later'; goodbye; }
 
 # ---- RFC 2645, 8: Security Considerations ------------------------------------------------------------
 
+# With --allow only the listed networks are served, and AUTH is required all the same (RFC 2645, 8).
 # shows: 8-a
 # not with: OVER_TLS
 t_8-a_access_by_address() {
@@ -1640,8 +2035,8 @@ t_8-a_access_by_address() {
     exec {LINE}<> "/dev/tcp/::1/$PORT"; expect '^220 '
 }
 
-# Prefixes of any length, of both families; an IPv4 address is the same as an IPv6 one that holds it, but a prefix too
-# short to be one of those is of IPv6 alone.
+# --allow takes prefixes of any length and both families. An IPv4 address equals the IPv6 one that contains it, but a
+# prefix shorter than 96 is of IPv6 only (RFC 2645, 8; RFC 4291, 2.5.5.2).
 # shows: 8-a
 # not with: OVER_TLS
 t_8-a_prefixes() {
@@ -1699,52 +2094,69 @@ check_content() {
     equal "$(waiting)" 0
 }
 
+# The commands of this side arrive with an octet that is none of SMTP's, or with a line end of its own, or too long
+# (RFC 5321, 2.3.8 and 4.5.3.1.4).
 t_bad_lines() {
     local long
     provider
     login
     printf 'NOOP with LF alone\n' >&"$LINE"; expect '^250 '
     long=$(printf '%0600d' 0)
-    ask "NOOP $long" '^500 '
-    ask "NOOP ${long:0:505}" '^250 '       # 512 with CRLF
-    ask "NOOP ${long:0:506}" '^500 '
     printf 'NOOP %s\n' "${long:0:506}" >&"$LINE"; expect '^250 ' # 512 with LF
     printf 'NOOP %s\n' "${long:0:507}" >&"$LINE"; expect '^500 '
-    printf 'NOOP \0\r\n' >&"$LINE"; expect '^500 '
-    ask $'NOOP \x80' '^500 '
-    ask $'NOOP \t' '^500 '
-    ask '' '^50[0-2] '
-    ask ' NOOP' '^50[0-2] '
-    printf 'NO' >&"$LINE"; sleep 0.2; ask 'OP' '^250 '
+    each_row ask_raw <<END
+NOOP $long | 500 | RFC 5321, 4.5.3.1.4: 512 octets at most
+NOOP ${long:0:505} | 250 | exactly 512 with CRLF
+NOOP ${long:0:506} | 500 | 513
+NOOP \\0            | 500 | RFC 5321, 2.3.8 and 4.1.2: no control characters
+NOOP \\x80          | 500 | no octet over 127
+NOOP \\t            | 500 | no tab
+                   | 50[0-2] | no command
+\\x20NOOP           | 50[0-2] | a blank before the verb
+END
+    printf 'NO' >&"$LINE"; moment 0.2; ask 'OP' '^250 '
     ask 'ATRN' '^453 '
 }
 
-# Commands with too little behind them, or too much.
+# A command with too few or too many arguments has the reply 501 (RFC 5321, 4.2.4).
 t_bad_arguments() {
     provider
     dial; expect '^220'
-    ask EHLO '^501 '; ask 'EHLO two words' '^501 '; ask 'AUTH CRAM-MD5' '^503 '
-    ask 'EHLO example.org  ' '^250'
-    ask AUTH '^501 '; ask 'AUTH  CRAM-MD5' '^50[14] '; ask 'RSET x' '^501 '; ask 'QUIT x' '^501 '
-    ask STARTTLS '^50[23] '
+    each_row ask_raw <<'END'
+EHLO            | 501    | RFC 5321, 4.1.1.1: it has an argument
+EHLO two words  | 501    | and no second one
+AUTH CRAM-MD5   | 503    | RFC 4954, 4: after EHLO
+EHLO example.org\x20\x20 | 250 | RFC 5321, 4.1.1: blanks before CRLF are tolerated
+AUTH            | 501    | RFC 4954, 4: it names a mechanism
+AUTH  CRAM-MD5  | 50[14] | and after one blank
+RSET x          | 501    | RFC 5321, 4.1.1.5: no argument
+QUIT x          | 501    | RFC 5321, 4.1.1.10: no argument
+STARTTLS        | 50[23] | RFC 3207, 4: not offered, or TLS is there
+END
     hang_up
     login
-    ask EHLO '^501 '; ask 'QUIT x' '^501 '; ask 'RSET x' '^501 '; ask 'HELP x' '^214 '; ask 'ATRN ' '^501 '
-    ask 'ATRN  example.org' '^501 '
-    ask 'ATRN example.org ' '^501 '; ask 'quit ' '^221 '
+    each_row ask_raw <<'END'
+EHLO            | 501    | in the authenticated state as before
+QUIT x          | 501    | the same
+RSET x          | 501    | the same
+HELP x          | 214    | RFC 5321, 4.1.1.8: it may have an argument
+quit\x20        | 221    | RFC 5321, 4.1.1: blanks before CRLF are tolerated
+END
     closed
 }
 
+# A line over the limit has the reply 500 and is read to its end: 512 octets, 12,288 for AUTH, 8,192 for ATRN (RFC 5321,
+# 4.5.3.1.4; RFC 4954, 4).
 t_long_lines() {
     local long
     provider
-    dial
-    expect '^220'
-    ask 'EHLO example.org' '^250'
+    open_session
     long=$(printf '%012000d' 0)
-    ask "AUTH CRAM-MD5 $long" '^501 '
-    ask "AUTH CRAM-MD5 ${long}${long:0:274}" '^500 '
-    ask "ATRN $long" '^500 '
+    each_row ask_raw <<END
+AUTH CRAM-MD5 $long | 501 | CRAM-MD5 has no initial response
+AUTH CRAM-MD5 ${long}${long:0:274} | 500 | RFC 4954, 4: 12,288 octets at most
+ATRN $long | 500 | before the log-in, 512 octets
+END
     head -c 3000000 /dev/zero | tr '\0' x >&"$LINE"
     ask '' '^500 '
     ask 'NOOP' '^250 '
@@ -1759,22 +2171,25 @@ t_long_lines() {
     ask 'ATRN' '^453 '
 }
 
+# Content, envelopes and order survive when each command waits for its reply (RFC 5321, 4.5.2).
 t_content_plain() {
     OFFER='8BITMIME SIZE'
     check_content
 }
 
+# Content, envelopes and order survive with PIPELINING (RFC 5321, 4.5.2; RFC 2920, 3.1).
 t_content_pipelining() {
     OFFER='8BITMIME SIZE PIPELINING'
     check_content
 }
 
+# Content, envelopes and order survive with CHUNKING (RFC 5321, 2.3.8; RFC 3030, 2).
 t_content_chunking() {
     OFFER='8BITMIME SIZE PIPELINING CHUNKING'
     check_content
 }
 
-# The same messages into our own customer's Maildir: lines end in LF there.
+# The customer stores the same content with LF as line end (RFC 5321, 2.3.8).
 t_content_into_our_maildir() {
     local n
     provider
@@ -1791,7 +2206,8 @@ t_content_into_our_maildir() {
     done
 }
 
-# No smuggling: only CRLF.CRLF ends a message; a bare CR or LF in it refuses it, and nothing is stored.
+# Only CRLF.CRLF ends a message; a message with a bare CR or LF is refused with 550, and nothing of it is stored
+# (RFC 5321, 2.3.8 and 4.1.1.4).
 t_no_smuggling() {
     serve peer_smuggler
     customer 1 "127.0.0.1:$PORT"
@@ -1803,17 +2219,34 @@ peer_smuggler() {
     local end
     reverse
     for end in '\n.\n' '\n.\r\n' '\r\n.\n' '\r.\r' '\r\n.\r' '\r.\r\n' '\n\n.\r\r\n' 'x\ry' 'x\ny' '\r\n.\rx\r\n'; do
-        ask 'MAIL FROM:<a@b.example>' '^250 '; ask 'RCPT TO:<x@example.org>' '^250 '; ask DATA '^354 '
-        printf "Subject: x\r\n\r\ntext${end}MAIL FROM:<evil@b.example>\r\n.\r\n" >&"$LINE_OUT"
-        expect '^550 '
-        ask NOOP '^250 '
+        dialogue <<END
+P: MAIL FROM:<a@b.example>
+C: 250 *
+P: RCPT TO:<x@example.org>
+C: 250 *
+P: DATA
+C: 354 *
+P: Subject: x\\r\\n\\r\\ntext${end}MAIL FROM:<evil@b.example>
+P: .
+C: 550 *
+P: NOOP
+C: 250 *
+END
     done
-    ask 'MAIL FROM:<a@b.example>' '^250 '; ask 'RCPT TO:<x@example.org>' '^250 '
-    printf 'BDAT 6 LAST\r\na\nb\r\n.' >&"$LINE_OUT"; expect '^550 '
-    ask QUIT '^221 '
+    dialogue <<'END'
+P: MAIL FROM:<a@b.example>
+C: 250 *
+P: RCPT TO:<x@example.org>
+C: 250 *
+P: BDAT 6 LAST\r\na\nb\r\n.\c
+C: 550 *
+P: QUIT
+C: 221 *
+END
 }
 
-# A reply to DATA that is neither 354 nor a refusal is no delivery, and 503 is about commands, not mail.
+# A reply to DATA that is neither 354 nor a refusal, or 503, neither delivers the message nor returns it (RFC 5321,
+# 4.1.1.4).
 t_nonsense_in_reply_to_data() {
     local reply
     provider
@@ -1828,8 +2261,8 @@ t_nonsense_in_reply_to_data() {
     done
 }
 
-# 200 recipients in one file: RFC 5321 obliges no server to take more than 100 in a transaction. One of
-# them is refused for now: only that one is not struck out in the file.
+# A message for 250 recipients is sent in transactions of 100, the number that every server must accept (RFC 5321,
+# 4.5.3.1.8). One recipient is refused for now, and only that one is not struck out in the file.
 t_many_recipients() {
     local file=$T/queue/example.org/new/1.a
     provider
@@ -1847,7 +2280,7 @@ t_many_recipients() {
     equal "$(waiting)" 0
 }
 
-# The same recipient twice in a file is one recipient: asked for once, struck out in both places.
+# A recipient that a file names twice is sent once and struck out in both places (RFC 5321, 2.4).
 t_the_same_recipient_twice() {
     provider
     put_letter one 1.a a@example.edu eva@example.org bob@example.org eva@EXAMPLE.org Eva@example.org
@@ -1860,8 +2293,8 @@ t_the_same_recipient_twice() {
     equal "$N_GOT $(waiting)" '1 0'
 }
 
-# <postmaster> without a domain (RFC 5321, 4.5.1): of the first domain asked for, else of the first that mail was stored
-# for. After a bare ATRN the summary names the domains.
+# <postmaster> without a domain is postmaster of the first domain asked for, else of the first that mail was stored for
+# (RFC 5321, 4.5.1); after a bare ATRN the summary names the domains.
 t_postmaster_without_a_domain() {
     serve peer_to_postmaster
     customer 0 "127.0.0.1:$PORT" example.org example.com
@@ -1879,11 +2312,19 @@ t_postmaster_without_a_domain() {
 peer_to_postmaster() { reverse; store PostMaster; ask QUIT '^221 '; }
 peer_to_some_postmaster() {
     reverse
-    ask 'MAIL FROM:<a@b.example>' '^250 '; ask 'RCPT TO:<postmaster>' '^450 4\.7\.1 '; ask RSET '^250 '
+    dialogue <<'END'
+P: MAIL FROM:<a@b.example>
+C: 250 *
+P: RCPT TO:<postmaster>
+C: 450 4.7.1 *
+P: RSET
+C: 250 *
+END
     store eva@mail.example.com; store bob@example.org; store postmaster; ask QUIT '^221 '
 }
 
-# One message for more domains than files can be open for: the rest is for another transaction.
+# A message for more domains than files can be open for is taken for 32, and the other domains get 452 (RFC 5321,
+# 4.5.3.1.10).
 t_recipients_in_very_many_domains() {
     serve peer_with_many_domains
     customer 0 "127.0.0.1:$PORT"
@@ -1895,11 +2336,22 @@ peer_with_many_domains() {
     reverse
     ask 'MAIL FROM:<a@b.example>' '^250 '
     for n in {1..32}; do ask "RCPT TO:<x@d$n.example>" '^250 '; done
-    ask 'RCPT TO:<x@d33.example>' '^452 4.5.3 '; ask 'RCPT TO:<y@D7.example>' '^250 '
-    ask DATA '^354 '; say 'Subject: x'; ask . '^250 '; ask QUIT '^221 '
+    dialogue <<'END'
+P: RCPT TO:<x@d33.example>
+C: 452 4.5.3 *
+P: RCPT TO:<y@D7.example>
+C: 250 *
+P: DATA
+C: 354 *
+P: Subject: x
+P: .
+C: 250 *
+P: QUIT
+C: 221 *
+END
 }
 
-# Domains are counted once each, however many recipients they have.
+# The limit of 32 domains a message counts a domain once, however many recipients it has (RFC 5321, 4.5.3.1.10).
 t_domains_of_a_message_are_counted_once() {
     serve peer_with_two_recipients_a_domain
     customer 0 "127.0.0.1:$PORT"
@@ -1915,28 +2367,39 @@ peer_with_two_recipients_a_domain() {
     ask DATA '^354 '; say 'Subject: x'; ask . '^250 '; ask QUIT '^221 '
 }
 
-# Received: no name that could mean something else there, the registered keywords, and nothing of the content in it.
+# The Received field has no name that could be read as something else, a registered protocol keyword, and nothing of the
+# content (RFC 5321, 4.4).
 t_received_says_what_it_should() {
     serve peer_with_odd_names
     customer 0 "127.0.0.1:$PORT"
     peer_ok
     cat "$T"/mail/example.org/new/* > "$T/all"
-    equal "$(grep -c '^Received: from unknown (127' "$T/all") $(grep -c '^Received: from \[IPv6:::1\] (127' "$T/all")" \
-        '2 1'
-    equal "$(sed -n 's/.* with \(.*\) (odmr.*/\1/p' "$T/all" | sort | tr '\n' ' ')" \
-        "ESMTP${OVER_TLS:+S} SMTP UTF8SMTP${OVER_TLS:+S} "
+    equal "$(grep -c '^Received: from unknown (127' "$T/all")" 2
+    equal "$(grep -c '^Received: from \[IPv6:::1\] (127' "$T/all")" 1
+    equal "$(sed -n 's/.* with \(.*\) (odmr.*/\1/p' "$T/all" | sort | xargs)" \
+        "ESMTP${OVER_TLS:+S} SMTP UTF8SMTP${OVER_TLS:+S}"
     grep -B 1 '^ (a comment' "$T/all" > "$T/blank"
     equal "$(head -n 1 "$T/blank")" '' 'the line above the first of the content'
 }
 peer_with_odd_names() {
     reverse
     ask 'EHLO evil((((' '^250'; store eva@example.org
-    ask 'EHLO [IPv6:::1]' '^250'; ask 'MAIL FROM:<> SMTPUTF8' '^250 '; ask 'RCPT TO:<eva@example.org>' '^250 '
-    printf 'BDAT 13 LAST\r\n (a comment\r\n' >&"$LINE_OUT"; expect '^250 '
+    dialogue <<'END'
+P: EHLO [IPv6:::1]
+C: ...
+C: 250 *
+P: MAIL FROM:<> SMTPUTF8
+C: 250 *
+P: RCPT TO:<eva@example.org>
+C: 250 *
+P: BDAT 13 LAST\r\n (a comment\r\n\c
+C: 250 *
+END
     ask 'HELO x"y' '^250'; store eva@example.org
     ask QUIT '^221 '
 }
 
+# A message with more than 100 Received fields is refused with 554 (RFC 5321, 6.3).
 t_a_loop_of_mail_is_refused() {
     serve peer_loop
     customer 0 "127.0.0.1:$PORT"
@@ -1957,8 +2420,8 @@ peer_loop() {
     ask QUIT '^221 '
 }
 
-# Envelopes, commands and options have one definition of a mailbox: whatever enqueue and the customer accept, the
-# provider can send, and what they refuse is held.
+# Whatever address enqueue and the customer accept, the provider can send; what they refuse is held (RFC 5321, 4.1.2;
+# RFC 6531, 3.3).
 t_one_definition_of_a_mailbox() {
     local address
     mkdir -p "$T/queue/example.org/new"
@@ -2029,7 +2492,8 @@ peer_with_addresses() {
     ask QUIT '^221 '
 }
 
-# 20 MB in the three ways of sending, to receivers that are not ours and to ours.
+# A message of 20 MB arrives unchanged in the three ways of sending, at other receivers and at the customer (RFC 5321,
+# 4.5.3.1.7).
 t_a_message_of_20_megabytes() {
     local way
     provider
@@ -2047,7 +2511,8 @@ t_a_message_of_20_megabytes() {
     stored | cmp - "$T/big" || fail 'our own customer has something else'
 }
 
-# Messages that came one behind the other are made safe together; one that cannot be spoils none of the others.
+# Pipelined messages are accepted after they are on disk, and one that cannot be stored does not affect the others
+# (RFC 5321, 4.2.5).
 t_answers_wait_for_the_disk() {
     serve peer_in_a_hurry
     mkdir -p "$T/mail/example.com"; touch "$T/mail/example.com/tmp"
@@ -2071,7 +2536,8 @@ peer_in_a_hurry() {
     expect '^250 2.0.0 OK$'; expect '^221 '
 }
 
-# A line that ends before its answer: nothing is stored, so nothing will be there twice.
+# If the connection ends before the customer's final reply, the message is not stored, so it cannot arrive twice (RFC
+# 5321, 4.5.3.2.6).
 t_no_answer_no_message() {
     unset OVER_TLS # it speaks in the clear
     local pid
@@ -2093,7 +2559,7 @@ peer_that_goes() {
     printf 'MAIL FROM:<a@b.example>\r\nRCPT TO:<x@example.org>\r\nBDAT 4 LAST\r\nn: 1'; touch "$T/gone"
 }
 
-# Half a command is no reason to keep back the answer to the message before it.
+# The customer answers what came before half a command without waiting for its other half (RFC 2920, 3.2).
 t_answers_do_not_wait_for_half_a_command() {
     serve peer_with_half_a_command
     customer 0 "127.0.0.1:$PORT"
@@ -2101,10 +2567,15 @@ t_answers_do_not_wait_for_half_a_command() {
     equal "$(mailbox)" 1
 }
 peer_with_half_a_command() {
-    reverse; printf 'MAIL FROM:<a@b.example>\r\nRCPT TO:<x@example.org>\r\nBDAT 4 LAST\r\nn: 1QU' > "$T/half"
-    cat "$T/half"
-    expect '^250 2.1.0'; expect '^250 2.1.5'; expect '^250 .* stored'
-    printf 'IT\r\n'; expect '^221 '
+    reverse
+    dialogue <<'END'
+P: MAIL FROM:<a@b.example>\r\nRCPT TO:<x@example.org>\r\nBDAT 4 LAST\r\nn: 1QU\c
+C: 250 2.1.0 *
+C: 250 2.1.5 *
+C: 250 * stored*
+P: IT
+C: 221 *
+END
 }
 
 # ---- RFC 4954: AUTH, and the SASL mechanisms ---------------------------------------------------------
@@ -2113,7 +2584,7 @@ peer_with_half_a_command() {
 # and PROOF, when set, are sent instead of the right ones.
 scram_by_hand() {
     local bare="n=$1,r=fyko+d2lbbFgONRv9qkxdawL" challenge nonce final
-    [ -n "${DIALLED:-}" ] || { dial; expect '^220'; ask 'EHLO x' '^250'; }
+    [ -n "${DIALLED:-}" ] || open_session
     ask "AUTH SCRAM-SHA-256 $(b64 "$3$bare")" '^334 '
     challenge=$(unb64 "${ANSWER#334 }")
     match "$challenge" '^r=fyko\+d2lbbFgONRv9qkxdawL.+,s=.+,i=4096$'
@@ -2123,44 +2594,62 @@ scram_by_hand() {
     say "$(b64 "$final,p=${PROOF:-$PROOF_OF_IT}")"
 }
 
+# A response that is not base64 has the reply 501, and the third authentication that fails ends the session with 421,
+# each a second after the response (RFC 4954, 4 and 6).
 t_bad_base64_and_three_failures() {
-    local start bad
+    local start
     provider
-    dial
-    expect '^220'
-    ask 'EHLO example.org' '^250'
-    for bad in '!!!!' 'YWJj='; do
-        ask 'AUTH CRAM-MD5' '^334 '
-        ask "$bad" '^501 '
-    done
-    hang_up
-    dial
-    expect '^220'
-    ask 'EHLO example.org' '^250'
-    for bad in '!!!!' 'YWJj=' 'YW=j' 'YWJ' '===='; do
-        ask "AUTH SCRAM-SHA-256 $bad" '^501 '
-    done
-    ask 'AUTH FROB' '^504 '
-    ask 'AUTH' '^501 '
-    ask 'AUTH CRAM-MD5 YWJj' '^501 '
+    each_row cram_md5_gets <<'END'
+!!!! | 501 | RFC 4954, 4: no base64
+YWJj= | 501 | RFC 4648, 4: a = too many
+END
+    open_session
+    each_row ask_raw <<'END'
+AUTH SCRAM-SHA-256 !!!!  | 501 | RFC 4954, 4: no base64
+AUTH SCRAM-SHA-256 YWJj= | 501 | RFC 4648, 4: a = too many
+AUTH SCRAM-SHA-256 YW=j  | 501 | one in the middle
+AUTH SCRAM-SHA-256 YWJ   | 501 | a = that is missing
+AUTH SCRAM-SHA-256 ====  | 501 | nothing else
+AUTH FROB                | 504 | RFC 4954, 4: no such mechanism
+AUTH                     | 501 | RFC 4954, 4: it names a mechanism
+AUTH CRAM-MD5 YWJj       | 501 | RFC 2195: the server speaks first
+END
     start=$(date +%s%N)
     auth_cram_md5 example.org wrong '^535 '
     auth_cram_md5 nobody tanstaaf '^535 '
-    ask 'AUTH CRAM-MD5' '^334 '; ask "$(b64 'no digest')" '^535 '
-    expect '^421 '
-    closed
+    dialogue <<END
+C: AUTH CRAM-MD5
+P: 334 *
+C: $(b64 'no digest')
+P: 535 *
+P: 421 *
+P: (closes)
+END
     [ $(($(date +%s%N) - start)) -ge 3000000000 ] || fail 'failures were answered too fast'
     login
 }
+# What answers CRAM-MD5's challenge, in a session of its own, which goes on.
+cram_md5_gets() {
+    open_session
+    dialogue <<END
+C: AUTH CRAM-MD5
+P: 334 *
+C: $1
+P: $2 *
+C: NOOP
+P: 250 *
+C: (closes)
+END
+}
 
-# A challenge is work, so an exchange that is given up costs a second as a wrong secret does, and the third ends the
-# session: by the asterisk, by what is not base64, or by a line that is too long.
+# An exchange that the client gives up, with an asterisk, without base64 or with too long a line, counts as a failed
+# authentication and costs a second; the third ends the session (RFC 4954, 4).
 t_cancelled_exchanges_count_as_failed() {
     local start way
     provider
     for way in '*' '!!!!' "$(head -c 12300 /dev/zero | tr '\0' A)"; do
         (
-            dial; expect '^220'; ask 'EHLO x' '^250'
+            open_session
             start=$(date +%s%N)
             for _ in 1 2 3; do ask "AUTH SCRAM-SHA-256 $(b64 n,,n=nobody,r=abc)" '^334 '; ask "$way" '^50[01] '; done
             expect '^421 .*too many failed authentications'; closed
@@ -2170,36 +2659,58 @@ t_cancelled_exchanges_count_as_failed() {
     equal "$(grep -c 'authentication failed from 127.0.0.1:[0-9]*: Authentication cancelled$' "$LOG")" 3
 }
 
+# Whatever is not base64 in its canonical form has the reply 501, as response and as initial response, and the session
+# goes on (RFC 4648, 3.5 and 4; RFC 4954, 4).
 # not with: OVER_TLS
 t_auth_responses_that_are_not_base64() {
-    local junk
     provider --max-per-address 100
-    for junk in 'AAA' 'A===' 'AA=A' 'AAAA====' 'AA AA' '!!!!' 'AAAA=AAA' 'YQ=' $'AA\x80A'; do
-        dial; expect '^220'; ask 'EHLO x' '^250'
-        ask 'AUTH CRAM-MD5' '^334 '; ask "$junk" '^501 '
-        ask "AUTH SCRAM-SHA-256 $junk" '^50[01] '
-        ask NOOP '^250 '
-        hang_up
-    done
-    dial; expect '^220'; ask 'EHLO x' '^250'
+    each_row no_base64_gets <<'END'
+AAA      | a = that is missing
+A===     | six bits are no octet
+AA=A     | a letter after =
+AAAA==== | nothing but = at the end
+AA AA    | a blank
+!!!!     | no letter of base64
+AAAA=AAA | a = in the middle
+YQ=      | one = of two
+AA\x80A  | an octet over 127
+END
+    open_session
     ask 'AUTH CRAM-MD5' '^334 '; ask "$(head -c 12287 /dev/zero | tr '\0' A)" '^500 '
     ask 'AUTH CRAM-MD5' '^334 '; ask "$(head -c 12284 /dev/zero | tr '\0' A)" '^535 '
-    ask "AUTH CRAM-MD5 $(b64 x)" '^501 '
-    ask 'AUTH' '^501 '; ask 'AUTH ROT13' '^504 '
+    each_row ask_raw <<END
+AUTH CRAM-MD5 $(b64 x) | 501 | RFC 2195: the server speaks first
+AUTH                   | 501 | RFC 4954, 4: it names a mechanism
+AUTH ROT13             | 504 | RFC 4954, 4: no such mechanism
+END
+}
+no_base64_gets() {
+    cram_md5_gets "$1" 501
+    open_session
+    ask_raw "AUTH SCRAM-SHA-256 $1" '50[01]' "$2"
+    ask NOOP '^250 '
+    hang_up
 }
 
-# A challenge that is no base64 cancels AUTH (RFC 4954, 4).
+# A challenge that is not base64 makes the customer cancel the exchange with an asterisk (RFC 4954, 4).
 t_challenge_that_is_no_base64() {
     serve peer_without_base64
     customer 76 "127.0.0.1:$PORT"
     peer_ok
 }
 peer_without_base64() {
-    offer_mechanisms CRAM-MD5; expect_line '^AUTH CRAM-MD5$'; say '334 ???'; expect_line '^\*$'; say '501 cancelled'
-    goodbye
+    offer_mechanisms CRAM-MD5
+    dialogue <<'END'
+C: AUTH CRAM-MD5
+P: 334 ???
+C: \*
+P: 501 cancelled
+C: QUIT
+P: 221 bye
+END
 }
 
-# RFC 2195's example: what its customer answered to its challenge, ours answers.
+# The customer answers the challenge of RFC 2195, 2, as that example does.
 # not with: OVER_TLS
 t_cram_md5_of_the_rfc() {
     serve rfc2195
@@ -2208,43 +2719,48 @@ t_cram_md5_of_the_rfc() {
 }
 rfc2195() {
     offer_mechanisms CRAM-MD5
-    expect_line '^AUTH CRAM-MD5$'
-    say "334 $(b64 '<1896.697170952@postoffice.reston.mci.net>')"
-    expect_line "^$(b64 'tim b913a602c7eda7a495b4e6e7334d3890')\$"
-    say '235 welcome'; no_mail
+    dialogue <<END
+C: AUTH CRAM-MD5
+P: 334 $(b64 '<1896.697170952@postoffice.reston.mci.net>')
+C: $(b64 'tim b913a602c7eda7a495b4e6e7334d3890')
+P: 235 welcome
+END
+    no_mail
 }
 
-# PLAIN is for the account itself, and what it says is not in the provider's trace either.
+# PLAIN is for the account itself only, and its response is never in the provider's trace (RFC 4616, 2).
 # not with: OVER_TLS
 t_plain_by_hand() {
-    local response
     tls_provider --trace
     tunnel
-    for response in '\0example.org\0tanstaaf' 'example.org\0example.org\0tanstaaf'; do
-        plain_by_hand "$response" '^235 now authenticated as example.org$'
-    done
-    for response in 'other\0example.org\0tanstaaf' '\0example.org\0tanstaaf\0x' '\0example.org\0wrong' \
-        '\0example.org' ''; do
-        plain_by_hand "$response" '^535 '
-    done
+    each_row plain_by_hand <<'END'
+\0example.org\0tanstaaf            | 235 | RFC 4616, 2: no authorization identity
+example.org\0example.org\0tanstaaf | 235 | the account's own
+other\0example.org\0tanstaaf       | 535 | another account's
+\0example.org\0tanstaaf\0x         | 535 | a part too many
+\0example.org\0wrong               | 535 | a wrong password
+\0example.org                      | 535 | no password
+                                   | 535 | nothing at all
+END
+    has "$LOG" 'authenticated as example.org (PLAIN, '
     equal "$(grep -c 'C: AUTH PLAIN (response not shown)$' "$LOG") $(grep -c 'C: (response not shown)$' "$LOG")" '7 7'
     dial; expect '^220'; ask $'auth \tplain\tmy secret' '^500 '; ask 'AUTH  PLAIN my secret' '^503 '
     hasnt "$LOG" 'my secret'
 }
-# The same as initial response and as the answer to an empty challenge.
+# As initial response, and as the answer to an empty challenge.
 plain_by_hand() {
     local response
     response=$(encoded "$1")
-    dial; expect '^220'; ask 'EHLO x' '^250'
-    ask "AUTH PLAIN ${response:-=}" "$2"
+    open_session
+    ask_raw "AUTH PLAIN ${response:-=}" "$2" "$3"
     hang_up
-    dial; expect '^220'; ask 'EHLO x' '^250'
-    ask 'AUTH PLAIN' '^334 $'; ask "$response" "$2"
+    open_session
+    ask 'AUTH PLAIN' '^334 $'; ask_raw "$response" "$2" "$3"
     hang_up
     [ -z "$response" ] || ! grep -qF "$response" "$LOG" || fail "$response is in the trace"
 }
 
-# A provider that has nothing else, in the clear: then there is no session, and no secret on the line.
+# A provider that offers only PLAIN in the clear gets no secret and no session (RFC 4616, 3; RFC 4954, 4).
 # not with: OVER_TLS
 t_plain_never_leaves_in_the_clear() {
     serve only_plain
@@ -2257,12 +2773,12 @@ t_plain_never_leaves_in_the_clear() {
 }
 only_plain() { offer_mechanisms PLAIN; goodbye; }
 
-# A NUL octet ends no response early.
+# A NUL octet does not end a response early: what follows it makes the response wrong (RFC 4954, 4).
 # not with: OVER_TLS
 t_responses_with_a_nul_octet() {
     local bare=n=example.org,r=abc challenge final
     provider
-    dial; expect '^220'; ask 'EHLO x' '^250'
+    open_session
     ask 'AUTH CRAM-MD5' '^334 '
     ask "$(encoded "example.org $(hmac_md5 tanstaaf "$(unb64 "${ANSWER#334 }")")\0x")" '^535 '
     ask "AUTH SCRAM-SHA-256 $(encoded "n,,$bare\0x")" '^535 '
@@ -2273,6 +2789,7 @@ t_responses_with_a_nul_octet() {
     ask "$(encoded "$final,p=$PROOF_OF_IT\0x")" '^535 '
 }
 
+# SCRAM-SHA-256 by hand: the provider's signature is right, and a second AUTH has the reply 503 (RFC 7677; RFC 4954, 4).
 # not with: OVER_TLS
 t_scram_by_hand() {
     provider
@@ -2284,7 +2801,7 @@ t_scram_by_hand() {
     ask "AUTH SCRAM-SHA-256 $(b64 n,,n=x,r=y)" '^503 '
 }
 
-# RFC 7677's: both sides' functions, in .ci/vectors.c, which can be given nonces.
+# Both sides compute the example of RFC 7677, 3, in .ci/vectors.c, which can give them its nonces.
 # not with: OVER_TLS
 t_scram_of_the_rfc() {
     make -s -C "$here" build/vectors || fail 'not built'
@@ -2292,6 +2809,7 @@ t_scram_of_the_rfc() {
     equal "$(grep -c '^ok ' "$T/out")" 9
 }
 
+# A final message of SCRAM with a wrong secret, nonce, channel binding, proof or name has the reply 535 (RFC 5802, 5.1).
 # not with: OVER_TLS
 t_scram_attacks() {
     provider
@@ -2303,27 +2821,40 @@ t_scram_attacks() {
     scram_by_hand nobody tanstaaf n,,; expect '^535 '
 }
 
+# A first message of SCRAM that breaks its grammar has the reply 535 (RFC 5802, 7).
 # not with: OVER_TLS
 t_scram_bad_first_messages() {
-    local first
     provider --max-per-address 100
-    for first in n,, x,,n=example.org,r=a n,,n=example.org,r= n,,n=example.org 'n,,m=1,n=example.org,r=a' \
-        n,,n=,r=a 'n,,n=example.org,r=a b' $'n,,n=example.org,r=a\tb' $'n,,n=example.org,r=a\xc3\xa9' \
-        n,,n=exam=2ple,r=a p=tls-exporter,,n=example.org,r=a n,a=other,n=example.org,r=a n,b=x,n=example.org,r=a \
-        "n,,n=example.org,r=$(head -c 600 /dev/zero | tr '\0' a)"; do
-        dial; expect '^220'; ask 'EHLO x' '^250'
-        ask "AUTH SCRAM-SHA-256 $(b64 "$first")" '^535 '
-        ask 'AUTH SCRAM-SHA-256 =' '^535 '
-        hang_up
-    done
+    each_row first_message_gets <<END
+n,,                                  | 535 | no name
+x,,n=example.org,r=a                 | 535 | a flag of channel binding that does not exist
+n,,n=example.org,r=                  | 535 | an empty nonce
+n,,n=example.org                     | 535 | no nonce
+n,,m=1,n=example.org,r=a             | 535 | an extension that must be understood, and is not
+n,,n=,r=a                            | 535 | an empty name
+n,,n=example.org,r=a b               | 535 | a blank in the nonce
+n,,n=example.org,r=a\\tb              | 535 | a tab in it
+n,,n=example.org,r=a\\xc3\\xa9         | 535 | UTF-8 in it
+n,,n=exam=2ple,r=a                   | 535 | an equals sign that is neither =2C nor =3D
+p=tls-exporter,,n=example.org,r=a    | 535 | RFC 5802, 6: channel binding without -PLUS
+n,a=other,n=example.org,r=a          | 535 | another authorization identity
+n,b=x,n=example.org,r=a              | 535 | something else in its place
+n,,n=example.org,r=$(head -c 600 /dev/zero | tr '\0' a) | 535 | a nonce of 600 octets
+END
+}
+first_message_gets() {
+    open_session
+    ask_raw "AUTH SCRAM-SHA-256 $(encoded "$1")" "$2" "$3"
+    ask 'AUTH SCRAM-SHA-256 =' '^535 '
+    hang_up
 }
 
-# A proof that is bound to another channel than this one.
+# A proof that is bound to another TLS channel than this one has the reply 535 (RFC 5802, 6; RFC 9266).
 # not with: OVER_TLS
 t_scram_wrong_channel() {
     tls_provider
     tunnel
-    dial; expect '^220'; ask 'EHLO x' '^250'
+    open_session
     ask "AUTH SCRAM-SHA-256-PLUS $(b64 n,,n=example.org,r=abc)" '^535 '
     ask "AUTH SCRAM-SHA-256-PLUS $(b64 p=tls-unique,,n=example.org,r=abc)" '^535 '
     ask "AUTH SCRAM-SHA-256-PLUS $(b64 p=tls-exporter,,n=example.org,r=abc)" '^334 '
@@ -2334,12 +2865,12 @@ t_scram_wrong_channel() {
     expect '^421 '
 }
 
-# A downgrade: somebody takes -PLUS out of the offer. The customer says y, and the provider knows better.
+# If an attacker removes -PLUS from the offer, the customer's flag y tells the provider, which refuses (RFC 5802, 6).
 # not with: OVER_TLS
 t_scram_downgrade() {
     tls_provider
     tunnel
-    dial; expect '^220'; ask 'EHLO x' '^250'
+    open_session
     ask "AUTH SCRAM-SHA-256 $(b64 'y,,n=example.org,r=abcdef')" '^535 '
     hang_up
     # without TLS there is nothing to bind to, and y is what an able client says
@@ -2348,7 +2879,7 @@ t_scram_downgrade() {
     expect '^334'; ask '' '^235 '
 }
 
-# Both kinds of binding: the exporter with TLS 1.3, the server's certificate before.
+# SCRAM-SHA-256-PLUS binds to tls-exporter with TLS 1.3 and to tls-server-end-point before it (RFC 9266; RFC 5929, 4).
 # not with: OVER_TLS
 t_channel_bindings() {
     printf 'openssl_conf = o\n[o]\nssl_conf = s\n[s]\nsystem_default = d\n[d]\nMaxProtocol = TLSv1.2\n' > "$T/old.cnf"
@@ -2359,8 +2890,7 @@ t_channel_bindings() {
     match "$(unb64 "$(sed -n 's/.*AUTH SCRAM-SHA-256-PLUS //p' "$T/err")")" '^p=tls-exporter,,n='
 }
 
-# What the customer says of channel binding: y inside TLS where -PLUS was not offered, so that a provider that did
-# offer it notices; n where it cannot bind, or was told not to.
+# The customer's flag is y inside TLS when -PLUS was not offered, and n when it does not bind (RFC 5802, 6).
 # not with: OVER_TLS
 t_customer_says_whether_it_could_bind() {
     OVER_TLS=1 serve flag_y
@@ -2385,7 +2915,8 @@ hear_flag() {
     say '535 no'; goodbye
 }
 
-# Providers that the customer must not believe.
+# The customer breaks off with a provider whose nonce, salt, count or signature is not valid (RFC 5802, 5.1; RFC 7677,
+# 4).
 # not with: OVER_TLS
 t_customer_and_scram_impostors() {
     local impostor
@@ -2450,8 +2981,8 @@ scram_extended() {
     say '235 welcome'; no_mail
 }
 
-# OpenSSL fails once, at each of its calls in an exchange: that is 454, which says nothing about the secret, and the
-# next exchange in the same session succeeds.
+# A failure inside OpenSSL during an exchange has the reply 454, and the next exchange in the session succeeds (RFC
+# 4954, 4).
 # not with: OVER_TLS
 t_openssl_fails_in_the_middle_of_scram() {
     local n bare=n=example.org,r=abc challenge final
@@ -2484,7 +3015,7 @@ END
     for n in {1..20}; do
         AROUND=(env FAIL_AT="$n" ASAN_OPTIONS=verify_asan_link_order=0 LD_PRELOAD="$T/failing.so")
         provider
-        dial; expect '^220'; ask 'EHLO x' '^250'
+        open_session
         ask "AUTH SCRAM-SHA-256 $(b64 "n,,$bare")" '^(334|454) '
         if [[ $ANSWER == 334* ]]; then
             challenge=$(unb64 "${ANSWER#334 }")
@@ -2501,7 +3032,7 @@ END
     equal "$n" 10 'the first call that is none of the exchange'
 }
 
-# Who has read the accounts file still cannot log in with a verifier: nothing of it serves as CRAM-MD5's secret.
+# No part of a verifier in the accounts file can be used to log in (RFC 5802, 9).
 # not with: OVER_TLS
 t_verifier_is_no_secret() {
     local verifier part
@@ -2510,16 +3041,16 @@ t_verifier_is_no_secret() {
     provider
     verifier=$(cut -d: -f3 "$T/out")
     for part in "$verifier" "${verifier#*\}}" ${verifier//[\},]/ }; do
-        dial; expect '^220'; ask 'EHLO x' '^250'
+        open_session
         auth_cram_md5 verifier "$part" '^535 '
         DIALLED=1 scram_by_hand verifier "$part" n,,; expect '^535 '
         hang_up
     done
 }
 
-# An unknown name, a wrong secret and an account that has a verifier only cannot be told apart: by the challenge, by
-# the verdict's code and text, or by time. The verifier's many rounds, which then are everybody's, make a PBKDF2 that
-# somebody is spared stand out from the noise. (With a sanitizer each of them takes much longer.)
+# An unknown name, a wrong secret and an account with a verifier have the same challenge, reply and time (RFC 5802,
+# 9). The verifier has many rounds, so a PBKDF2 that is left out would show in the times; with a sanitizer each takes
+# longer.
 # not with: OVER_TLS
 t_failures_tell_nothing() {
     local kind mechanism i tries=() rounds=100000
@@ -2551,7 +3082,7 @@ refusal() {
     local i before took
     [ "$1" = PLAIN ] || PORT=$CLEAR
     for i in {1..25}; do
-        dial; expect '^220'; ask 'EHLO x' '^250'
+        open_session
         "wrong_$1" "$2"
         before=${EPOCHREALTIME/./}
         ask "$RESPONSE" '^535 '
@@ -2575,7 +3106,7 @@ wrong_SCRAM-SHA-256() {
 # The time from the name to the challenge, in microseconds.
 time_of_challenge() {
     local before line
-    dial; expect '^220'; ask 'EHLO x' '^250'
+    open_session
     line="AUTH SCRAM-SHA-256 $(b64 "n,,n=$1,r=abc")"
     before=${EPOCHREALTIME/./}
     ask "$line" '^334 '
@@ -2585,8 +3116,8 @@ time_of_challenge() {
 median() { sort -n "$T/times.$1" | sed -n "$(($(wc -l < "$T/times.$1") / 2 + 1))p"; }
 near_each_other() { local a b; MEDIANS=$*; for a; do for b; do [ $((a * 2)) -gt "$b" ] || return 1; done; done; }
 
-# The salt of a name without a verifier is the same after a restart and a SIGHUP, as a verifier's is; and such a name
-# costs what most verifiers cost, not what the dearest does.
+# The salt of a name without a verifier stays the same after SIGHUP and a restart, and its count is the most frequent
+# one, as for a verifier (RFC 5802, 9).
 # not with: OVER_TLS
 t_salts_tell_nothing() {
     local name before
@@ -2595,7 +3126,7 @@ t_salts_tell_nothing() {
       echo "2:example.org:$(verifier x 5000)"
     } >> "$T/accounts"
     salts() {
-        dial; expect '^220'; ask 'EHLO x' '^250'
+        open_session
         for name in example.org nobody cheap; do
             ask "AUTH SCRAM-SHA-256 $(b64 "n,,n=$name,r=abc")" '^334 '
             echo "$(unb64 "${ANSWER#334 }" | sed "s/^[^,]*,//")"
@@ -2618,8 +3149,8 @@ t_salts_tell_nothing() {
     [ "$(salts)" != "$before" ] || fail 'salts that any other file has, too'
 }
 
-# Certificates that somebody has, signed by the right authority in the end, and still no login: for servers only; signed
-# by a customer's; with a name that reads as an account's up to a NUL octet.
+# EXTERNAL refuses a certificate for servers only, one signed by a customer's, and one with a NUL octet in its name
+# (RFC 5280, 4.2.1.12 and 6.1).
 # not with: OVER_TLS
 t_external_takes_no_other_certificate() {
     authority
@@ -2652,6 +3183,8 @@ s_client() {
         -CAfile "$T/ca.crt" -verify_return_error "$@" > "$T/s_client" 2> "$T/s_client.err"
 }
 
+# OpenSSL's client gets a session over TLS 1.2 and 1.3 by STARTTLS and by implicit TLS, and none over TLS 1.1 (RFC
+# 3207, 4; RFC 8996).
 # shows: 5.1.1-b
 # not with: OVER_TLS
 t_starttls_with_openssl() {
@@ -2672,34 +3205,56 @@ t_starttls_with_openssl() {
     has "$T/s_client" '^221 '
 }
 
+# The provider answers STARTTLS, and the mechanisms for TLS only, as its state asks for it (RFC 3207, 4; RFC 4954, 4).
 # not with: OVER_TLS
 t_starttls_replies() {
     tls_provider
-    dial
-    expect '^220'
-    ask STARTTLS '^503 '
-    ask 'EHLO x' '250-STARTTLS'
-    hasnt <(echo "$ANSWER") PLAIN
-    ask 'STARTTLS now' '^501 '
-    ask 'AUTH PLAIN AGEAYg==' '^538 '
-    ask 'AUTH SCRAM-SHA-256-PLUS' '^504 '
-    ask 'AUTH EXTERNAL =' '^504 '
-    ask 'STARTTLS' '^220 '
-    hang_up
+    dialogue_on_a_new_connection <<'END'
+P: 220 *
+C: STARTTLS
+P: 503 *
+C: EHLO x
+P: 250-example.net
+P: 250-AUTH CRAM-MD5 SCRAM-SHA-256
+P: 250-STARTTLS
+P: 250 ATRN
+C: STARTTLS now
+P: 501 *
+C: AUTH PLAIN AGEAYg==
+P: 538 *
+C: AUTH SCRAM-SHA-256-PLUS
+P: 504 *
+C: AUTH EXTERNAL =
+P: 504 *
+C: STARTTLS
+P: 220 *
+C: (closes)
+END
     login
-    ask 'EHLO x' '^250'
-    hasnt <(echo "$ANSWER") STARTTLS
-    ask STARTTLS '^503 '
-    hang_up
+    dialogue <<'END'
+C: EHLO x
+P: 250-example.net
+P: 250-AUTH CRAM-MD5 SCRAM-SHA-256
+P: 250 ATRN
+C: STARTTLS
+P: 503 *
+C: (closes)
+END
     provider
-    dial; expect '^220'
-    ask 'EHLO x' '^250'
-    hasnt <(echo "$ANSWER") STARTTLS
-    ask STARTTLS '^502 '
-    ask 'AUTH PLAIN AGEAYg==' '^504 '
+    dialogue_on_a_new_connection <<'END'
+P: 220 *
+C: EHLO x
+P: 250-example.net
+P: 250-AUTH CRAM-MD5 SCRAM-SHA-256
+P: 250 ATRN
+C: STARTTLS
+P: 502 *
+C: AUTH PLAIN AGEAYg==
+P: 504 *
+END
 }
 
-# After STARTTLS there was no EHLO, and what stood behind the command was never said.
+# STARTTLS discards the EHLO before it and any octets received with it in the clear (RFC 3207, 4.2).
 # not with: OVER_TLS
 t_starttls_forgets() {
     tls_provider
@@ -2738,6 +3293,8 @@ pass_reply() {
     done
 }
 
+# If an attacker removes STARTTLS, --require-tls and PLAIN send no credentials, and SCRAM does not reveal them (RFC
+# 3207, 6).
 # not with: OVER_TLS
 t_starttls_stripped() {
     tls_provider
@@ -2754,16 +3311,24 @@ t_starttls_stripped() {
     equal "$(mailbox)" 1
 }
 
-# TLS that cannot be had just now, here because there is no memory for it: 454, and the session goes on in the clear.
+# If TLS is not available for the moment, STARTTLS has the reply 454 and the session goes on in the clear (RFC 3207, 4).
 # not with: OVER_TLS
 t_starttls_not_available() {
     echo 'void *SSL_new(void *context) { (void)context; return 0; }' | cc -shared -fPIC -o "$T/no_tls.so" -xc -
     authority
     LD_PRELOAD=$T/no_tls.so ASAN_OPTIONS=verify_asan_link_order=0 tls_provider
-    dial; expect '^220'; ask 'EHLO x' STARTTLS
-    ask STARTTLS '^454 '
-    ask NOOP '^250 '
-    hang_up
+    dialogue_on_a_new_connection <<'END'
+P: 220 *
+C: EHLO x
+P: ...
+P: 250-STARTTLS
+P: 250 ATRN
+C: STARTTLS
+P: 454 *
+C: NOOP
+P: 250 *
+C: (closes)
+END
     login
     ask ATRN '^453 '
     hang_up
@@ -2771,6 +3336,7 @@ t_starttls_not_available() {
     hasnt "$T/err" 'C: AUTH'
 }
 
+# The customer discards octets received in the clear after the reply to STARTTLS (RFC 3207, 4.2).
 # not with: OVER_TLS
 t_customer_ignores_what_stands_behind_starttls() {
     tls_provider
@@ -2782,17 +3348,21 @@ t_customer_ignores_what_stands_behind_starttls() {
     equal "$(mailbox)" 1
 }
 
+# With --require-tls neither AUTH nor ATRN works in the clear: 538 and 530 (RFC 3207, 4).
 # not with: OVER_TLS
 t_require_tls() {
     tls_provider --require-tls
-    dial; expect '^220'; ask 'EHLO x' '^250-.*AUTH '
-    ask 'AUTH CRAM-MD5' '^538 '; ask "AUTH SCRAM-SHA-256 $(b64 n,,n=example.org,r=a)" '^538 '
-    ask ATRN '^530 '
+    open_session
+    each_row ask_raw <<END
+AUTH CRAM-MD5 | 538 | RFC 4954, 6: the mechanism needs encryption
+AUTH SCRAM-SHA-256 $(b64 n,,n=example.org,r=a) | 538 | the same
+ATRN          | 530 | RFC 2645, 5.2.1: not authenticated
+END
     customer 1 --ca "$T/ca.crt" "localhost:$PORT"
 }
 
-# SSLKEYLOGFILE: both sides append the secrets of a TLS session to it, which are the same, where only its owner can read
-# them; through a link nothing is written.
+# With SSLKEYLOGFILE both sides append the same secrets of a TLS session to a file that only its owner can read, and
+# nothing through a link (RFC 8446, 7.1).
 t_secrets_of_tls_for_wireshark() {
     SSLKEYLOGFILE=$T/provider.keys tls_provider
     SSLKEYLOGFILE=$T/customer.keys customer 1 --ca "$T/ca.crt" "localhost:$PORT"
@@ -2807,8 +3377,8 @@ t_secrets_of_tls_for_wireshark() {
     [ ! -e "$T/elsewhere" ] || fail 'it was written through a link'
 }
 
-# The 421 after the third failure is the end of the TLS session too, and says so: a client can tell it from a line that
-# was cut.
+# The 421 after the third failure is followed by TLS's close alert, so a client can tell it from a cut (RFC 8446, 6.1;
+# RFC 3207, 4).
 # not with: OVER_TLS
 t_421_ends_tls_properly() {
     local wrong
@@ -2821,7 +3391,7 @@ t_421_ends_tls_properly() {
     hasnt "$T/s_client.err" 'unexpected eof'
 }
 
-# Below TLS 1.2 neither side goes, whatever this machine's OpenSSL would.
+# Neither side accepts TLS below 1.2, whatever OpenSSL's configuration allows (RFC 8996, 4 and 5).
 # not with: OVER_TLS
 t_tls_versions() {
     printf '%s\n' 'openssl_conf = o' '[o]' 'ssl_conf = s' '[s]' 'system_default = d' '[d]' 'MinProtocol = TLSv1' \
@@ -2845,8 +3415,7 @@ old_server() {
     PORT=$(sed -n 's/^ACCEPT .*:\([0-9]*\)$/\1/p' "$T/s_server")
 }
 
-# TLS records without application data (key updates, session tickets) behind each message are no reason to wait for
-# more, on either side.
+# TLS records without application data after a message make neither side wait for more (RFC 8446, 4.6).
 # not with: OVER_TLS
 t_tls_records_without_data() {
     local start
@@ -2871,7 +3440,7 @@ t_tls_records_without_data() {
     equal "$(waiting)" 0
 }
 
-# Key updates without end from somebody who has not logged in hold neither the session nor the shutdown.
+# Key updates without end before the log-in keep neither the session nor the shutdown waiting (RFC 8446, 4.6.3).
 # not with: OVER_TLS
 t_flood_of_key_updates() {
     local start
@@ -2891,13 +3460,13 @@ t_flood_of_key_updates() {
     [ $((SECONDS - start)) -lt 6 ] || fail 'the shutdown waited'
 }
 
-# Handshakes that stand still, and one that is no handshake, hold up nobody.
+# Handshakes that do not go on delay no other session and end at the log-in time-out (RFC 3207, 4).
 # not with: OVER_TLS
 t_slow_handshakes() {
     local i before
     tls_provider --login-timeout 3
     for i in {1..10}; do dial "$TLS_PORT"; done
-    dial; expect '^220'; ask 'EHLO x' '^250'; ask STARTTLS '^220'; printf '\x16\x03\x01\x01\x00' >&"$LINE"
+    open_session; ask STARTTLS '^220'; printf '\x16\x03\x01\x01\x00' >&"$LINE"
     customer 1 --ca "$T/ca.crt" "localhost:$PORT"
     dial "$TLS_PORT"; say 'EHLO x'
     until_true shows "$LOG" 'TLS handshake failed'
@@ -2905,6 +3474,8 @@ t_slow_handshakes() {
     customer 1 --tls --ca "$T/ca.crt" "localhost:$TLS_PORT"
 }
 
+# The customer sends no credentials to a server whose certificate is unknown, self-signed, expired or for another name
+# (RFC 3207, 4.1).
 # not with: OVER_TLS
 t_certificates_that_do_not_verify() {
     authority
@@ -2943,7 +3514,8 @@ refuses_certificate() {
     stop_provider
 }
 
-# Certificates that verify, but are not this server's, or no server's, or signed by one who may not sign.
+# The customer refuses a certificate for another address or purpose, or signed by one that is no authority (RFC 5280,
+# 6.1; RFC 9525, 6).
 # not with: OVER_TLS
 t_certificates_for_something_else() {
     authority
@@ -2961,7 +3533,7 @@ t_certificates_for_something_else() {
     refuses_certificate nul 'hostname mismatch'
 }
 
-# --ca stands instead of the system's authorities, not beside them.
+# --ca replaces the system's authorities and does not supplement them (RFC 5280, 6.1).
 # not with: OVER_TLS
 t_ca_replaces_the_system_s() {
     tls_provider
@@ -2971,6 +3543,8 @@ t_ca_replaces_the_system_s() {
     hasnt "$T/err" 'C: AUTH'
 }
 
+# Certificates that SIGHUP reads are used from the next session on, and unreadable ones leave the old ones in use (RFC
+# 3207, 4).
 # not with: OVER_TLS
 t_sighup_reads_certificates_again() {
     authority
@@ -2997,7 +3571,7 @@ certificate_shown() {
         openssl x509 -noout -subject | tr -d ' ')
 }
 
-# Nobody sits there to be asked for a pass phrase, not even where a terminal is.
+# An encrypted key is refused without asking for a pass phrase, at the start and at SIGHUP (RFC 5958, 3).
 # not with: OVER_TLS
 t_encrypted_key() {
     needs unbuffer # expect comes with it; that name is ours here
@@ -3021,7 +3595,7 @@ END
     certificate_shown; equal "$SHOWN" 'subject=CN=example.net'
 }
 
-# What is wrong with a file for TLS is said in plain words, with its option, on both sides.
+# An error in a file for TLS is reported with the option and the file, on both sides (RFC 7468, 2).
 t_words_for_files_of_tls() {
     local word=
     authority; mkdir "$T/queue"; accounts
@@ -3058,8 +3632,8 @@ t_words_for_files_of_tls() {
 
 # ---- RFC 2920: PIPELINING ----------------------------------------------------------------------------
 
-# A server that refuses every command which arrives before its reply to the end of a message: each message gets through
-# in the same session, once.
+# A server that refuses every command which arrives before its reply to the end of a message still gets each message
+# once, in one session (RFC 2920, 3.2).
 t_2920_a_server_that_refuses_what_follows_the_final_dot() {
     local i offer
     provider
@@ -3109,7 +3683,8 @@ t_2920_a_customer_with_long_replies() {
     equal "$(< "$T/taken") $(waiting)" '80 0'
 }
 
-# With PIPELINING no more replies are outstanding than the receive buffer has room for, as large as the kernel made it.
+# With PIPELINING no more replies are outstanding than the receive buffer has room for, as large as the kernel made it
+# (RFC 2920, 3.1).
 t_2920_no_more_replies_than_the_buffer_holds() {
     local line='setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &(int){RECEIVE_BUFFER}' size
     equal "$(grep -cF "$line" "$here/odmr.c")" 1
@@ -3133,8 +3708,8 @@ t_2920_no_more_replies_than_the_buffer_holds() {
     done
 }
 
-# DATA or BDAT has left before it is known that nobody is accepted: a 354 is then honoured with no content
-# (RFC 2920, 3.1), the octets of a BDAT are there already, and the next message is not troubled by either.
+# If all recipients are refused after DATA or BDAT was sent, no content is delivered and the next message is not
+# affected (RFC 2920, 3.1).
 t_pipelining_when_nobody_is_accepted() {
     provider
     ANSWERS['RCPT TO:<eva@example.org>']='450 4.2.0 later'
@@ -3151,19 +3726,28 @@ t_pipelining_when_nobody_is_accepted() {
     done
 }
 
-# A customer that says yes to everything beforehand, then nonsense: what has left the queue did go over the line.
+# If replies arrive before their commands, only a message that was sent leaves the queue (RFC 2920, 3.1).
 t_replies_before_their_commands() {
     provider
     put_letter one 1.a a@example.edu eva@example.org
     login
-    printf '%s\r\n' ATRN '220 a' '250 a' '250 ok' '250 ok' '354 go on' '250 ok' nonsense >&"$LINE"
+    dialogue <<'END'
+C: ATRN
+C: 220 a
+C: 250 a
+C: 250 ok
+C: 250 ok
+C: 354 go on
+C: 250 ok
+C: nonsense
+END
     timeout "$PATIENCE" cat <&"$LINE" > "$T/line"
     until_true settled
     [ "$(waiting)" = 1 ] || has "$T/line" '^Text of one'
 }
 
-# With 100 messages waiting, CHUNKING needs next to no waits; PIPELINING one a message. A wait is counted
-# when the provider has said something and must then wait for the customer.
+# 100 messages need next to no waits with CHUNKING and one each with PIPELINING (RFC 2920, 1; RFC 3030, 4.2). A wait
+# is counted when the provider has sent something and must then wait for the customer.
 t_round_trips() {
     local i waits
     provider
@@ -3183,8 +3767,8 @@ t_round_trips() {
 
 # ---- RFC 3030: CHUNKING ------------------------------------------------------------------------------
 
-# A proxy has offered CHUNKING for a server that does not know BDAT, and reads the content as commands. Lines like NOOP
-# bring replies of 250 that belong to nothing that was sent: no message leaves for them, and no QUIT is said.
+# If a server behind a proxy does not know BDAT, no message leaves the queue and no QUIT is sent (RFC 3030, 2). It
+# reads the content as commands, and lines like NOOP in it bring replies of 250.
 t_3030_a_server_that_does_not_know_bdat() {
     local i code
     provider
@@ -3208,7 +3792,7 @@ t_3030_a_server_that_does_not_know_bdat() {
     done
 }
 
-# CHUNKING alone, without PIPELINING, would save nothing: DATA it is, and one command at a time.
+# With CHUNKING but without PIPELINING the provider uses DATA, because BDAT would save nothing (RFC 3030, 4.2).
 t_chunking_needs_pipelining() {
     provider
     put_letter one 1.a a@example.edu eva@example.org
@@ -3221,6 +3805,8 @@ t_chunking_needs_pipelining() {
 
 # ---- RFC 1870: SIZE ----------------------------------------------------------------------------------
 
+# A message that is too large for the customer, or has 8-bit content or UTF-8 addresses that it does not take, is
+# returned without being sent (RFC 1870, 5; RFC 6152, 3; RFC 6531, 3.2).
 t_what_the_customer_cannot_take() {
     provider
     { letter one; head -c 2000 /dev/zero | tr '\0' x; } | put 1.a sender@example.edu eva@example.org
@@ -3248,6 +3834,8 @@ t_what_the_customer_cannot_take() {
 
 # ---- RFC 6152: 8BITMIME ------------------------------------------------------------------------------
 
+# MAIL has SIZE, BODY=8BITMIME and SMTPUTF8 where the message needs them and the customer offers them (RFC 6152, 2;
+# RFC 1870, 5; RFC 6531, 3.4).
 t_what_the_customer_can_take_is_declared() {
     provider
     OFFER='SIZE=100000 8BITMIME SMTPUTF8'
@@ -3268,8 +3856,8 @@ MAIL FROM:<sender@example.edu> SIZE=19'
 
 # ---- RFC 6531: SMTPUTF8 ------------------------------------------------------------------------------
 
-# A header with octets over 127 and ASCII addresses: sent as it is with 8BITMIME alone; SMTPUTF8 is declared where it is
-# offered and describes the header.
+# A header with 8-bit octets and ASCII addresses is sent unchanged with 8BITMIME; SMTPUTF8 is declared if it is
+# offered and the header is UTF-8 (RFC 6531, 3.4).
 t_6531_a_header_with_8_bit_octets() {
     provider
     printf 'Subject: \xc3\xa9\n\nx\n' | put 1700000001.utf8 sender@example.edu eva@example.org
@@ -3287,7 +3875,8 @@ t_6531_a_header_with_8_bit_octets() {
 
 # ---- RFC 3461 to 3464: failure notices ---------------------------------------------------------------
 
-# What a notice shows of the message and of the replies is text, whatever it was.
+# A notice contains only printable text, whatever the message and the replies contained (RFC 3464, 2.1; RFC 5322,
+# 2.1.1).
 t_3464_what_a_notice_shows() {
     provider
     {
@@ -3307,6 +3896,7 @@ t_3464_what_a_notice_shows() {
     ! grep -q '.\{999\}' "$T/notice.1" || fail 'a line over 998 octets'
 }
 
+# If a notice cannot be handed over, its message stays until it can (RFC 5321, 6.1; RFC 3464, 1).
 t_notice_that_is_not_accepted() {
     sed /exec/d "$SCRATCH/sendmail" > "$T/sendmail"; chmod 755 "$T/sendmail"
     provider
@@ -3325,7 +3915,8 @@ t_notice_that_is_not_accepted() {
     equal "$(waiting) $(notices)" '0 1'
 }
 
-# Never a notice about a notice: it is set aside, for those who were refused.
+# A refused message with the null sender brings no notice and is set aside for its refused recipients (RFC 5321,
+# 4.5.5; RFC 3464, 2).
 t_refused_mail_from_the_null_sender() {
     local folder=$T/queue/example.org/.Undeliverable
     provider
@@ -3346,7 +3937,8 @@ t_refused_mail_from_the_null_sender() {
     login; ask ATRN '^453 ' # what is set aside is never sent
 }
 
-# A sendmail that hangs is waited for once in a session; the other refused messages stay without a further wait.
+# A sendmail that hangs is waited for once in a session; the other refused messages stay without another wait (RFC
+# 5321, 6.1).
 t_a_sendmail_that_hangs() {
     local start
     mkdir "$T/impatient"
@@ -3369,7 +3961,7 @@ t_a_sendmail_that_hangs() {
 
 # ---- RFC 9422: LIMITS --------------------------------------------------------------------------------
 
-# RFC 9422: no more recipients in a transaction and no more transactions in a session than the customer takes.
+# A transaction has no more recipients, and a session no more transactions, than LIMITS allows (RFC 9422, 4).
 t_9422_limits() {
     provider
     put_letter one 1.a a@example.edu r{1..5}@example.org
@@ -3390,7 +3982,7 @@ t_9422_limits() {
 
 # ---- Maildir -----------------------------------------------------------------------------------------
 
-# Two domains, null sender, several recipients, one file for each domain in the customer's Maildir.
+# Messages are sent in the order of arrival, across domains.
 t_order_of_arrival() {
     local i
     provider
@@ -3402,7 +3994,7 @@ t_order_of_arrival() {
         '1.2.3.4.5.9.10.u9.u10.'
 }
 
-# What stands below the envelope block belongs to earlier hops; other writers' fields name recipients too.
+# The envelope is read from the fields of other mail servers too, and fields below it belong to earlier hops.
 t_envelopes_of_other_writers() {
     local box
     provider
@@ -3450,7 +4042,7 @@ t_file_names_are_random() {
     equal "$(ls "$T/queue/example.org/new" | grep -cE '^[0-9]+\.M[0-9]{6}P[0-9]+Q[0-9]+R[0-9a-f]{16}\..')" 2
 }
 
-# A directory whose name no ATRN can lead to, and one that is not in the queue but elsewhere.
+# A directory with a name in upper case, or a symbolic link out of the queue, is not served, and odmr queue shows why.
 t_directories_that_are_not_ours() {
     put_letter one 1.a a@example.edu eva@Example.ORG
     mkdir -p "$T/queue/example.com" "$T/elsewhere/new"
@@ -3464,9 +4056,8 @@ t_directories_that_are_not_ours() {
     has "$T/out" '^      held: its directory is not in lower case'
 }
 
-# A message in the queue never changes. If somebody writes into it while it is being sent, it is not ended as if it
-# were whole, and it stays: sent short, or with a CR where none was, it would be another message. Nor does what was
-# written behind its end leave, which after BDAT would be commands.
+# A message that changes while it is sent is not completed, stays in the queue, and nothing that was added to it is
+# sent. Sent short, or with a CR where none was, it would be another message; octets after a BDAT would be commands.
 t_message_that_somebody_writes_into() {
     local size change file=$T/queue/example.org/new/1.a
     provider
@@ -3497,7 +4088,7 @@ t_message_that_somebody_writes_into() {
     equal "$(grep -c 'a message in the queue cannot be read, or somebody wrote into it; what is not' "$LOG")" 12
 }
 
-# One that is written in new, not in tmp as it should be, is left alone until it is whole.
+# A message that is still being written in new, instead of tmp, is not sent until it is whole.
 t_message_that_is_still_being_written() {
     local i file=$T/queue/example.org/new/1.a
     provider
@@ -3518,7 +4109,7 @@ t_message_that_is_still_being_written() {
     has "$LOG" 'cannot send example.org/new/1.a now: it cannot be read to its end (Device or resource busy)$'
 }
 
-# Old debris goes from the Maildirs below -q; what only looks like one is somebody else's.
+# The customer removes old files from the tmp of its own Maildirs and from no other directory.
 t_customer_leaves_alone_what_is_not_its_own() {
     provider
     mkdir -p "$T/mail/my.project/tmp" "$T/mail/example.org"/{new,cur,tmp}
@@ -3539,6 +4130,7 @@ at_80() {
     ! grep -vE '/new/[0-9]+\.M' "$1" | grep -nE '.{80}' >&2 || fail "$1 is too wide"
 }
 
+# Wrong usage ends with exit code 64 and one line of explanation.
 t_wrong_usage() {
     local line
     export ODMR_SECRET=x
@@ -3625,7 +4217,8 @@ END
     matches "$T/out" '^odmr [0-9]+\.[0-9]+$'
 }
 
-# The secret is the first line of the file, whatever ends it; --exec's program does not inherit the variable.
+# The secret is the first line of its file, without the line end, and a program of --exec does not inherit
+# ODMR_SECRET.
 t_customer_secret() {
     local file=$T/secret
     provider
@@ -3642,8 +4235,8 @@ t_customer_secret() {
     hasnt "$T/inherited" '^ODMR_SECRET=.\|tanstaaf'
 }
 
-# The file of the secret: others may not write it, and if they can read it that is told; a secret is taken whole, up to
-# 1022 octets, or not at all.
+# A file of the secret that others can write is refused, and one that others can read brings a warning; a secret of up
+# to 1022 octets is taken whole.
 t_secret_files() {
     local secret
     secret=$(printf '%01022d' 0)
@@ -3674,7 +4267,7 @@ t_secret_files() {
     ODMR_SECRET= run 66 "$ODMR" customer -u example.org -q "$T/mail" "127.0.0.1:$PORT"
 }
 
-# Without --queue mail lands in ./mail; a domain that is not ours is refused as a whole.
+# Without --queue mail is stored in ./mail, and an ATRN for a domain without access is refused as a whole.
 t_customer_defaults() {
     provider
     put_letter one 1.a a@example.edu eva@example.org
@@ -3684,6 +4277,7 @@ t_customer_defaults() {
     equal "$(mailbox)" 1
 }
 
+# The customer prints one line a session, with --quiet nothing, and a running count on a terminal.
 t_customer_quiet_and_progress() {
     provider
     put_letter one 1.a a@example.edu eva@example.org
@@ -3705,6 +4299,7 @@ t_customer_quiet_and_progress() {
         '^\|odmr: 0 messages, [0-9]+ octets \| +\|odmr: \[1\] [^|]*: the peer closed the connection'
 }
 
+# With --poll the customer collects mail again and again.
 t_customer_polls() {
     local pid
     provider
@@ -3720,7 +4315,7 @@ t_customer_polls() {
 has_mail() { [ "$(mailbox)" -ge 1 ]; }
 two_mails() { [ "$(mailbox)" = 2 ]; }
 
-# --poll ends at once on what will never change, and waits longer and longer where it is not let in.
+# --poll ends at once if a retry cannot help, and waits longer after each other failure.
 t_poll_knows_what_will_not_change() {
     local pid
     ODMR_SECRET=tanstaaf run 64 timeout "$PATIENCE" "$ODMR" customer -u example.org -q "$T/mail" --poll 1 \
@@ -3733,8 +4328,8 @@ t_poll_knows_what_will_not_change() {
     equal $? 0 'exit of a customer that waits'
 }
 
-# SIGTERM with --poll: the message under way is taken first, then the provider hears 421. So too between two messages,
-# and with --exec.
+# After SIGTERM a customer with --poll completes the message under way and answers the next command with 421, also
+# with --exec.
 t_poll_and_sigterm() {
     unset OVER_TLS # it speaks in the clear
     local way pid
@@ -3766,12 +4361,21 @@ t_poll_and_sigterm() {
     peer_ok
 }
 peer_that_is_told() {
-    reverse; ask 'MAIL FROM:<a@b.example>' '^250'; ask 'RCPT TO:<x@example.org>' '^250'; ask DATA '^354'
-    say 'Subject: x'; touch "$T/half"; until_true [ -e "$T/stopped" ]; ask . '^250'; expect '^421 '; touch "$T/done"
+    reverse
+    dialogue <<'END'
+P: MAIL FROM:<a@b.example>
+C: 250 *
+P: RCPT TO:<x@example.org>
+C: 250 *
+P: DATA
+C: 354 *
+P: Subject: x
+END
+    touch "$T/half"; until_true [ -e "$T/stopped" ]; ask . '^250'; expect '^421 '; touch "$T/done"
 }
 peer_that_pauses() { reverse; touch "$T/half"; expect '^421 '; }
 
-# The receiver is reached first: without it no ATRN is sent, and the mail stays.
+# If the receiver of --smtp cannot be reached, no ATRN is sent and the mail stays with the provider.
 t_receiver_out_of_reach() {
     provider
     put_letter one 1 a@example.edu eva@example.org
@@ -3799,7 +4403,7 @@ t_receiver_by_smtp_and_exec() {
     equal "$(waiting)" 0
 }
 
-# A program that does not leave, and a receiver that dies: the customer goes on, and says who it was.
+# The customer names a receiver that does not end, or ends early, and goes on.
 t_receivers_that_misbehave() {
     local start=$SECONDS
     provider
@@ -3812,7 +4416,7 @@ t_receivers_that_misbehave() {
     equal "$(waiting)" 1
 }
 
-# What --exec started ends with all its children, first asked by SIGTERM.
+# The program of --exec ends with all its children, first by SIGTERM.
 t_exec_ends_as_a_process_group() {
     local start=$SECONDS
     PORT=1 relay 75 "sleep 600 & echo \$! > $T/child; wait; true" --timeout 1
@@ -3824,8 +4428,8 @@ t_exec_ends_as_a_process_group() {
     [ $((SECONDS - start)) -lt 15 ] || fail 'it took too long'
 }
 
-# A provider that says QUIT and closes at once has ended properly, with TLS and without: what arrived before the end is
-# passed on before the end counts. In the middle of content it is an early end, and what came is passed on as well.
+# What arrives before the provider closes is passed on before the close counts, in the middle of content too. QUIT and
+# an immediate close are a proper end, with TLS and without.
 t_relay_passes_on_what_came_before_the_end() {
     local n plain
     perl_server
@@ -3849,7 +4453,7 @@ t_relay_passes_on_what_came_before_the_end() {
     has "$T/heard" '^(end)$'
 }
 
-# All commands, then the end of the provider's direction: all replies come back.
+# If the provider closes its direction after its commands, all replies are still sent back.
 t_relay_brings_replies_back_after_a_half_close() {
     local n
     perl_server
@@ -3861,7 +4465,7 @@ t_relay_brings_replies_back_after_a_half_close() {
     equal "$(grep -c '^250 kept' "$T/replies") $(grep -c '^221 bye' "$T/replies")" '9 1'
 }
 
-# A receiver that has gone since its greeting, or has said 421, is reached again, once.
+# A receiver that is lost after its greeting, or has said 421, is connected to again, once.
 t_relay_reaches_a_lost_receiver_again() {
     local words
     perl_server
@@ -3878,8 +4482,8 @@ t_relay_reaches_a_lost_receiver_again() {
     has "$T/err" 'does not take mail (.*); the mail stays with the provider$'
 }
 
-# The reply to a message's last octet has ten minutes, whatever --timeout says (RFC 5321, 4.5.3.2.6); other silence has
-# not. Commands with blanks behind them are understood.
+# The reply to the end of a message has ten minutes, whatever --timeout says, and other replies have --timeout (RFC
+# 5321, 4.5.3.2.6). Commands with trailing blanks are understood.
 t_relay_waits_for_the_final_reply() {
     unset OVER_TLS # it speaks in the clear
     local server
@@ -3896,14 +4500,27 @@ t_relay_waits_for_the_final_reply() {
 }
 
 peer_with_trailing_blanks() {
-    provide; expect '^220 '; ask 'EHLO x' '^250'; ask 'MAIL FROM:<a@b.example>' '^250'
-    ask 'RCPT TO:<x@example.org> ' '^250'
-    ask 'DATA ' '^354'; say 'Subject: x'; ask . '^250'; ask 'quit ' '^221'
+    provide; expect '^220 '
+    dialogue <<'END'
+P: EHLO x
+C: ...
+C: 250 *
+P: MAIL FROM:<a@b.example>
+C: 250 *
+P: RCPT TO:<x@example.org>\x20
+C: 250 *
+P: DATA\x20
+C: 354 *
+P: Subject: x
+P: .
+C: 250 *
+P: quit\x20
+C: 221 *
+END
 }
 
-# The relay ends after --timeout if the receiver never answers, or if the provider stops in the middle of a message, be
-# it sent with DATA or BDAT. What was not accepted stays with the provider, and a receiver that is still there sees the
-# end.
+# The relay ends after --timeout if the receiver never replies or the provider stops in the middle of a message. What
+# was not accepted stays with the provider, and the receiver sees the end.
 t_relay_and_a_silent_side() {
     unset OVER_TLS # the log names another peer then
     local start=$SECONDS content port
@@ -3930,7 +4547,7 @@ t_relay_and_a_silent_side() {
 }
 peer_that_only_greets() { say '220 me'; cat <&"$LINE" > "$T/unanswered"; echo end >> "$T/unanswered"; }
 
-# When the provider takes the receiver's STARTTLS, the rest is hidden: nothing is guessed from what passes then.
+# When the provider uses the receiver's STARTTLS, the relay passes octets on and counts nothing.
 t_relay_knows_when_tls_hides_the_session() {
     perl_server
     printf 'STARTTLS\r\n\x16\x03\x01 BDAT 1000000 LAST\r\nDATA\r\nQUIT\r\n' > "$T/batch"
@@ -3943,6 +4560,8 @@ t_relay_knows_when_tls_hides_the_session() {
     equal "$(grep -c '250 OK' "$T/replies")" 3
 }
 
+# The demo shows a whole session in 80 columns: the states, the requirements, a refused recipient and what is left on
+# either side.
 t_demo() {
     run 0 "$ODMR" demo
     at_80 "$T/out"
@@ -3960,6 +4579,7 @@ t_demo() {
     run 64 "$ODMR" demo --mechanism ROT13
 }
 
+# The demo runs with TLS and each mechanism.
 t_demo_with_tls_and_each_mechanism() {
     local mechanism
     for mechanism in CRAM-MD5 SCRAM-SHA-256 SCRAM-SHA-256-PLUS EXTERNAL PLAIN; do
@@ -3989,6 +4609,7 @@ t_demo_that_cannot_work() {
     has "$T/err" '^odmr: demo: cannot make a scratch directory in /tmp: '
 }
 
+# The demo with --step waits for a key on a terminal, and NO_COLOR turns the colours off.
 t_demo_step_by_step() {
     yes '' | head -n 100 | run 0 "$ODMR" demo --step
     [ "$(grep -c '(Return)' "$T/out")" -ge 15 ] || fail 'too few stops'
@@ -4002,7 +4623,7 @@ t_demo_step_by_step() {
     has "$T/coloured" $'\e'
 }
 
-# Whatever ends it, a key or a terminal that is closed, nothing stays behind.
+# If the demo is interrupted by a key or a closed terminal, no file and no process of it stays.
 t_demo_interrupted() {
     local signal pid keys dir
     mkfifo "$T/keys"
@@ -4020,7 +4641,7 @@ t_demo_interrupted() {
     done
 }
 
-# The same picture of a real session, on either side; hostile lines do not break it.
+# The trace of a real session is the same picture on either side, and hostile lines do not break it.
 t_trace_ladder() {
     local i long
     provider --trace=ladder
@@ -4044,6 +4665,8 @@ t_trace_ladder() {
 
 # ---- The program: the queue --------------------------------------------------------------------------
 
+# odmr enqueue writes one file a domain with the envelope in its first lines, and refuses addresses that are no
+# mailboxes.
 t_enqueue() {
     mkdir "$T/queue"
     letter one | run 0 "$ODMR" enqueue -q "$T/queue" -f a@example.edu eva@Example.ORG bob@example.org x@example.com
@@ -4074,8 +4697,8 @@ t_enqueue() {
     equal "$(waiting)" 0
 }
 
-# Whatever the size of a message, all its octets are queued, in each of its domains; the sizes are those around the
-# pieces in which it is copied.
+# All octets of a message are queued in each of its domains, at sizes around those of the pieces in which it is
+# copied.
 t_enqueue_copies_every_octet() {
     local size
     mkdir "$T/queue"
@@ -4089,7 +4712,7 @@ t_enqueue_copies_every_octet() {
     done
 }
 
-# The first line of a message is mbox's only if it is "From " without a colon behind blanks: "From  : Ann" is a field.
+# The first line "From " of mbox is removed, and a field "From" with blanks before its colon is kept.
 t_enqueue_keeps_a_from_field() {
     local first
     mkdir "$T/queue"
@@ -4105,9 +4728,8 @@ t_enqueue_keeps_a_from_field() {
     done
 }
 
-# A message for several domains becomes mail in all of them only when it is on disk for each: whatever call it is killed
-# before, or whatever call fails, it is in none or, once the last is on disk, in some; and nothing is left after a
-# failure.
+# A message for several domains is queued in all of them or in none, whatever call fails. If the process is killed
+# after the last file is on disk, some can be visible; a failure leaves no file.
 # not with: SANITIZE, OVER_TLS
 t_enqueue_for_all_domains_or_none() {
     local call n code
@@ -4136,8 +4758,8 @@ t_enqueue_for_all_domains_or_none() {
         'exits when fsync, renameat, openat failed'
 }
 
-# What root queues, or receives into a directory of another user, belongs to that directory's owner and group, so that
-# the provider can read it; who is neither root nor the owner is refused.
+# What root queues or receives in a directory of another user belongs to that directory's owner and group; another
+# user is refused.
 t_enqueue_as_root() {
     needs_capabilities 'user to change to' CHOWN SETUID
     needs setpriv
@@ -4171,6 +4793,7 @@ t_enqueue_as_root() {
         run 0 setpriv --reuid nobody --regid daemon --clear-groups "$T/odmr" enqueue -q "$T/queue" eva@example.net
 }
 
+# A failed enqueue leaves no file in any domain, and the first line of a message cannot extend its envelope.
 t_enqueue_edges() {
     local box=$T/queue/example.org/new
     mkdir "$T/queue"
@@ -4199,6 +4822,8 @@ t_enqueue_edges() {
     equal "$(find "$T/queue" -type f)" "$T/queue/example.net/new"
 }
 
+# odmr queue shows the number, size and age of each domain's messages, and with -l each message with its escaped
+# recipients.
 t_queue_shows_what_waits() {
     mkdir -p "$T/queue"
     run 0 "$ODMR" queue -q "$T/queue"
@@ -4219,10 +4844,8 @@ t_queue_shows_what_waits() {
     equal "$(sed 1d "$T/out" | awk '{ print $1, $2, $NF }' | tr '\n' '|')" 'example.com 1 0|nobody.example 0 0|'
 }
 
-# What this user may not see is said, not left out.
-# What is in the queue and cannot be asked for is shown with the reason: names that are no domains, files, links; with
-# -a domains that no account has. The exit code tells of a domain that cannot be read and of output that cannot be
-# written.
+# odmr queue shows what no ATRN can ask for, with the reason: names that are no domains, files, links, and with -a
+# domains without an account. The exit code is 75 if a domain cannot be read or the output cannot be written.
 t_queue_shows_what_nobody_can_ask_for() {
     mkdir -p "$T/queue"/{localhost,example.org,.hidden}/{new,cur,tmp} \
         "$T/queue"/{linked.example,misspelt.example}/{cur,tmp}
@@ -4279,6 +4902,7 @@ END
     equal "$(grep -c 'held: ' "$T/out")" 7
 }
 
+# A user who cannot read all of the queue sees what is missing, and gets exit code 75.
 t_queue_that_is_not_ours() {
     needs_capabilities 'user who may not read the queue' SETUID
     put_letter one 1.a a@example.edu eva@example.org
@@ -4295,7 +4919,7 @@ t_queue_that_is_not_ours() {
     has "$T/err" '^odmr: the queue of example.com cannot be read: Permission denied$'
 }
 
-# Held: never sent, never touched, no reason for a 250, and odmr queue says why.
+# A held message is never sent, changed or announced with 250, and odmr queue shows the reason.
 t_held_mail() {
     local box=$T/queue/example.org/new before
     provider
@@ -4326,7 +4950,7 @@ t_held_mail() {
     equal "$N_GOT" 1
 }
 
-# Each reason for which mail is held, by name.
+# odmr queue names each reason for which a message is held.
 t_why_mail_is_held() {
     local box=$T/queue/example.org/new why
     mkdir -p "$box"
@@ -4356,7 +4980,7 @@ t_why_mail_is_held() {
         "$(sed -n 's/^      held: //p' "$T/out" | sort)"
 }
 
-# Who is owed nothing any more is struck out in the file itself: one octet each; its inode, its size and its time stay.
+# A recipient is struck out in the file itself by one octet; inode, size and time stay.
 t_recipients_are_struck_out_in_place() {
     local file=$T/queue/example.org/new/1.a before
     provider
@@ -4375,7 +4999,7 @@ t_recipients_are_struck_out_in_place() {
     has "$LOG" 'held example.org/new/1.a: its recipients belong to another domain$'
 }
 
-# In a file that belongs to another user, whose times only that user may set, recipients are struck out all the same.
+# Recipients are struck out even in a file whose times only its owner can set.
 t_recipients_are_struck_out_in_a_file_of_another_user() {
     needs_capabilities 'second user' CHOWN SETUID
     put_letter one 1.a a@example.edu eva@example.org bob@example.org
@@ -4390,7 +5014,7 @@ t_recipients_are_struck_out_in_a_file_of_another_user() {
     equal "$(owed 1.a)" bob@example.org
 }
 
-# A disk without an octet of space, and without a tmp: who was served is struck out all the same.
+# Recipients are struck out even on a full disk without a tmp directory.
 t_recipients_are_struck_out_on_a_full_disk() {
     local root
     unshare -m true 2> /dev/null || skip 'CAP_SYS_ADMIN is missing, to mount a small disk'
@@ -4413,8 +5037,8 @@ t_recipients_are_struck_out_on_a_full_disk() {
     equal "$N_GOT $(ls "$root$T/queue/example.org/new")" '1 '
 }
 
-# A message that cannot be removed is not sent again: its recipients are struck out, it is held, and what else waits in
-# that directory is left alone.
+# A delivered message that cannot be removed is not sent again: its recipients are struck out and it is held. The next
+# messages of that directory are not tried.
 t_message_that_cannot_be_removed() {
     local box=$T/queue/example.org/new
     needs chattr
@@ -4442,8 +5066,8 @@ t_message_that_cannot_be_removed() {
     equal "$N_GOT $(sed -n 's/^Subject: //p' "$T/got/1" | tr -d '\r')" '1 two'
 }
 
-# What is removed is what was sent. Somebody who renames a file over the message's name while it is sent, or writes into
-# it between its last octet and the reply to that, loses nothing.
+# If a file is replaced or written into while it is sent, the new content stays in the queue, whatever was replied to
+# the old one.
 t_what_is_removed_is_what_was_sent() {
     local file=$T/queue/example.org/new/1.a change what
     provider
@@ -4452,18 +5076,29 @@ t_what_is_removed_is_what_was_sent() {
         'printf X | dd bs=1 seek=90 conv=notrunc of="$file" status=none; touch -d "2 hours ago" "$file"' \
             'touch -d "1970-01-01" "$file"'
         do
-        for what in '' '450 later'; do
+        for what in '250 ok' '450 later'; do
             until_true settled
             put_letter one 1.a a@example.edu eva@example.org zoe@example.org
             touch -d '2 hours ago' "$file"
             at_ATRN
-            expect_line '^MAIL'; say '250 ok'; expect_line 'RCPT TO:<eva'; say '250 ok'; expect_line 'RCPT TO:<zoe'
-            say "${what:-250 ok}"
-            expect_line '^DATA'; say '354 go on'
-            until [ "$HEARD" = . ]; do hear; done
+            dialogue <<END
+P: MAIL *
+C: 250 ok
+P: RCPT TO:<eva*
+C: 250 ok
+P: RCPT TO:<zoe*
+C: $what
+P: DATA
+C: 354 go on
+P: (content)
+END
             eval "$change"
             cp -p "$file" "$T/changed"
-            say '250 taken'; expect_line '^QUIT'; say '221 bye'
+            dialogue <<'END'
+C: 250 taken
+P: QUIT
+C: 221 bye
+END
             until_true settled
             same "$T/changed" "$file" "$change"
             has "$LOG" 'example.org/new/1.a was replaced or written into while it was sent: it stays, and is sent again'
@@ -4472,23 +5107,35 @@ t_what_is_removed_is_what_was_sent() {
     done
 }
 
-# The directory is gone with the message, or the message alone: there is nothing to remove, and nothing is wrong.
+# If the message, or its directory with it, is gone when it is delivered, there is nothing to remove and no error.
 t_message_that_is_gone_when_it_is_delivered() {
     local gone
     provider
     for gone in queue/example.org/new/1.a queue/example.org; do
         put_letter one 1.a a@example.edu eva@example.org
         at_ATRN
-        expect_line '^MAIL'; say '250 ok'; expect_line '^RCPT'; say '250 ok'; expect_line '^DATA'; say '354 go on'
-        until [ "$HEARD" = . ]; do hear; done
+        dialogue <<'END'
+P: MAIL *
+C: 250 ok
+P: RCPT *
+C: 250 ok
+P: DATA
+C: 354 go on
+P: (content)
+END
         rm -r "${T:?}/$gone"
-        say '250 taken'; expect_line '^QUIT'; say '221 bye'; hang_up
+        dialogue <<'END'
+C: 250 taken
+P: QUIT
+C: 221 bye
+C: (closes)
+END
         until_true settled
         hasnt "$LOG" 'cannot remove\|sent again\|stays'
     done
 }
 
-# Each recipient that is set aside stays there, whatever becomes of the others later.
+# A recipient that is set aside stays there when another is set aside later.
 t_setting_aside_twice() {
     provider
     put_letter one 1.a '' eva@example.org bob@example.org
@@ -4499,7 +5146,7 @@ t_setting_aside_twice() {
     equal "$(find "$T/queue/example.org/new" -type f | wc -l)" 0
 }
 
-# A copy for .Undeliverable that could not be made safe is none: the message stays, and nothing is left behind.
+# If a copy for .Undeliverable cannot be made safe, the message stays and the copy is removed.
 # not with: SANITIZE, OVER_TLS
 t_setting_aside_that_fails() {
     local call n
@@ -4532,7 +5179,7 @@ t_setting_aside_that_fails() {
     grep -qh 'cannot be set aside' "$T"/provider*.log || fail 'no copy has failed'
 }
 
-# Mail that nobody collects goes back to its sender; held mail stays; debris goes.
+# Mail older than --max-age is returned to its sender, held mail stays, and old files in tmp are removed.
 t_ageing() {
     mkdir -p "$T/queue/example.org/.Undeliverable"/{new,cur,tmp}
     put_letter old 1000000000.M1.a sender@example.edu eva@example.org bob@example.org
@@ -4564,9 +5211,8 @@ t_ageing() {
 
 # ---- The program: the log ----------------------------------------------------------------------------
 
-# Every line of the provider's log starts with the local time and its offset. When JOURNAL_STREAM names standard error,
-# as systemd sets it, the journal adds the time, and the line starts with its priority; when it names another stream,
-# the time stays.
+# Every line of the provider's log starts with the local time and its offset, or with a priority if JOURNAL_STREAM
+# names standard error, as systemd sets it.
 t_log_lines_have_time_or_priority() {
     local log
     export TZ=XYZ-5:30
@@ -4591,8 +5237,7 @@ t_log_lines_have_time_or_priority() {
     matches "$T/err" "^$MOMENT odmr: $T/none: "
 }
 
-# Who asks what became of a mail finds it by sender, recipient or Message-ID: one line for each recipient's fate, with
-# the file and the reply, the lines of which are joined.
+# The log has one line for each recipient's fate, with sender, Message-ID, file and reply.
 t_the_log_tells_each_recipients_fate() {
     local where='from=<a@example.edu> message-id=<x.1@example.edu> file=example.org/new/1.a'
     provider
@@ -4614,8 +5259,8 @@ t_the_log_tells_each_recipients_fate() {
     has "$LOG" '\[3\] delivered to=<eva@example.org> from=<> message-id=none file=example.org/new/2.a: 250 OK$'
 }
 
-# A user's name cannot forge the log: the address stands before it, it is in quotes that it cannot end, and it is cut
-# where it is long. The expression is README's for fail2ban.
+# A name from AUTH cannot forge a line of the log: the address stands before it, and it is quoted, escaped and cut.
+# The expression is README's for fail2ban.
 t_names_cannot_forge_the_log() {
     local name regex wanted
     regex=$(sed -n 's/^ *failregex = //p' "$here/README")
@@ -4623,7 +5268,7 @@ t_names_cannot_forge_the_log() {
     provider -l '[::1]:0'
     wanted=$(printf 'a%.0s' {1..280})
     while IFS= read -r name; do
-        dial; expect '^220'; ask 'EHLO x' '^250'
+        open_session
         auth_cram_md5 "$name" wrong '^535 '
         hang_up
     done << END
@@ -4646,29 +5291,49 @@ END
     equal "$(sort "$T/banned" | uniq -c | tr -s ' \n' ' ')" ' 4 127.0.0.1 1 ::1 '
 }
 
-# Control characters of the peer never reach the terminal.
+# Control characters of the peer are escaped wherever they are printed.
 t_nothing_of_the_peer_is_printed_raw() {
     provider --trace
-    dial; expect '^220'
-    printf 'EHLO \033[31mred\007\r\nNOOP \033]0;title\007\r\n' >&"$LINE"; expect '^500'; expect '^500'
-    ask 'EHLO x' '^250'; ask 'AUTH CRAM-MD5' '^334'
-    ask "$(b64 $'\033[31mname 0123456789abcdef0123456789abcdef')" '^535'
+    dialogue_on_a_new_connection <<END
+P: 220 *
+C: EHLO \\x1b[31mred\\x07
+C: NOOP \\x1b]0;title\\x07
+P: 500 *
+P: 500 *
+C: EHLO x
+P: ...
+P: 250 *
+C: AUTH CRAM-MD5
+P: 334 *
+C: $(b64 $'\e[31mname 0123456789abcdef0123456789abcdef')
+P: 535 *
+END
     has "$LOG" ' for "\\x1b\[31mname"'
     has "$LOG" 'C: EHLO \\x1b\[31mred\\x07'
     ! grep -q $'[\x1b\x07]' "$LOG" || fail 'a control character in the log'
 }
 
-# SIGUSR1: a line for each session with its number, peer, account, state and messages so far; all goes on as before.
+# After SIGUSR1 the log has a line for each session, with its number, peer, account, state and messages so far, and all
+# sessions go on.
 t_sigusr1_lists_the_sessions() {
     local peers=()
     provider
     put_many 3
     dial; expect '^220 '; peers+=("$LINE")
     login other 'another secret: with colons'; peers+=("$LINE")
-    login; ask ATRN '^250 '
-    say '220 me'; expect '^EHLO '; say '250 me'; expect '^MAIL '; say '250 ok'; expect '^RCPT '; say '250 ok'
-    expect '^DATA'; say '354 go on'; expect '^From: '; until [[ $HEARD == . ]]; do hear; done; say '250 ok'
-    expect '^MAIL '
+    at_ATRN
+    dialogue <<'END'
+P: MAIL *
+C: 250 ok
+P: RCPT *
+C: 250 ok
+P: DATA
+C: 354 go on
+P: From: *
+P: (content)
+C: 250 ok
+P: MAIL *
+END
     kill -USR1 "$PROVIDER"
     until_true shows "$LOG" '3 sessions'
     until_true counted 1 '\[1\] 127\.0\.0\.1:[0-9]+, no account yet, initial state, 0 messages so far$' "$LOG"
@@ -4679,7 +5344,7 @@ t_sigusr1_lists_the_sessions() {
     stop_provider
 }
 
-# Many of these signals while sessions come, log in, take mail and go: nothing of a session is read that it may change.
+# SIGUSR1 can arrive at any moment of any session without harm.
 t_sigusr1_while_sessions_come_and_go() {
     provider
     put_many 60
@@ -4689,8 +5354,7 @@ t_sigusr1_while_sessions_come_and_go() {
     stop_provider
 }
 
-# A flood of connections that are refused is two lines in the log, the first and how many more there were, every few
-# seconds.
+# A flood of refused connections is two lines in the log every few seconds: the first, and how many more there were.
 t_refused_connections_are_counted() {
     local i OVER_TLS= # where it gets no reply
     provider --allow 192.0.2.1
@@ -4703,7 +5367,7 @@ t_refused_connections_are_counted() {
     has "$LOG" ': 1 more connection was refused$'
 }
 
-# What will surprise later is said at the start: accounts without one, a certificate that has expired or soon will.
+# At the start the log names domains without an account and certificates that have expired or soon will.
 t_start_says_what_will_surprise() {
     local days
     needs faketime
@@ -4729,7 +5393,7 @@ t_start_says_what_will_surprise() {
 
 # ---- The program: services ---------------------------------------------------------------------------
 
-# One line for each socket, with the port that it got; what cannot be listened on ends the start.
+# The log names each socket with its port, and a socket that cannot be had ends the start.
 # not with: OVER_TLS
 t_listening_sockets() {
     provider -l '[::1]:0' -l localhost:0
@@ -4744,8 +5408,7 @@ t_listening_sockets() {
     run 68 "$ODMR" provider -l nonexistent.invalid:0 -q "$T/queue" -a "$T/accounts"
 }
 
-# Where a system has neither IPv4 nor IPv6 sockets, or the sockets are too many, the start says so, and a customer that
-# can have no socket says why.
+# A system without sockets of either family, or too many sockets, is reported by either side with its reason.
 # not with: SANITIZE, OVER_TLS
 t_sockets_that_cannot_be_had() {
     make -s -C "$here" build/fail.so || fail 'not built'
@@ -4763,8 +5426,7 @@ t_sockets_that_cannot_be_had() {
     matches "$T/err" 'odmr: \*:4017: cannot listen: more than 32 sockets$'
 }
 
-# Standard streams that are closed at the start do not become connections: what is written there goes nowhere, and
-# fails.
+# Standard streams that are closed at the start do not become connections, and output to them fails.
 t_standard_streams_that_are_closed() {
     local fd OVER_TLS=
     provider
@@ -4781,8 +5443,8 @@ t_standard_streams_that_are_closed() {
     equal "$(waiting)" 0
 }
 
-# Programs that are run get no descriptor of ours but their standard streams: no connection, no message with its claim,
-# no notice, and not the provider's connection if a lost receiver is started again.
+# Programs that odmr starts inherit no descriptor but their standard streams, also when a lost receiver is started
+# again.
 t_programs_inherit_nothing() {
     local inherited="for fd in /proc/self/fd/*; do case \$fd in */[0-2]) ;; *) readlink \$fd ;; esac; done"
     printf '#!/bin/sh\n{ echo ran; %s; } > %s\n' "$inherited" "$T/descriptors" > "$T/sendmail"; chmod 755 "$T/sendmail"
@@ -4799,8 +5461,8 @@ t_programs_inherit_nothing() {
     hasnt "$T/descriptors" 'socket:'
 }
 
-# A provider that is started with SIGCHLD ignored hands over its notices rightly; the program that takes them, and that
-# of --exec, start with SIGPIPE, SIGCHLD and SIGXFSZ as usual. Blocked signals are heard all the same.
+# Signals that the parent process ignored or blocked change nothing, and programs that odmr starts have SIGPIPE,
+# SIGCHLD and SIGXFSZ at their defaults.
 t_signals_of_the_parent_process() {
     local ignored
     AROUND=(perl -MPOSIX=:signal_h -e '$SIG{CHLD} = "IGNORE"; $SIG{TERM} = "IGNORE";
@@ -4829,7 +5491,7 @@ t_signals_of_the_parent_process() {
     stop_provider
 }
 
-# After the sockets are bound and the accounts read there is no way back to root, nor to what only root may read.
+# After --user there is no way back to root, nor to files that only root can read.
 t_user_drops_privileges() {
     local uid gid
     needs_capabilities 'privilege to drop' CHOWN SETUID
@@ -4851,7 +5513,7 @@ t_user_drops_privileges() {
         -a "$T/accounts" --user root
 }
 
-# If the system says that the privileges are gone and they are not, the provider does not start.
+# If the privileges are still there after they were dropped, the provider does not start.
 t_user_who_keeps_privileges() {
     mkdir "$T/queue"; accounts
     printf '%s\n' 'int initgroups(const char *u, int g) { return 0; }' 'int setgid(int g) { return 0; }' \
@@ -4863,8 +5525,8 @@ t_user_who_keeps_privileges() {
     has "$T/err" '--user nobody: the privileges did not go away$'
 }
 
-# What --user will need is tried as that user before anything is served: accounts, key and certificate, the queue in
-# every domain. The line says which it is and what helps.
+# At the start the provider tests as the user of --user whether it can read accounts, key, certificate and each domain
+# of the queue, and names what it cannot.
 t_user_can_read_what_it_needs() {
     needs_capabilities 'another user' CHOWN SETUID
     local path
@@ -4887,6 +5549,7 @@ t_user_can_read_what_it_needs() {
     kill -HUP "$PROVIDER"; until_true shows "$LOG" 'certificates too'
 }
 
+# SIGHUP reads the accounts again, and a file with an error leaves the old ones in use.
 t_sighup_reads_accounts_again() {
     provider
     printf 'example.org:example.org:new secret\n' > "$T/accounts"
@@ -4900,8 +5563,8 @@ t_sighup_reads_accounts_again() {
     login example.org 'new secret'
 }
 
-# An account that SIGHUP took away is gone for sessions that are connected, too: AUTH does not know it, also in the
-# middle of an exchange, and ATRN asks whether it is still there, with the same secret and these domains.
+# When SIGHUP takes an account away, or its secret or a domain, open sessions notice it at AUTH, in the middle of an
+# exchange, and at ATRN (RFC 2645, 5.2.1).
 t_sighup_takes_accounts_away() {
     local connected asked logged_in
     put_letter one 1.a a@example.edu eva@example.org
@@ -4911,25 +5574,40 @@ t_sighup_takes_accounts_away() {
         kill -HUP "$PROVIDER"; until_true shows "$LOG" 'accounts read again: 1'
     }
     login; ask 'ATRN example.com' '^453 '; logged_in=$LINE
-    dial; expect '^220'; ask 'EHLO x' '^250'; connected=$LINE
-    dial; expect '^220'; ask 'EHLO x' '^250'; ask 'AUTH CRAM-MD5' '^334 '; asked=$LINE
+    open_session; connected=$LINE
+    open_session; ask 'AUTH CRAM-MD5' '^334 '; asked=$LINE
     cram_response example.org tanstaaf "${ANSWER#334 }"
     reads 'example.org:example.org:another secret'
     ask "$RESPONSE" '^535 '
     LINE=$connected; auth_cram_md5 example.org tanstaaf '^535 '
-    LINE=$logged_in; ask 'ATRN nonsense' '^501 '; ask ATRN '^530 '; ask ATRN '^530 '
+    LINE=$logged_in
+    dialogue <<'END'
+C: ATRN nonsense
+P: 501 *
+C: ATRN
+P: 530 *
+C: ATRN
+P: 530 *
+END
     has "$LOG" 'ATRN refused (530): example.org is no longer an account, or has another secret$'
     reads 'other:other.example:tanstaaf'
     ask ATRN '^530 '
     reads 'example.org:example.com,example.net:tanstaaf'
-    ask 'ATRN example.org' '^450 '; ask 'ATRN example.net' '^453 '; ask ATRN '^453 '
+    dialogue <<'END'
+C: ATRN example.org
+P: 450 *
+C: ATRN example.net
+P: 453 *
+C: ATRN
+P: 453 *
+END
     reads 'example.org:example.org:tanstaaf'
     LINE=$connected; auth_cram_md5 example.org tanstaaf '^235 '
     ask ATRN '^250 '
     LINE=$asked; ask QUIT '^221 '
 }
 
-# Bad accounts in every way that matters at the start leave the old ones in use.
+# An accounts file that could not be used at the start leaves the old accounts in use at SIGHUP.
 t_sighup_keeps_what_works() {
     provider
     login
@@ -4940,10 +5618,10 @@ t_sighup_keeps_what_works() {
     until_true shows "$LOG" 'No such file.*stay as they were'
     ( umask 77; echo 'other:other.example:x' > "$T/accounts" ); kill -HUP "$PROVIDER"
     until_true shows "$LOG" 'accounts read again: 1'
-    dial; expect '^220'; ask 'EHLO x' '^250'; auth_cram_md5 example.org tanstaaf '^535 '
+    open_session; auth_cram_md5 example.org tanstaaf '^535 '
 }
 
-# Signals in any number and at any moment: the caretaker's thread stays, and so does the provider.
+# Any number of SIGHUPs at any moment leaves the provider and its threads running.
 t_a_storm_of_sighups() {
     local i threads storm=()
     provider
@@ -4960,7 +5638,7 @@ t_a_storm_of_sighups() {
 }
 poll_for_nothing() { login; ask ATRN '^453 '; ask QUIT '^221 '; closed; hang_up; until_true settled; }
 
-# Signals are heard while connections wait that cannot be accepted, for want of descriptors or because more keep coming.
+# Signals are handled while connections wait that cannot be accepted, or when more arrive without pause.
 t_signals_are_heard_when_connections_wait() {
     local i
     AROUND=(bash -c 'ulimit -n 20; exec "$@"' -)
@@ -4974,6 +5652,7 @@ t_signals_are_heard_when_connections_wait() {
     stop_provider
 }
 
+# SIGTERM ends sessions that wait with 421, and the listening socket is closed.
 t_sigterm_while_waiting() {
     local first
     provider
@@ -4987,27 +5666,32 @@ t_sigterm_while_waiting() {
     ! (dial "${TLS_PORT:-$PORT}") 2> /dev/null || fail 'still listening'
 }
 
-# A provider that is stopping waits for no customer to close its end, neither after 421 nor after QUIT: else each would
-# cost it a second. The machine may be slow, so one of three attempts is enough.
+# A provider that stops waits for no customer to close its end of the connection, neither after 421 nor after QUIT. The
+# machine may be slow, so one of three attempts is enough.
 t_sigterm_waits_for_no_close() {
     unset OVER_TLS # the tunnel would close
     local attempt start reversed
     put_letter one 1.a a@example.edu eva@example.org
     for attempt in 1 2 3; do
         provider
-        login; ask ATRN '^250 '; say '220 ready'; expect '^EHLO'; say '250 ready'; expect '^MAIL'; reversed=$LINE
+        at_ATRN; expect '^MAIL'; reversed=$LINE
         dial; expect '^220'
         start=${EPOCHREALTIME//[!0-9]/}
         kill -TERM "$PROVIDER"
         expect '^421 '
-        LINE=$reversed; say '450 later'; expect '^QUIT$'; say '221 bye'
+        LINE=$reversed
+        dialogue <<'END'
+C: 450 later
+P: QUIT
+C: 221 bye
+END
         wait "$PROVIDER"
         [ $((${EPOCHREALTIME//[!0-9]/} - start)) -ge 950000 ] || return 0
     done
     fail 'it took a second or more each time'
 }
 
-# SIGTERM: the message under way is finished, QUIT is said, the rest is still queued.
+# After SIGTERM the message under way is completed, QUIT is sent and the rest stays queued.
 t_sigterm_while_sending() {
     local i got
     provider
@@ -5023,8 +5707,8 @@ t_sigterm_while_sending() {
     equal "$(waiting)" $((500 - got))
 }
 
-# The last session ends in the same moment: it is through with everything before the process is. (It is the address
-# sanitizer that sees the difference.)
+# When the last session ends during the shutdown, the process waits until its thread has finished. The address
+# sanitizer sees the difference.
 t_sigterm_as_a_session_ends() {
     local i
     put_letter one 1.a a@example.edu eva@example.org
@@ -5040,6 +5724,7 @@ t_sigterm_as_a_session_ends() {
     done
 }
 
+# A second SIGTERM ends the provider at once, and the mail stays.
 t_second_signal_ends_at_once() {
     provider
     put_letter one 1 a@example.edu eva@example.org
@@ -5052,6 +5737,7 @@ t_second_signal_ends_at_once() {
     equal "$(waiting)" 1
 }
 
+# A second SIGINT ends the provider at once, and the mail stays.
 t_sigint_twice_ends_at_once() {
     provider
     put_letter one 1.a a@example.edu eva@example.org
@@ -5066,6 +5752,8 @@ t_sigint_twice_ends_at_once() {
 
 # ---- The program: the accounts -----------------------------------------------------------------------
 
+# An accounts file with an error, or one that others can read, ends the start with exit code 78 and the number of the
+# line.
 t_accounts_file() {
     local bad key=AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=
     mkdir "$T/queue"
@@ -5106,8 +5794,8 @@ t_accounts_file() {
     ask 'ATRN example.org' '^453 '
 }
 
-# What an editor leaves in the accounts file is told in plain words: a byte order mark, line ends of another age; a
-# link. At SIGHUP a file without accounts does not replace one that has some.
+# An accounts file with a byte order mark, other line ends or a link is refused with the reason, and an empty one does
+# not replace accounts at SIGHUP.
 t_accounts_that_an_editor_left() {
     mkdir "$T/queue"
     refused() {
@@ -5137,7 +5825,7 @@ t_accounts_that_an_editor_left() {
     login example.org other
 }
 
-# A lack of memory while the accounts are read is no end of the file: nobody's account disappears.
+# A lack of memory while accounts are read is an error and loses no account.
 # not with: SANITIZE, OVER_TLS
 t_accounts_and_a_lack_of_memory() {
     local kb code=0 tried=0
@@ -5152,7 +5840,7 @@ t_accounts_and_a_lack_of_memory() {
     equal "$tried" 1 'a lack of memory in the middle of the file'
 }
 
-# The domains of an account are made one list in the time of a sort, for meanwhile nobody is greeted.
+# An account of 40,000 domains is read in the time of a sort, because no connection is greeted meanwhile.
 t_account_of_many_domains_is_read_fast() {
     local n tenth MS=0 READ_AGAIN=0
     provider --trace
@@ -5182,6 +5870,8 @@ read_accounts_thrice() {
     MS=$((($(date +%s%N) - start) / 1000000))
 }
 
+# odmr account prints a line for the accounts file, with the secret or a verifier, and asks for the secret without
+# echo.
 # not with: OVER_TLS
 t_account() {
     printf 'a secret: with, everything\n' | run 0 "$ODMR" account me example.org,example.com
@@ -5206,7 +5896,7 @@ END
     equal "$(grep -c hidden "$T/tty")" 1
 }
 
-# The count of a verifier has the bounds that the customer's side has, and all its parts must be what they are.
+# A verifier in the accounts file has a count within the customer's bounds, and every part of its length.
 # not with: OVER_TLS
 t_verifiers_in_the_accounts_file() {
     local salt key bad
@@ -5233,6 +5923,7 @@ t_verifiers_in_the_accounts_file() {
 
 # ---- The program: hostile peers ----------------------------------------------------------------------
 
+# Ten commands that are not known end a session before the log-in with 421.
 t_ten_bad_commands() {
     local i
     provider
@@ -5243,6 +5934,7 @@ t_ten_bad_commands() {
     closed
 }
 
+# Thousands of pipelined commands are each answered.
 t_thousands_of_commands_at_once() {
     local i
     provider
@@ -5253,20 +5945,20 @@ t_thousands_of_commands_at_once() {
     ask 'QUIT' '^221'
 }
 
-# A peer that sends an octet now and then after its 421 does not keep its place.
+# A peer that sends an octet now and then after its 421 does not keep its place among the sessions.
 t_no_place_after_the_end() {
-    local n drip start
+    local n drip
     provider --max-sessions 1 --login-timeout 1
     dial; expect '^220 '; expect '^421 '
-    start=$SECONDS
     ( trap '' PIPE; for n in {1..80}; do printf x >&"$LINE"; moment 0.1; done ) 2> /dev/null & drip=$!
     STARTED+=("$drip")
     until_true served
-    [ $((SECONDS - start)) -lt 4 ] || fail 'the place was kept'
+    kill -0 "$drip" || fail 'the place was kept until the peer was silent'
     kill "$drip"
 }
 
-# Who reads steadily but slowly gets the whole message, although Linux buffers more than he takes within --timeout.
+# A customer that reads steadily but slowly gets the whole message, even if the kernel buffers more than it reads
+# within --timeout.
 t_slow_reader() {
     unset OVER_TLS # it speaks in the clear
     provider --timeout 1
@@ -5287,24 +5979,30 @@ t_slow_reader() {
     equal "$(waiting)" 0
 }
 
-# A reply has one --timeout for all of its lines, on either side.
+# All lines of a reply together have one --timeout, on either side (RFC 5321, 4.5.3.2). The reply drips for 16
+# seconds, or longer on a machine under load, and the session must end before it does.
 t_a_reply_that_drips() {
-    local start=$SECONDS
     serve peer_that_drips
     customer 75 --timeout 3 "127.0.0.1:$PORT"
     has "$T/err" 'the peer kept us waiting too long$'
-    [ $((SECONDS - start)) -lt 7 ] || fail 'it waited for each line'
-    start=$SECONDS
+    [ ! -e "$T/dripped" ] || fail 'the customer waited for each line'
     provider --timeout 3
     put_letter one 1.a a@example.edu eva@example.org
     login; ask ATRN '^250 '; say '220 x'; hear
-    drip
+    drip & STARTED+=($!)
     until_true shows "$LOG" 'disconnected: the peer kept us waiting too long'
-    [ $((SECONDS - start)) -lt 7 ] || fail 'the provider waited for each line'
+    [ ! -e "$T/dripped" ] || fail 'the provider waited for each line'
 }
-drip() { local n; trap '' PIPE; for n in {1..8}; do say "250-X-$n" || break; moment 0.8; done 2> /dev/null; }
+drip() {
+    local n
+    trap '' PIPE
+    for n in {1..20}; do say "250-X-$n" || return 0; moment 0.8; done 2> /dev/null
+    touch "$T/dripped"
+}
 peer_that_drips() { say '220 x'; hear; drip; }
 
+# A connection over --max-per-address or --max-sessions has the reply 421, and a place is free again when a session has
+# ended (RFC 5321, 3.8).
 # not with: OVER_TLS
 t_limits_on_sessions() {
     local a b
@@ -5320,7 +6018,7 @@ t_limits_on_sessions() {
 }
 another_session() ( dial; hear && [[ $HEARD == 220* ]] )
 
-# A customer may have a whole /64 of IPv6, which counts as one address; IPv4's are told apart, also from ::1.
+# --max-per-address counts a /64 of IPv6 as one address and each IPv4 address by itself, also in its IPv6 form.
 t_limit_of_an_address_is_that_of_a_network() {
     needs socat
     needs_namespaces -n 'a network with more addresses'
@@ -5347,7 +6045,7 @@ t_limit_of_an_address_is_that_of_a_network() {
     equal "$(cut -c1-3 "$T/out" | paste -sd ' ')" '220 421 220 220 220 220 421'
 }
 
-# The address of a connection that is gone before it is looked at is the one that accept4() gave.
+# The log gives the address of a connection that is reset before it is served.
 t_connection_that_is_reset_at_once() {
     provider
     kill -STOP "$PROVIDER"
@@ -5358,7 +6056,8 @@ t_connection_that_is_reset_at_once() {
     hasnt "$LOG" 'local program'
 }
 
-# Cut in the middle of a message: exit 75, nothing half-written; a line without an end; a NUL.
+# A provider that cuts a message, sends malformed or endless lines or is silent ends the session with an exit code, and
+# nothing half-written stays.
 t_customer_and_broken_providers() {
     serve peer_cuts
     customer 75 "127.0.0.1:$PORT"
@@ -5375,16 +6074,30 @@ t_customer_and_broken_providers() {
     peer_ok
 }
 peer_cuts() {
-    reverse; ask 'MAIL FROM:<a@b.example>' '^250 '; ask 'RCPT TO:<x@example.org>' '^250 '; ask DATA '^354 '
-    say 'Subject: half'
+    reverse
+    dialogue <<'END'
+P: MAIL FROM:<a@b.example>
+C: 250 *
+P: RCPT TO:<x@example.org>
+C: 250 *
+P: DATA
+C: 354 *
+P: Subject: half
+END
 }
-peer_bdat_nonsense() {
-    reverse; ask 'MAIL FROM:<a@b.example>' '^250 '; ask 'RCPT TO:<x@example.org>' '^250 '; ask 'BDAT 10x LAST' '^501 '
-    closed
-}
-peer_bdat_endless() {
-    reverse; ask 'MAIL FROM:<a@b.example>' '^250 '; ask 'RCPT TO:<x@example.org>' '^250 '
-    ask 'BDAT 9223372036854775808 LAST' '^501 '; closed
+peer_bdat_nonsense() { peer_with_bdat '10x'; }
+peer_bdat_endless() { peer_with_bdat 9223372036854775808; }
+peer_with_bdat() {
+    reverse
+    dialogue <<END
+P: MAIL FROM:<a@b.example>
+C: 250 *
+P: RCPT TO:<x@example.org>
+C: 250 *
+P: BDAT $1 LAST
+C: 501 *
+C: (closes)
+END
 }
 peer_long_lines() {
     local long n
@@ -5396,7 +6109,7 @@ peer_long_lines() {
 }
 peer_silent() { reverse; sleep 6; }
 
-# 1,000 idle sessions: at most 64 kB of resident memory each.
+# Each of 1,000 idle sessions uses at most 64 kB of resident memory.
 # not with: SANITIZE, OVER_TLS
 t_memory_of_idle_sessions() {
     local i before after
@@ -5412,7 +6125,7 @@ t_memory_of_idle_sessions() {
     [ $(((after - before) / 1000)) -le 64 ] || fail "$(((after - before) / 1000)) kB a session"
 }
 
-# 250 MB cost no more memory than a small message, on either side.
+# A message of 250 MB uses no more memory than a small one, on either side.
 # not with: SANITIZE, OVER_TLS
 t_memory_of_a_large_message() {
     local small pid
@@ -5428,8 +6141,7 @@ t_memory_of_a_large_message() {
     equal "$(waiting)" 0
 }
 
-# 100,000 recipients of one message cost some hundred octets each, and each of them is asked for once; one more, and the
-# message is held.
+# Each of 100,000 recipients of a message uses some hundred octets and is sent once; a message with one more is held.
 # not with: SANITIZE, OVER_TLS
 t_memory_of_many_recipients() {
     local small
@@ -5453,7 +6165,7 @@ t_memory_of_many_recipients() {
 
 # ---- The program: faults -----------------------------------------------------------------------------
 
-# 452 and exit 73: the mail stays with the provider, and nothing half-written stays here.
+# If the customer cannot write, it replies 452 and ends with exit code 73; the mail stays with the provider.
 t_customer_cannot_write() {
     provider
     : > "$T/file"
@@ -5476,7 +6188,7 @@ t_customer_cannot_write() {
     equal "$(mailbox) $(waiting)" '2 0'
 }
 
-# A disk that is full: 452, no debris, and the mail is still at the provider.
+# On a full disk the customer replies 452, leaves no file behind, and the mail stays with the provider.
 t_customer_with_a_full_disk() {
     needs_namespaces -m 'a small disk'
     provider
@@ -5499,7 +6211,7 @@ t_customer_with_a_full_disk() {
     equal "$(waiting)" 0
 }
 
-# Short of descriptors the customer first stores what waits for the disk, and takes the next message then.
+# A customer that is short of descriptors stores the messages that wait for the disk and then takes the next.
 t_customer_short_of_descriptors() {
     serve peer_in_a_hurry_for_one
     ( ulimit -n 14; customer 0 "127.0.0.1:$PORT" ) || exit 1
@@ -5518,8 +6230,9 @@ peer_in_a_hurry_for_one() {
     expect '^221 '
 }
 
-# A provider that is short of descriptors settles what is outstanding and goes on; it does not skip messages.
+# A provider that is short of descriptors handles the replies it awaits and goes on; it skips no message.
 t_a_provider_short_of_descriptors() {
+    local PATIENCE=$((PATIENCE * 4))
     needs prlimit
     put_many 60
     AROUND=(prlimit --nofile=30:30)
@@ -5531,14 +6244,13 @@ t_a_provider_short_of_descriptors() {
             if ($l =~ /^BDAT (\d+)/) { content($1); $n++ }
             $owed++; my $r = ""; vec($r, 0, 1) = 1; # replies as late as can be
             if (!select $r, undef, undef, 0.02) { print "250 ok\r\n" x $owed; $owed = 0 }
-        }' 2> "$T/count"
+        }' 2> "$T/count" || fail "exit $? of the receiver: it was not done in $PATIENCE s"
     matches "$T/count" '^60 with QUIT$'
     until_true settled
     equal "$(waiting)" 0
 }
 
-# The first session asks for no more memory than the second: what OpenSSL fetches when it is first used is there before,
-# so that nothing is gone until the next start when there was no memory for it in one session.
+# OpenSSL's algorithms are fetched at the start, so the first session needs no more memory than the second.
 # not with: SANITIZE, OVER_TLS
 t_algorithms_are_fetched_at_the_start() {
     local options before sessions count i OVER_TLS=
@@ -5562,9 +6274,8 @@ t_algorithms_are_fetched_at_the_start() {
     done
 }
 
-# Another host may have finished with a message between our open and our lock, while the path still says otherwise: NFS
-# with a warm cache, or ESTALE. Two providers, four customers, some recipients put off again and again: each is served
-# once.
+# If another host has handled a message between open and lock, as on NFS with a stale cache, each recipient is still
+# served once.
 # not with: SANITIZE, OVER_TLS
 t_stale_look_ups() {
     local stale n name ports=() pids=()
@@ -5611,7 +6322,7 @@ receives_some() {
     done
 }
 
-# A mount that is gone: one line in the log, not one a message, and 451 as long as it lasts.
+# A mount that is gone has the reply 451, and one line in the log for each ATRN.
 # not with: SANITIZE, OVER_TLS
 t_a_mount_that_is_gone() {
     run 0 make -s -C "$here" build/stale.so
@@ -5624,8 +6335,7 @@ t_a_mount_that_is_gone() {
     equal "$(waiting)" 30
 }
 
-# A clock that is years ahead at the start makes all mail too old at once: none is returned then, and all of it at the
-# next look, if it is too old still.
+# If all mail is too old at the start, the clock is doubted and none is returned until the next look.
 t_a_clock_that_is_years_ahead() {
     local n
     for n in 1 2 3; do put_letter "$n" "$((1000000000 + n)).M1.a" sender@example.edu eva@example.org; done
@@ -5643,7 +6353,7 @@ t_a_clock_that_is_years_ahead() {
     equal "$(grep -c 'is the clock right' "$LOG")" 1
 }
 
-# A file can have a time that the calendar does not reach: it is listed, sent, and told of in a notice like any other.
+# A file whose time is beyond the calendar is listed, sent and named in a notice like any other.
 t_time_beyond_the_calendar() {
     local queue=/dev/shm/odmr-test.$$
     mkdir "$queue" 2> /dev/null || skip 'there is no /dev/shm'
@@ -5663,7 +6373,7 @@ t_time_beyond_the_calendar() {
     equal "$(waiting)" 0
 }
 
-# On 32 bits too.
+# A message over 4 GiB is sent whole, on 32 bits too.
 t_messages_over_4_gib() {
     mkdir -p "$T/queue/example.org"/{new,cur,tmp}
     printf 'Return-Path: <a@example.edu>\nDelivered-To: eva@example.org\nSubject: long\n\n' \
@@ -5889,6 +6599,7 @@ virtual_gid_maps = static:$(id -g nobody)
 default_transport = discard" "$1"
 }
 
+# swaks logs in with PLAIN and CRAM-MD5 over TLS, and not with a wrong secret.
 # not with: OVER_TLS
 t_swaks_authenticates() {
     local mechanism
@@ -5904,6 +6615,7 @@ t_swaks_authenticates() {
     done
 }
 
+# GNU SASL logs in with each mechanism that it has.
 # not with: OVER_TLS
 t_gsasl_authenticates() {
     needs gsasl
@@ -5924,6 +6636,7 @@ gsasl_logs_in() {
     has "$LOG" "authenticated as example.org ($mechanism, "
 }
 
+# fetchmail in ODMR mode collects mail over implicit TLS.
 # not with: OVER_TLS
 t_fetchmail_over_tls() {
     local i
@@ -5951,7 +6664,7 @@ virtual_uid_maps = static:$(id -u nobody)
 virtual_gid_maps = static:$(id -g nobody)" ''
 }
 
-# fetchmail, which none of us wrote, in ODMR mode, into a real Postfix: 60 messages, exactly those.
+# fetchmail in ODMR mode collects 60 messages into a real Postfix, each once.
 t_fetchmail_into_postfix() {
     local i tld=(org com)
     needs fetchmail
@@ -5986,8 +6699,8 @@ unjailed() {
         -e "s|static:998|static:$(id -u nobody)|; s|user=odmr|user=nobody|"
 }
 
-# virtual(8) writes the Maildirs of example.org, a file for each recipient; pipe(8) hands the mail for
-# example.com to odmr enqueue, with all its recipients.
+# Postfix with README's configuration fills the queue: virtual(8) writes a file for each recipient in example.org, and
+# pipe(8) runs odmr enqueue for example.com.
 t_postfix_fills_the_queue() {
     chmod 755 "$T"
     install -d -o nobody "$T/queue"
@@ -5997,6 +6710,7 @@ t_postfix_fills_the_queue() {
     fills_the_queue "$MX" 4
 }
 
+# Exim with README's configuration fills the queue.
 t_exim_fills_the_queue() {
     local port
     jail 'exim4-daemon-light exim4-base' Debian-exim
@@ -6015,6 +6729,7 @@ t_exim_fills_the_queue() {
     fills_the_queue "$port" 3
 }
 
+# OpenSMTPD with README's configuration fills the queue.
 t_opensmtpd_fills_the_queue() {
     local port
     jail opensmtpd opensmtpd opensmtpq
@@ -6027,7 +6742,7 @@ t_opensmtpd_fills_the_queue() {
     fills_the_queue "$port" 5
 }
 
-# With the recipe for the version that is here.
+# Dovecot with README's configuration, for the version that is installed, fills the queue.
 t_dovecot_fills_the_queue() {
     local port debian='2.3 (Debian 12)'
     jail 'dovecot-lmtpd dovecot-core' dovecot dovenull
@@ -6040,7 +6755,8 @@ t_dovecot_fills_the_queue() {
     fills_the_queue "$MX" 5
 }
 
-# The recipe's service neither relays nor completes header fields, though the session comes from 127.0.0.1.
+# README's Postfix service for --smtp neither relays nor completes header fields, although the session comes from
+# 127.0.0.1.
 t_customer_hands_on_to_postfix_by_smtp() {
     local port
     awkward one > "$T/one"
@@ -6053,6 +6769,7 @@ t_customer_hands_on_to_postfix_by_smtp() {
     has "$T/notice.1" 'x@example.com'
 }
 
+# README's Postfix service for --exec takes the mail.
 t_customer_hands_on_to_postfix_by_exec() {
     awkward one > "$T/one"
     awkward two > "$T/two"
@@ -6061,8 +6778,8 @@ t_customer_hands_on_to_postfix_by_exec() {
     equal "$(notices)" 0
 }
 
-# make install puts the units where systemd looks; they are README's, systemd finds nothing to complain about,
-# and make uninstall leaves nothing.
+# make install puts README's units where systemd looks, systemd-analyze finds no error in them, and make uninstall
+# removes all.
 t_systemd_units() {
     local unit
     needs make systemd-analyze
@@ -6136,8 +6853,7 @@ no_longer_booted() {
         done' "$T" "$BOOT" 2> /dev/null
 }
 
-# systemctl reload reaches the provider, which is no longer root, nor is kill(1) able to signal another user there
-# without a capability.
+# systemctl reload reaches the provider that is no longer root, for which kill(1) would need a capability.
 t_systemd_reloads_the_provider() {
     systemd_boots
     mkdir -p "$T/etc/odmr"
@@ -6161,8 +6877,8 @@ t_systemd_reloads_the_provider() {
     equal "$(booted systemctl show -P Result odmr-provider)" success
 }
 
-# Where no systemd can be booted, at least its text is as it must be: with all privileges, and with nothing that a bare
-# machine lacks.
+# The provider's unit reloads with all privileges and names only programs of a bare machine. This stands in for a
+# booted systemd.
 t_systemd_unit_reloads_with_privileges() {
     needs make
     run 0 make -s -C "$here" build/odmr-provider.service
@@ -6238,7 +6954,7 @@ does() {
 }
 SHELL_FOR_README=()
 
-# RFC2645.txt, odmr.c and this file speak of the same things by the same names.
+# RFC2645.txt, odmr.c and this file use the same requirements and the same names.
 # not with: OVER_TLS
 t_guide_names_exist() {
     local guide=$here/RFC2645.txt entry='^  [0-9][0-9.]*-[a-z]  [MNmp]  (provider|customer|both|site)$'
@@ -6257,8 +6973,8 @@ t_guide_names_exist() {
         sort | uniq -d)"
 }
 
-# The model reads beside odmr.c: its processes, its labels and the functions in its comments are functions there, and
-# its ids are the guide's.
+# The model uses the names of odmr.c and the ids of the guide: its processes, its labels and the functions in its
+# comments are functions of odmr.c.
 # not with: OVER_TLS
 t_model_names_exist() {
     local model=$here/.ci/odmr.pml
@@ -6272,7 +6988,7 @@ t_model_names_exist() {
     none 'lines over 120 columns' "$(awk 'length > 120 { print FNR }' "$model")"
 }
 
-# The check of the model can fail: on an error, on a search that ends before its end, on a mutant that breaks nothing.
+# The check of the model fails on an error, on a search that is not complete, and on a mutant that breaks nothing.
 # not with: SANITIZE, OVER_TLS
 t_model_check_can_fail() {
     local model=$here/.ci/odmr.pml
@@ -6290,9 +7006,9 @@ t_model_check_can_fail() {
     run 64 "$here/.ci/model" no_such_check
 }
 
-# The guide's form: the front page has each entry once, in the same order and with the same level and role; each entry
-# has its labels in order, from the rule to code and test; so have the questions and the other standards. Not to be seen
-# from outside is what the judge has no way to see. Plain US-ASCII that fits on any screen.
+# RFC2645.txt has its form: the front page agrees with the entries, and each entry has its labels in order. An entry
+# that is not to be seen from outside is one that the judge has no way to see. The text is plain US-ASCII within 79
+# columns.
 # not with: OVER_TLS
 t_guide_has_its_form() {
     local guide=$here/RFC2645.txt id='[4-8][0-9.]*-[a-z]'
@@ -6418,7 +7134,7 @@ t_manual_pages_pass_lint() {
     for page in SYNOPSIS COMMANDS SIGNALS ENVIRONMENT 'EXIT STATUS'; do has "$T/man/man1/odmr.1" "^\\.Sh $page\$"; done
 }
 
-# odmr.h is the map: its functions stand in the order of odmr.c, and each has its comment, or shares the one above.
+# The functions of odmr.h stand in the order of odmr.c, and no line of either is over 120 columns.
 t_map_is_in_order() {
     none 'in odmr.h, and not there or not in this order in odmr.c' "$(perl -e '
         my ($map, $program) = map { local $/; open my $in, "<", $_ or die; <$in> } @ARGV; my $names = 0;
@@ -6462,38 +7178,45 @@ t_program_is_in_the_order_of_the_protocol() {
         print "$listed parts are listed\n" if $listed != 15;' "$here/odmr.h" "$here/odmr.c")"
 }
 
+# README's commands of "TLS and the mechanisms" have the results that it shows.
 t_readme_tls_and_the_mechanisms() {
     needs openssl
     does 'TLS and the mechanisms'
 }
 
+# README's commands of "Judging another implementation" have the results that it shows.
 t_readme_judging_another_implementation() {
     needs socat
     does 'Judging another implementation'
 }
 
+# README's commands of "What the judge says of fetchmail" have the results that it shows.
 t_readme_what_the_judge_says_of_fetchmail() {
     needs fetchmail smtp-sink socat
     does 'What the judge says of fetchmail 6.4'
 }
 
-# In the shell of the section before, which has left the ports free.
+# README's ten experiments have the results that it shows, in the shell of the section before, which has left the
+# ports free.
 t_readme_ten_experiments() {
     needs openssl
     does 'TLS and the mechanisms' 'Ten experiments'
 }
 
+# README's commands of "The model" have the results that it shows.
 # not with: SANITIZE, OVER_TLS
 t_readme_the_model() {
     needs spin cc make
     does 'The model'
 }
 
+# README's commands of "Proof that nothing is lost" have the results that it shows.
 t_readme_proof_that_nothing_is_lost() {
     does 'Proof that nothing is lost'
 }
 
-# As root on a machine of its own: other users, another /etc, /usr/local and /var, another network.
+# README's commands for a provider and a customer have the results that it shows, as root with users, /etc,
+# /usr/local, /var and a network of their own.
 t_readme_provider_and_customer() {
     needs adduser runuser
     needs_namespaces -mn 'another /etc, /usr/local, /var and network'
@@ -6515,8 +7238,8 @@ same_result() {
     equal "$(tr -d '\r' < "$T/out" | grep -E '^(ok|skipped) ' | sort)" "$(< "$T/usual")" "$*"
 }
 
-# Under nohup, with signals ignored, with a standard input on which nothing ever comes, in the background of a terminal:
-# the suite gives the same result.
+# The suite gives the same result under nohup, with signals ignored, with a silent standard input, and in the
+# background of a terminal.
 t_suite_wherever_it_is_started() {
     local idle
     run 0 "$self" "${SENSITIVE[@]}"
@@ -6531,8 +7254,7 @@ t_suite_wherever_it_is_started() {
     same_result unbuffer bash -ic '"$0" "$@" & wait $!' "$self" "${SENSITIVE[@]}"
 }
 
-# With only what the demo needs: one line says what is missing, and where the packages are named; what can run does, and
-# the rest is skipped by name, soon.
+# On a machine with only the demo's packages the suite names what is missing, runs what it can and skips the rest.
 t_suite_says_what_is_missing() {
     local name start=$SECONDS
     mkdir "$T/bin"
@@ -6556,7 +7278,7 @@ t_suite_says_what_is_missing() {
     has "$here/README" '^Run the tests'
 }
 
-# --help tells what the head of this file does; a word that is no test is said to be none.
+# --help prints the head of this file, and an argument that names no test is reported.
 t_suite_help() {
     run 0 "$self" --help
     equal "$(head -n 1 "$T/out")" 'The test suite of odmr.'
@@ -6565,7 +7287,7 @@ t_suite_help() {
     run 64 "$self" t_no_such_test
 }
 
-# make says in one line which of the things that it needs is missing, with the compiler's own words.
+# make names the one thing that is missing, with the compiler's own words.
 t_make_says_what_is_missing() {
     local headers
     needs make
@@ -6588,7 +7310,7 @@ t_make_says_what_is_missing() {
     makes cc 'the headers of OpenSSL are older than version 3$'
 }
 
-# The compiler's protections are on where it knows them, and no flag of the site's makes it warn of ours.
+# The compiler's protections are on where it knows them, and no flag of the site brings a warning.
 t_make_hardens_what_it_makes() {
     local flag
     needs make
@@ -6608,7 +7330,7 @@ t_make_hardens_what_it_makes() {
     has "$T/out" ' -fPIE -fstack-clash-protection  *-U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2 -o odmr '
 }
 
-# make bench, with a hundredth of the work: every row has a figure, and those that compare have a ratio.
+# make bench with a hundredth of the work has a figure in every row, and a ratio where two are compared.
 # not with: SANITIZE, OVER_TLS
 t_bench_prints_its_table() {
     needs smtp-sink make
@@ -6619,8 +7341,9 @@ t_bench_prints_its_table() {
     equal "$(grep -cE "$row.* [0-9]+\\.?[0-9]*" "$T/out")" 9 'other rows'
 }
 
-# The headings are these, each of them once and in this order. Each test stands under the heading that it is about: the
-# number in its name is the heading's, and under one heading the letters of the requirements ascend.
+# The headings are these, each once and in this order, and each test stands under its own. The number in its name is
+# the heading's; under one heading the letters of the requirements ascend. Each test has a comment that begins with
+# what must hold.
 t_suite_is_in_order() {
     grep '^# ---- ' "$self" | sed -e 's/^# ---- //' -e 's/ -*$//' > "$T/headings"
     same - "$T/headings" << 'END'
@@ -6688,6 +7411,16 @@ END
             }
             if (heading !~ wanted) print name
         }' "$self")"
+    none 'tests without a comment that begins with a sentence, and under an RFC with its clause' "$(awk '
+        /^# ---- / { heading = $0; text = "" }
+        /^# ---- Judging another/ { exit } # a part with rules of its own
+        /^# (shows|not with): / { next }
+        /^# / { text = text substr($0, 2); next }
+        /^t_[^ ]*\(\) \{$/ {
+            if (text !~ /^ ([A-Z0-9<-]|odmr |make |fetchmail |swaks |systemctl ).*[.]$/ ||
+                (heading ~ /# ---- RFC/ && text !~ /RFC [0-9]+/)) print substr($0, 1, index($0, "(") - 1)
+        }
+        { text = "" }' "$self")"
     none 'lines over 120 columns' "$(awk 'length > 120 { print FILENAME ":" FNR }' "$self" "$here/.ci/torture")"
 }
 
@@ -8965,7 +9698,7 @@ run_one() {
     case $code in
     0) content "$T/covered"; echo "ok      $1${CONTENT:+: ${CONTENT%$'\n'}}" ;;
     77) echo "skipped $1: $(cat "$T/skipped")" ;;
-    *)  printf 'FAILED  %s\n%s\n' "$1" "$(tail -n 40 "$T/.output" | sed 's/^/        /')"
+    *)  printf 'FAILED  %s\n%s\n' "$1" "$(tail -n 60 "$T/.output" | sed 's/^/        /')"
         [ -z "${KEEP:-}" ] || { cp -r "$T" "$KEEP/"; } ;;
     esac
     return $code
