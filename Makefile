@@ -21,7 +21,8 @@ HARDEN_LD = -pie -Wl,-z,relro,-z,now
 LIBS     = -lssl -lcrypto -pthread
 COMPILE  = $(CC) -std=gnu11 $(WARNINGS) $(CFLAGS)
 # The flag if this compiler takes it for this machine without a warning, else nothing.
-known    = $(shell echo '$(hash)include <stdio.h>' | $(CC) $(CFLAGS) -Werror $(1) -fsyntax-only -xc - 2> /dev/null && echo '$(1)')
+known    = $(shell echo '$(hash)include <stdio.h>' | $(CC) $(CFLAGS) -Werror $(1) -fsyntax-only -xc - 2> /dev/null && \
+             echo '$(1)')
 # The proof that this compiler can build odmr; see there.
 CHECKED  = build/checked-$(subst /,-,$(subst $(space),,$(CC)))
 space    := $(subst ,, )
@@ -140,8 +141,8 @@ build/$(SANITIZE)/odmr: odmr.c odmr.h $(CHECKED)
 	@mkdir -p build/$(SANITIZE)
 	$(COMPILE) -O1 -fno-omit-frame-pointer -fsanitize=$(sanitizers) -fno-sanitize-recover=all -o $@ odmr.c $(LIBS)
 
-# What the tests execute of odmr.c; the counters are mapped into a file, so that those of a process that is killed count,
-# too. Needs clang and llvm.
+# What the tests execute of odmr.c. The counters are mapped into a file, so those of a killed process count, too. Needs
+# clang and llvm.
 build/coverage/odmr: odmr.c odmr.h $(CHECKED)
 	@mkdir -p build/coverage
 	clang -std=gnu11 $(WARNINGS) -O1 -g -fprofile-instr-generate -fcoverage-mapping -mllvm -runtime-counter-relocation \
@@ -171,8 +172,9 @@ build/fail.so build/stale.so: build/%.so: .ci/%.c
 	$(COMPILE) -fPIC -shared -o $@ $<
 
 # odmr with the same in it, and watched: no leak, whatever fails.
-FAILING = accept4 calloc connect fclose fdopen fdopendir fflush flock fstat fstatat fsync futimens fwrite malloc mkdirat \
-  mkostemp openat poll posix_spawnp pread pthread_create pwrite readdir realloc recv renameat send socket strdup unlinkat
+FAILING = accept4 calloc connect fclose fdopen fdopendir fflush flock fstat fstatat fsync futimens fwrite malloc \
+  mkdirat mkostemp openat poll posix_spawnp pread pthread_create pwrite readdir realloc recv renameat send socket \
+  strdup unlinkat
 build/failing: odmr.c odmr.h .ci/fail.c $(CHECKED)
 	$(COMPILE) -O1 -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all -DWRAPPED \
 	  $(FAILING:%=-Wl,--wrap=%) -o $@ odmr.c .ci/fail.c $(LIBS)
@@ -196,9 +198,11 @@ endif
 # for calls leave parameters unused.
 build/fuzz/odmr: .ci/fuzz.c .ci/fuzz.h odmr.c odmr.h $(CHECKED)
 	@mkdir -p build/fuzz
-	@sed "$$(sed -n 's/^#undef \(.*\)/s,^#define \1 .*,,/p' .ci/fuzz.h)" odmr.c > build/fuzz/odmr.c # its limits are fuzz.h's
-	clang -std=gnu11 -I build/fuzz -I . $(WARNINGS) -Wno-shadow -Wno-unused-parameter -O2 -g -fno-omit-frame-pointer -fno-sanitize-recover=all \
-	  -fsanitize=fuzzer,address,undefined -fno-sanitize-coverage=trace-cmp -o $@ .ci/fuzz.c $(LIBS)
+	@sed "$$(sed -n 's/^#undef \(.*\)/s,^#define \1 .*,,/p' .ci/fuzz.h)" odmr.c \
+	  > build/fuzz/odmr.c # its limits are fuzz.h's
+	clang -std=gnu11 -I build/fuzz -I . $(WARNINGS) -Wno-shadow -Wno-unused-parameter -O2 -g \
+	  -fno-omit-frame-pointer -fno-sanitize-recover=all -fsanitize=fuzzer,address,undefined \
+	  -fno-sanitize-coverage=trace-cmp -o $@ .ci/fuzz.c $(LIBS)
 
 fuzz: build/fuzz/odmr
 	@TIME='$(TIME)' RUNS='$(RUNS)' .ci/fuzz $(TARGETS)

@@ -29,6 +29,27 @@ PATIENCE=${PATIENCE:-20}   # seconds any one thing may take
 # ---- Helpers: what every test may use ----------------------------------------------------------------
 #
 # Most of the time that the tests take goes into starting processes, so what is called often starts none.
+#
+# What functions pass to each other without an argument has a name in capitals. A test sets these, often for one call:
+#   ODMR JOBS PATIENCE        the program under test; tests at a time; seconds any one thing may take
+#   OVER_TLS                  if not empty, sessions with the provider and the scripted provider go over TLS
+#   AROUND                    the command that provider puts before the program, as in AROUND=(prlimit --nofile=30)
+#   LETTER                    if not empty, the subject of the message that put writes; put_letter sets it
+#   OFFER ANSWERS             what take_mail offers in its EHLO response, and what it replies instead of yes
+#   SIDE LINE_OUT             the side that the test plays, C or P; where it writes, if not to LINE
+# Functions leave these for the test:
+#   T SCRATCH STARTED         its directory; the one above; the processes that end with the test
+#   LINE HEARD ANSWER         the open connection; the last line read from it; the last reply, its lines joined by |
+#   WANTED SEEN TO_COME       the dialogue as expected and as seen, and what of it is still to come
+#   PROVIDER LOG N_PROVIDERS  process and log of the latest provider; how many there have been
+#   PORT TLS_PORT PORTS       its port, that of implicit TLS, and all ports that the last log looked at has named
+#   N_GOT ENVELOPE ACCEPTED   of take_mail: messages taken; the envelope and accepted recipients of the present one
+#   CONTENT LACKING FAULT     of content, lacking_capabilities and fault: the result
+#   RESPONSE CRAM_SHELL       of cram_response: the response; the shell whose process computes it
+#   PROOF_OF_IT SIGNATURE STORED_KEY SERVER_KEY    of scram
+#   NOISE SINK SERVER         ports of noise and sink; the command that perl_server has written
+# Constants:
+#   CAPABILITY OTHER_SIDE MOMENT    capabilities by name; the peer of SIDE; the time at the start of a line of the log
 
 fail() {
     echo "FAILED: $*" >&2
@@ -7411,6 +7432,10 @@ END
             }
             if (heading !~ wanted) print name
         }' "$self")"
+    none 'variables in capitals that the list above the helpers does not name' "$(comm -13 \
+        <(sed -n '/^# What functions pass/,/^$/s/^#   \([A-Z_ ]*\).*/\1/p' "$self" | tr ' ' '\n' | sort -u) \
+        <(sed '/^# ---- RFC 2645, 4:/q' "$self" | grep -oE '(^|[ ;(])[A-Z][A-Z_]+(\[[^]]*\])?\+?=' | tr -d ' ;(+=' |
+            sed 's/\[.*//' | grep -vxE 'IFS|PATH|LC_ALL|ODMR_SECRET|FAIL.*' | sort -u))"
     none 'tests without a comment that begins with a sentence, and under an RFC with its clause' "$(awk '
         /^# ---- / { heading = $0; text = "" }
         /^# ---- Judging another/ { exit } # a part with rules of its own
@@ -7421,7 +7446,8 @@ END
                 (heading ~ /# ---- RFC/ && text !~ /RFC [0-9]+/)) print substr($0, 1, index($0, "(") - 1)
         }
         { text = "" }' "$self")"
-    none 'lines over 120 columns' "$(awk 'length > 120 { print FILENAME ":" FNR }' "$self" "$here/.ci/torture")"
+    none 'lines over 120 columns' \
+        "$(awk 'length > 120 { print FILENAME ":" FNR }' "$self" "$here/Makefile" "$here/.ci"/*)"
 }
 
 # ---- Judging another implementation --------------------------------------------------------------------

@@ -56,7 +56,8 @@ static int checked(int fd, const void *address, socklen_t len)
 
 static int connection(int flags)
 {
-    struct sockaddr_in address = {.sin_family = AF_INET, .sin_addr.s_addr = htonl(INADDR_LOOPBACK), .sin_port = htons(port)};
+    struct sockaddr_in address = {.sin_family = AF_INET, .sin_port = htons(port)};
+    address.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
     return checked(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC | flags, 0), &address, sizeof address);
 }
 
@@ -320,7 +321,8 @@ static void poll_provider(size_t n)
     for (size_t i = 0; took && i < n; i++) {
         int64_t start = now_us();
         int fd = connection_of_another();
-        if (!log_in(fd, "other", "another secret: with colons") || !ask(fd, "ATRN\r\n", "453") || !ask(fd, "QUIT\r\n", "221")) {
+        if (!log_in(fd, "other", "another secret: with colons") || !ask(fd, "ATRN\r\n", "453") ||
+            !ask(fd, "QUIT\r\n", "221")) {
             fputs("crowd: a session was not served\n", stderr);
             exit(1);
         }

@@ -43,9 +43,9 @@ extern struct calls __start_calls[], __stop_calls[];
 static const struct {
     const char *name;
     int number;
-} errors[] = {{"ENOMEM", ENOMEM}, {"ENOSPC", ENOSPC}, {"EIO", EIO},       {"EMFILE", EMFILE},         {"EAGAIN", EAGAIN},
-              {"EINTR", EINTR},   {"ENOLCK", ENOLCK}, {"EPIPE", EPIPE},   {"ECONNRESET", ECONNRESET}, {"EAFNOSUPPORT", EAFNOSUPPORT},
-              {"KILL", 0}};
+} errors[] = {{"ENOMEM", ENOMEM}, {"ENOSPC", ENOSPC}, {"EIO", EIO},     {"EMFILE", EMFILE},
+              {"EAGAIN", EAGAIN}, {"EINTR", EINTR},   {"ENOLCK", ENOLCK}, {"EPIPE", EPIPE},
+              {"ECONNRESET", ECONNRESET}, {"EAFNOSUPPORT", EAFNOSUPPORT}, {"KILL", 0}};
 
 static struct {
     const char *name, *from;

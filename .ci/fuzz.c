@@ -281,7 +281,8 @@ static bool next_reply(struct referee *x, struct heard *r)
     return x->all_heard = false;
 }
 
-/* Is this reply to this command a verdict on the mail? After the lone dot any is; elsewhere some are about the session. */
+/* Is this reply to this command a verdict on the mail? After the lone dot any is. Elsewhere some are about the
+   session. */
 static bool final_refusal(const struct heard *r, const char *command)
 {
     static const char about_session[] = "500 502 503 504 521 530 534 535 538";
@@ -313,7 +314,8 @@ static void refused_beforehand(struct referee *x)
         }
     for (struct letter *l = letters; l < letters + LETTERS; l++)
         for (size_t i = 0; i < CROWD && l->recipients[i]; i++)
-            if ((l->eight_bit && !x->eight_bit) || (!ascii(l->recipients[i]) && !x->utf8) || (most > 0 && l->wire_len > most))
+            if ((l->eight_bit && !x->eight_bit) || (!ascii(l->recipients[i]) && !x->utf8) ||
+                (most > 0 && l->wire_len > most))
                 x->fate[l - letters][i] |= REFUSED_IT;
 }
 
@@ -870,8 +872,8 @@ static void fuzz_receiver(void)
 /* As it is, or in base64 in any of its three positions. */
 static bool has_secret(const char *text, size_t len)
 {
-    return memmem(text, len, "tanstaaf", 8) || memmem(text, len, "dGFuc3RhYW", 10) || memmem(text, len, "RhbnN0YW", 8) ||
-           memmem(text, len, "0YW5zdGFhZ", 10);
+    return memmem(text, len, "tanstaaf", 8) || memmem(text, len, "dGFuc3RhYW", 10) ||
+           memmem(text, len, "RhbnN0YW", 8) || memmem(text, len, "0YW5zdGFhZ", 10);
 }
 
 /* The secret does not leave, but inside TLS whose certificate verified. (Who says it in a nonce hears it again.) */
@@ -1030,7 +1032,8 @@ static void check_start(const struct message *m, const char *data, size_t len)
 /* Sent as DATA wants it, given to our own customer, and read from its disk again: the same. */
 static void check_journey(size_t dotted_len, const char *content, size_t len)
 {
-    static const char before[] = "EHLO a\r\nMAIL FROM:<>\r\nRCPT TO:<a@example.com>\r\nDATA\r\n", after[] = ".\r\nQUIT\r\n";
+    static const char before[] = "EHLO a\r\nMAIL FROM:<>\r\nRCPT TO:<a@example.com>\r\nDATA\r\n";
+    static const char after[] = ".\r\nQUIT\r\n";
     static uint8_t script[PEER_MAX + 256];
     struct customer c = {.name = "example.org", .queue = QUEUE_FD, .quiet = true, .domains = ""};
     struct session *s = new_session(CUSTOMER);
@@ -1045,7 +1048,8 @@ static void check_journey(size_t dotted_len, const char *content, size_t len)
     said_len = 0;
     if (take_mail_ourselves(s, &c) == EX_OK) {
         const struct file *f = &files[files_before];
-        must(file_count == files_before + 1 && f->there && f->len >= len && memcmp(f->data + f->len - len, content, len) == 0);
+        must(file_count == files_before + 1 && f->there && f->len >= len &&
+             memcmp(f->data + f->len - len, content, len) == 0);
     } else {
         must(memmem(said, said_len, "554 5.4.6", 9)); /* it has too many Received fields */
     }
@@ -1210,7 +1214,8 @@ static void fuzz_base64(void)
     }
     n = base64_encode(encoded, input, input_len);
     must(n == strlen(encoded) && n == BASE64_SIZE(input_len));
-    must(base64_decode(decoded, sizeof decoded, encoded) == (ssize_t)input_len && memcmp(decoded, input, input_len) == 0);
+    must(base64_decode(decoded, sizeof decoded, encoded) == (ssize_t)input_len &&
+         memcmp(decoded, input, input_len) == 0);
 }
 
 /* ---- relay: what passes through --smtp and --exec, cut in any way ---- */
