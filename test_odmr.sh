@@ -319,8 +319,8 @@ dialogue() {
     done
     TO_COME=()
 }
-# open_session [PORT]: connects, up to the reply to EHLO. dialogue_on_a_new_connection: connects first.
-open_session() { dial "$@"; expect '^220 '; ask 'EHLO x' '^250'; }
+# open_session [NAME]: connects, up to the reply to EHLO NAME. dialogue_on_a_new_connection: connects first.
+open_session() { dial; expect '^220 '; ask "EHLO ${1:-x}" '^250'; }
 dialogue_on_a_new_connection() { dial; dialogue; }
 
 # note EXPECTED SEEN: a line of the dialogue that fail prints.
@@ -396,7 +396,7 @@ auth_cram_md5() {
 # login [NAME SECRET]: greeting, EHLO, AUTH CRAM-MD5.
 login() {
     local name=${1:-example.org} secret=${2:-tanstaaf}
-    open_session
+    open_session example.org
     auth_cram_md5 "$name" "$secret" "^235 now authenticated as $name\$"
 }
 
