@@ -7442,7 +7442,7 @@ END
         /^# (shows|not with): / { next }
         /^# / { text = text substr($0, 2); next }
         /^t_[^ ]*\(\) \{$/ {
-            if (text !~ /^ ([A-Z0-9<-]|odmr |make |fetchmail |swaks |systemctl ).*[.]$/ ||
+            if (text !~ /^ ([A-Z0-9<-]|odmr[. ]|make |fetchmail |swaks |systemctl ).*[.]$/ ||
                 (heading ~ /# ---- RFC/ && text !~ /RFC [0-9]+/)) print substr($0, 1, index($0, "(") - 1)
         }
         { text = "" }' "$self")"
