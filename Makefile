@@ -32,7 +32,6 @@ hash     := \#
 
 .DELETE_ON_ERROR:
 .PHONY: all demo check coverage torture fuzz model bench install uninstall clean help
-.PHONY: build/odmr-provider.service build/odmr-customer.service
 
 all: odmr
 
@@ -108,10 +107,8 @@ SystemCallFilter=@system-service
 UMask=0077
 endef
 
-# Made anew each time, for PREFIX may be another.
-build/odmr-provider.service build/odmr-customer.service:
-	@mkdir -p build
-	$(file >$@,$($(@:build/odmr-%.service=%)_unit))
+install: export provider_unit := $(provider_unit)
+install: export customer_unit := $(customer_unit)
 
 odmr: odmr.c odmr.h $(CHECKED)
 	$(COMPILE) $(CPPFLAGS) $(HARDEN) -o $@ odmr.c $(HARDEN_LD) $(LDFLAGS) $(LIBS)
@@ -212,10 +209,11 @@ $(MANUALS): odmr README .ci/man $(wildcard .ci/*.in)
 	@mkdir -p $(@D)
 	@.ci/man .ci/$(@F).in > $@.$$$$ && mv $@.$$$$ $@ || { rm -f $@.$$$$; exit 1; }
 
-install: odmr $(MANUALS) build/odmr-provider.service build/odmr-customer.service
+install: odmr $(MANUALS)
 	install -d $(DESTDIR)$(PREFIX)/bin $(DESTDIR)$(UNITS) $(DESTDIR)$(MAN)/man1 $(DESTDIR)$(MAN)/man5
 	install -m 755 odmr $(DESTDIR)$(PREFIX)/bin/odmr
-	install -m 644 build/odmr-provider.service build/odmr-customer.service $(DESTDIR)$(UNITS)
+	umask 022; echo "$$provider_unit" > $(DESTDIR)$(UNITS)/odmr-provider.service
+	umask 022; echo "$$customer_unit" > $(DESTDIR)$(UNITS)/odmr-customer.service
 	install -m 644 $(filter %.1,$(MANUALS)) $(DESTDIR)$(MAN)/man1
 	install -m 644 $(filter %.5,$(MANUALS)) $(DESTDIR)$(MAN)/man5
 

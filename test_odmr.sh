@@ -6799,16 +6799,11 @@ t_customer_hands_on_to_postfix_by_exec() {
     equal "$(notices)" 0
 }
 
-# make install puts README's units where systemd looks, systemd-analyze finds no error in them, and make uninstall
-# removes all.
+# make install puts the units where systemd looks, systemd-analyze finds no error in them, and make uninstall removes
+# all.
 t_systemd_units() {
     local unit
     needs make systemd-analyze
-    run 0 make -s -C "$here" build/odmr-provider.service build/odmr-customer.service
-    for unit in provider customer; do
-        recipe "/usr/local/lib/systemd/system/odmr-$unit.service" | sed -e :a -e '/^\n*$/{$d;N;ba' -e '}' > "$T/wanted"
-        same "$T/wanted" "$here/build/odmr-$unit.service"
-    done
     run 0 make -s -C "$here" install PREFIX=/usr DESTDIR="$T/root"
     [ -x "$T/root/usr/bin/odmr" ] || fail 'odmr is not installed'
     run 0 make -s -C "$here" install PREFIX="$T/usr"
@@ -6902,8 +6897,8 @@ t_systemd_reloads_the_provider() {
 # booted systemd.
 t_systemd_unit_reloads_with_privileges() {
     needs make
-    run 0 make -s -C "$here" build/odmr-provider.service
-    has "$here/build/odmr-provider.service" "^ExecReload=+/bin/sh -c 'kill -HUP \$MAINPID'\$"
+    run 0 make -s -C "$here" install DESTDIR="$T/root"
+    has "$T/root/usr/local/lib/systemd/system/odmr-provider.service" "^ExecReload=+/bin/sh -c 'kill -HUP \$MAINPID'\$"
 }
 
 # ---- README and the guide ----------------------------------------------------------------------------
