@@ -7461,9 +7461,21 @@ END
 # replies take minutes: it is not observable within PATIENCE.
 
 verdict() {
+    local expected=
+    if [ "$1" = fail ] && [ -n "${EXPECTED:-}" ]; then
+        expected=${EXPECTED//|/ or } expected=${expected//../xx}
+        printed "$expected"
+        expected=$PRINTED
+    fi
     printed "$2"
-    [ -e "$T/verdict" ] || printf '%s\t%s\n' "$1" "$PRINTED" > "$T/verdict" # the first one stands
+    [ -e "$T/verdict" ] || printf '%s\t%s\t%s\n' "$1" "${PRINTED:-.}" "$expected" > "$T/verdict" # the first stands
     exit 0
+}
+# record MARK LINE: for --transcript.
+record() {
+    [ -n "${JUDGE_TRANSCRIPT:-}" ] || return 0
+    printed "$2"
+    printf '%s %s\n' "$1" "$PRINTED" >> "$T/transcript"
 }
 passes() { verdict pass "${1:-}"; }
 departs() { verdict fail "$1"; }
@@ -7486,6 +7498,7 @@ hears() {
     [ "$code" = 0 ] || return 1
     [ "${HEARD%$'\r'}" != "$HEARD" ] || WITHOUT_CR=$HEARD
     HEARD=${HEARD%$'\r'}
+    record '<' "$HEARD"
 }
 # quiet SECONDS: not an octet came in all that time; else HEARD says what did.
 quiet() {
@@ -7510,8 +7523,10 @@ answers() {
     done
     CODE=malformed
 }
-tells() { SAID="\"$1\""; say "$1" 2> /dev/null; }
-asked() { tells "$1"; EXPECTED=$2; answers; [[ $CODE =~ ^($2)$ ]]; }
+tells() { SAID="\"$1\""; writes "$1"; }
+writes() { record '>' "$1"; say "$1" 2> /dev/null; }
+# EXPECTED is what the report says was expected, where a row departs.
+asked() { tells "$1"; answers; EXPECTED=$2; if [[ $CODE =~ ^($2)$ ]]; then EXPECTED=; else false; fi; }
 # asks LINE CODES: the row stands and falls with the reply. gets_past: it is only on the way to what is judged.
 asks() {
     asked "$@" && return
@@ -7538,6 +7553,7 @@ opens() {
     local address=$JUDGE_HOST:$JUDGE_PORT how=(-quiet -no_ign_eof -nocommands) pipe
     trap '' PIPE # who is hung up on goes on to say so
     SAID='' LINE_OUT=''
+    record -- "connected, $1"
     if [ "$1" = clear ]; then
         { exec {LINE}<> "/dev/tcp/$JUDGE_HOST/$JUDGE_PORT"; } 2> /dev/null ||
             not_observable 'it could not be connected to'
@@ -7641,10 +7657,12 @@ responds() {
     EXTERNAL) RESPONSE=; [ $# = 1 ] || { as_base64 "not-$JUDGE_USER"; RESPONSE=$TEXT; } ;;
     SCRAM-*) responds_by_scram "$@"; return ;;
     esac
+    record '>' "(the response to $JUDGE_MECHANISM)"
     say "$RESPONSE" 2> /dev/null
-    SAID="the response to $JUDGE_MECHANISM" EXPECTED=$1
+    SAID="the response to $JUDGE_MECHANISM"
     answers
-    [[ $CODE =~ ^($1)$ ]]
+    EXPECTED=$1
+    if [[ $CODE =~ ^($1)$ ]]; then EXPECTED=; else false; fi
 }
 responds_by_scram() {
     local header=n,, nonce=$RANDOM$RANDOM$RANDOM$RANDOM bare first final name
@@ -7653,7 +7671,7 @@ responds_by_scram() {
     bare=n=$name,r=$nonce
     if [ "$JUDGE_MECHANISM" = SCRAM-SHA-256-PLUS ]; then header=p=tls-exporter,,; tls_exporter; fi
     as_base64 "$header$bare"
-    say "$TEXT" 2> /dev/null
+    writes "$TEXT"
     answers
     [ "$CODE" = 334 ] || { [[ $CODE =~ ^($1)$ ]]; return; }
     from_base64 "${ANSWER#334 }"
@@ -7663,12 +7681,12 @@ responds_by_scram() {
     final=c=$({ printf '%s' "$header"; printf '%s' "$BINDING" | base64 -d; } | base64 -w 0),r=${BASH_REMATCH[1]}
     scram_proof "$SECRET" "$bare" "$first" "$final"
     as_base64 "$final,p=$PROOF"
-    say "$TEXT" 2> /dev/null
+    writes "$TEXT"
     answers
     if [ "$CODE" = 334 ]; then
         from_base64 "${ANSWER#334 }"
         [[ $# = 2 || $TEXT == "v=$SIGNED"* ]] || { CODE=malformed ANSWER="a wrong server signature: $TEXT"; return 1; }
-        say '' 2> /dev/null
+        writes ''
         answers
     fi
     [[ $CODE =~ ^($1)$ ]]
@@ -8424,6 +8442,7 @@ provides() {
     trap '' PIPE
     DEADLINE=$((SECONDS + PATIENCE * 6))
     : > "$T/connected"
+    record -- connected
     CHOSEN='' RESPONSE='' WENT='it was connected' LOGGED_IN='' UNTIL_TLS=
     [ "$JUDGE_TLS" != starttls ] || UNTIL_TLS=1
     tells '220 judge.example ready'
@@ -8547,9 +8566,9 @@ judge_customer_4-b() {
     asks 'MAIL FROM:<judge@example.edu>' 250
     asked "RCPT TO:<judge@$FIRST>" 25. || passes "its server took no mail for judge@$FIRST: $ANSWER"
     asks DATA 354
-    say 'Subject: a message of the judge'
+    writes 'Subject: a message of the judge'
     say
-    say 'The end.'
+    writes 'The end.'
     asked . '2..' || passes "its server did not take the message: $ANSWER"
     asks QUIT 221
     passes
@@ -8648,9 +8667,9 @@ sends_text() {
     asks "MAIL FROM:<judge@example.edu>${2:-}" 250
     asked "RCPT TO:<judge@$FIRST>" 25. || not_observable "its server takes no mail for judge@$FIRST: $ANSWER"
     asks DATA 354
-    say "Subject: $JUDGE_TOKEN"
+    writes "Subject: $JUDGE_TOKEN"
     say
-    say "${1//$'\n'/$'\r\n'}"
+    writes "${1//$'\n'/$'\r\n'}"
     asked . '2..'
 }
 # stored_with TEXT: how many files of the customer's scratch directory have it, into STORED. Those that are still being
@@ -8695,7 +8714,7 @@ judge_customer_5.3-a3() {
         [[ $CODE == 25? ]] || not_observable "its server takes no mail for judge@$FIRST: $ANSWER"
         answers
         [ "$CODE" = 354 ] || departs "$SAID: DATA: $ANSWER"
-        say $'Subject: x\r\n\r\nPipelined.'
+        writes $'Subject: x\r\n\r\nPipelined.'
         asks . 250
         seen='PIPELINING'
     fi
@@ -8723,7 +8742,7 @@ judge_customer_5.3-a4() {
         asks 'MAIL FROM:<judge@example.edu>' 250
         asks "RCPT TO:<judge@$FIRST>" 25.
         asks DATA 354
-        say $'Subject: x\r\n\r\nMessage <2> of this row, and'
+        writes $'Subject: x\r\n\r\nMessage <2> of this row, and'
         next_scene
     fi
     provides || true
@@ -8871,7 +8890,7 @@ requirements() {
 # level, its side and what it asks for.
 MORE_ROWS=(
     '4-e2 p provider Several messages of one session all come, each once and unchanged.'
-    '4-e3 p provider The same inside TLS.'
+    '4-e3 p provider Inside TLS, several messages of one session all come, each once and unchanged.'
     '4-e4 p provider Two sessions of one account at once get each message once.'
     '4-e5 p provider A message that was cut off comes whole in the next session.'
     '4-e6 p provider The sender of a message whose recipient is refused gets a notice.'
@@ -8891,79 +8910,180 @@ judged_here() {
     [ "$2" = both ] || [ "$2" = "$1" ] || [ "$1 $2" = 'provider site' ]
 }
 
-# judge_all SIDE: ROWS, "level TAB id TAB verdict TAB text" for each requirement, or for each of JUDGE_ONLY.
+# rules: RULE, the requirement of each row in one sentence: the first of the guide's "rule".
+rules() {
+    local id text row
+    declare -gA RULE=()
+    while IFS=$'\t' read -r id text; do RULE[$id]=$text; done < <(awk '
+        function over() {
+            if (id != "" && text != "") { sub(/\. .*/, ".", text); print id "\t" text }
+            text = ""; rule = 0
+        }
+        /^  [4-8][0-9.]*-[a-z]  [MNmp]  / { over(); id = $1; next }
+        /^  [^ ]/ { over(); id = ""; next }
+        /^    rule: / { rule = 1; sub(/^    rule: /, ""); text = $0; next }
+        /^      [^ ]/ && rule { sub(/^ +/, ""); text = text " " $0; next }
+        { over() }' "$here/RFC2645.txt")
+    for row in "${MORE_ROWS[@]}"; do read -r id _ _ text <<< "$row"; RULE[$id]=$text; done
+    # Sentences that say nothing without those before them.
+    RULE[5.2.1-f]='ATRN that names a domain without access is rejected with 450.'
+    RULE[5.3-b]='After the success reply to ATRN the customer sends a standard SMTP greeting.'
+    RULE[6-a]='The dialogue is that of the example session.'
+}
+# judge_all SIDE: ROWS, "level TAB id TAB verdict TAB seen TAB expected" for each requirement asked of this side, or for
+# each of JUDGE_ONLY. Those of the other side are counted in ELSEWHERE.
 judge_all() {
-    local requirement level id who verdict text met= scratch
-    ROWS=()
+    local requirement level id who verdict text expected met= scratch
+    ROWS=() ELSEWHERE=0
     scratch=("${REQUIREMENTS[@]%% *}")
     mkdir "${scratch[@]/#/$JUDGE_DIR/}"
     for requirement in "${REQUIREMENTS[@]}"; do
         read -r id level who <<< "$requirement"
         [ -z "$JUDGE_ONLY" ] || [[ ,$JUDGE_ONLY, == *",$id,"* ]] || continue
-        verdict=n/a text="asked of the other side"
-        if judged_here "$1" "$who" "$id"; then
-            ( T=$JUDGE_DIR/$id; judge_row "$1" "$id" ) > "$JUDGE_DIR/$id/log" 2>&1 < /dev/null
-            verdict='not observable' text='the suite itself failed'
-            [ ! -s "$JUDGE_DIR/$id/verdict" ] || IFS=$'\t' read -r verdict text < "$JUDGE_DIR/$id/verdict"
-            [[ $1 == customer && $text == 'it did not connect'* ]] || met=1
-            [ -n "$met" ] || { echo "$text" >&2; exit 69; }
-        fi
-        ROWS+=("$level"$'\t'"$id"$'\t'"$verdict"$'\t'"$text")
+        judged_here "$1" "$who" "$id" || { ELSEWHERE=$((ELSEWHERE + 1)); continue; }
+        ( T=$JUDGE_DIR/$id; judge_row "$1" "$id" ) > "$JUDGE_DIR/$id/log" 2>&1 < /dev/null
+        verdict='not observable' text='the suite itself failed' expected=
+        [ ! -s "$JUDGE_DIR/$id/verdict" ] || IFS=$'\t' read -r verdict text expected < "$JUDGE_DIR/$id/verdict"
+        [ "$text" != . ] || text=
+        [ -z "$JUDGE_TRANSCRIPT" ] || [ ! -e "$JUDGE_DIR/$id/transcript" ] ||
+            cp "$JUDGE_DIR/$id/transcript" "$JUDGE_TRANSCRIPT/$id"
+        [[ $1 == customer && $text == 'it did not connect'* ]] || met=1
+        [ -n "$met" ] || { echo "$text" >&2; exit 69; }
+        ROWS+=("$level"$'\t'"$id"$'\t'"$verdict"$'\t'"${text:-.}"$'\t'"$expected")
     done
 }
 
-# report TITLE: ROWS, the MUSTs apart from prose and from permitted choices. True: no MUST and no MUST NOT failed.
+# report SIDE TARGET OPTION...: ROWS, the MUSTs apart from prose and from permitted choices. True: no MUST and no MUST
+# NOT failed.
 report() {
-    local class row level id verdict text
-    local -A count=()
+    local class row level id verdict text expected form=$JUDGE_REPORT
+    local -A count=() names=([M]=MUST [N]='MUST NOT' [p]=prose [m]=MAY)
     local -A channel=([clear]='in the clear' [starttls]='inside TLS, by STARTTLS'
         [tls]='inside TLS, from the first octet')
-    if [ "$JUDGE_REPORT" = markdown ]; then echo "# $1"; else echo "$1"; fi
-    text="Judged ${channel[$JUDGE_TLS]}, with $JUDGE_MECHANISM."
-    if [ "$JUDGE_REPORT" = markdown ]; then printf '\n%s\n' "$text"; else echo "$text"; fi
-    if [ -s "$JUDGE_DIR/bare" ]; then
-        printed "$(< "$JUDGE_DIR/bare")"
-        text="ATRN without domains is refused ($PRINTED), so other rows name a domain."
-        if [ "$JUDGE_REPORT" = markdown ]; then markdown_text "$text"; printf '\n%s\n' "$MARKDOWN"
-        else echo "$text"; fi
-    fi
+    rules
+    for row in "${ROWS[@]}"; do
+        IFS=$'\t' read -r level id verdict text <<< "$row"
+        class=${level/[MN]/MN}
+        count[$class $verdict]=$((${count[$class $verdict]:-0} + 1))
+    done
+    "report_head_$form" "$@"
     for class in MN p m; do
         [[ $'\n'$(printf '%s\n' "${ROWS[@]}") == *$'\n'[$class]$'\t'* ]] || continue
-        heading "$class"
+        [ "$form" = json ] || heading "$class"
         for row in "${ROWS[@]}"; do
-            IFS=$'\t' read -r level id verdict text <<< "$row"
+            IFS=$'\t' read -r level id verdict text expected <<< "$row"
             [[ $class == *"$level"* ]] || continue
-            report_line "$level" "$id" "$verdict" "$text"
-            count[$class $verdict]=$((${count[$class $verdict]:-0} + 1))
+            [ "$text" != . ] || text=
+            if [ "$verdict" = fail ]; then expected=${expected:-${RULE[$id]}}; fi
+            "report_row_$form" "${names[$level]}"
         done
     done
-    printf '\nMUST and MUST NOT: %d pass, %d fail, %d not observable. Prose: %d pass, %d fail, %d not observable.\n' \
+    "report_end_$form"
+    [ "${count[MN fail]:-0}" = 0 ]
+}
+# command_line OPTION...: how this judge was started, into COMMAND.
+command_line() {
+    local word
+    COMMAND=./test_odmr.sh
+    for word; do
+        if [[ $word =~ ^[A-Za-z0-9@%+=:,./_-]+$ ]]; then COMMAND+=" $word"
+        else COMMAND+=" '${word//\'/\'\\\'\'}'"; fi
+    done
+    COMMAND=${COMMAND//[!\ -~]/?}
+}
+# head_lines FORM SIDE TARGET OPTION...: HEAD, the lines below the title.
+head_lines() {
+    local version
+    version=$(sed -n 's/^#define ODMR_VERSION "\(.*\)"/\1/p' "$here/odmr.h" "$here/odmr.c" 2> /dev/null | head -n 1)
+    HEAD=("Judged on $(date -u +%Y-%m-%dT%H:%M:%SZ) by test_odmr.sh of odmr${version:+ $version}.")
+    HEAD+=("Judged ${channel[$JUDGE_TLS]}, with $JUDGE_MECHANISM.")
+    [ ! -s "$JUDGE_DIR/bare" ] || { printed "$(< "$JUDGE_DIR/bare")"
+        HEAD+=("ATRN without domains is refused ($PRINTED), so other rows name a domain."); }
+}
+count_line() {
+    printf 'MUST and MUST NOT: %d pass, %d fail, %d not observable. Prose: %d pass, %d fail, %d not observable.\n' \
         "${count[MN pass]:-0}" "${count[MN fail]:-0}" "${count[MN not observable]:-0}" \
         "${count[p pass]:-0}" "${count[p fail]:-0}" "${count[p not observable]:-0}"
-    [ "${count[MN fail]:-0}" = 0 ]
 }
 heading() {
     local -A text=([MN]='MUST and MUST NOT: a failure is a breach of the standard'
         [p]='Plain prose: a failure is a departure from what the standard describes'
         [m]='MAY: permitted choices, and which was seen')
-    if [ "$JUDGE_REPORT" = markdown ]; then
-        printf '\n## %s\n\n| id | level | verdict | seen |\n|---|---|---|---|\n' "${text[$1]}"
-    else
-        printf '\n%s\n' "${text[$1]}"
-    fi
+    if [ "$form" = text ]; then printf '\n%s\n' "${text[$1]}"; return; fi
+    printf '\n## %s\n\n| id | clause | level | requirement | verdict | seen | expected |\n' "${text[$1]}"
+    echo '|---|---|---|---|---|---|---|'
 }
+
+report_head_text() {
+    printf 'The %s %s, by RFC 2645\n' "$1" "$2"
+    command_line "${@:3}"
+    head_lines
+    printf '%s\n' "Command: $COMMAND" "${HEAD[@]}"
+}
+report_row_text() {
+    if [ -z "$text" ]; then printf '%-8s %-9s %s\n' "$id" "$1" "$verdict"
+    else printf '%-8s %-9s %-14s %s\n' "$id" "$1" "$verdict" "$text"; fi
+    printf '         %s: %s\n' "${id%-*}" "${RULE[$id]}"
+    [ "$verdict" != fail ] || printf '         expected: %s\n' "$expected"
+}
+report_end_text() {
+    echo
+    count_line
+    echo "Asked of the other side: $ELSEWHERE."
+}
+
+# code_span TEXT: for Markdown, into MARKDOWN.
+code_span() { if [[ $1 == *\`* ]]; then MARKDOWN="\`\` $1 \`\`"; else MARKDOWN="\`$1\`"; fi; }
 # markdown_text TEXT: into MARKDOWN, with nothing in it that Markdown or HTML understands.
 markdown_text() { MARKDOWN=$(sed -e 's/[]\`*_[|]/\\&/g' -e 's/&/\&amp;/g' -e 's/</\&lt;/g' <<< "$1"); }
-report_line() {
-    local -A level=([M]=MUST [N]='MUST NOT' [p]=prose [m]=MAY)
-    if [ "$JUDGE_REPORT" = markdown ]; then
-        markdown_text "$4"
-        printf '| %s | %s | %s | %s |\n' "$2" "${level[$1]}" "$3" "$MARKDOWN"
-    elif [ -z "$4" ]; then
-        printf '%-8s %-9s %s\n' "$2" "${level[$1]}" "$3"
-    else
-        printf '%-8s %-9s %-14s %s\n' "$2" "${level[$1]}" "$3" "$4"
-    fi
+report_head_markdown() {
+    local line
+    if [ "$1" = customer ]; then code_span "$2"; else MARKDOWN=$2; fi
+    printf '# The %s %s, by RFC 2645\n' "$1" "$MARKDOWN"
+    command_line "${@:3}"
+    code_span "$COMMAND"
+    printf '\nCommand: %s\n' "$MARKDOWN"
+    head_lines
+    for line in "${HEAD[@]}"; do markdown_text "$line"; printf '\n%s\n' "$MARKDOWN"; done
+}
+report_row_markdown() {
+    local seen rule
+    markdown_text "$text"; seen=$MARKDOWN
+    markdown_text "${RULE[$id]}"; rule=$MARKDOWN
+    markdown_text "$expected"
+    printf '| %s | %s | %s | %s | %s | %s | %s |\n' "$id" "${id%-*}" "$1" "$rule" "$verdict" "$seen" "$MARKDOWN"
+}
+report_end_markdown() { echo; count_line; printf '\nAsked of the other side: %s.\n' "$ELSEWHERE"; }
+
+# json NAME VALUE...: the fields, in JSON; all of it is printable ASCII by now.
+json() {
+    local value between=
+    while [ $# -gt 0 ]; do
+        value=${2//\\/\\\\}
+        printf '%s"%s": "%s"' "$between" "$1" "${value//\"/\\\"}"
+        between=', '
+        shift 2
+    done
+}
+report_head_json() {
+    command_line "${@:3}"
+    head_lines
+    printf '{%s, "rows": [' "$(json side "$1" target "$2" command "$COMMAND" judged "${HEAD[0]}" channel "$JUDGE_TLS" \
+        mechanism "$JUDGE_MECHANISM" note "${HEAD[2]:-}")"
+    BETWEEN=
+}
+report_row_json() {
+    printf '%s\n  {%s}' "$BETWEEN" "$(json id "$id" clause "${id%-*}" level "$1" requirement "${RULE[$id]}" \
+        verdict "$verdict" seen "$text" expected "$expected")"
+    BETWEEN=,
+}
+report_end_json() {
+    local key pairs=
+    for key in 'MN pass' 'MN fail' 'MN not observable' 'p pass' 'p fail' 'p not observable'; do
+        pairs+=", \"$key\": ${count[$key]:-0}"
+    done
+    printf '\n], "counts": {"asked of the other side": %d%s}}\n' "$ELSEWHERE" \
+        "$(sed -e 's/"MN /"MUST /g' -e 's/"p /"prose /g' <<< "$pairs")"
 }
 
 # reach_provider: exits if there is nobody to be judged.
@@ -9011,9 +9131,9 @@ usage: $0 [--list] [NAME...]
        $0 --provider HOST:PORT --user NAME --secret-file FILE --domains A,B --foreign-domain C
            [--starttls | --tls] [--ca FILE | --insecure] [--cert FILE --key FILE] [--mechanism NAME]
            [--other-user NAME --other-secret-file FILE] [--notice-dir DIR]
-           [--inject COMMAND] [--only ID,...] [--report markdown]
+           [--inject COMMAND] [--only ID,...] [--report text|markdown|json] [--transcript DIR]
        $0 --customer COMMAND [--starttls | --tls] [--mechanism NAME] [--atrn-wait SECONDS]
-           [--only ID,...] [--report markdown]
+           [--only ID,...] [--report text|markdown|json] [--transcript DIR]
 README, "Judging another implementation", explains them.
 END
     exit 64
@@ -9024,7 +9144,7 @@ judge_options() {
     requirements
     domain="$name(\.$name)+"
     export PATIENCE JUDGE_USER=example.org JUDGE_SECRET_FILE='' JUDGE_DOMAINS=example.org,example.com JUDGE_FOREIGN='' \
-        JUDGE_INJECT='' JUDGE_REPORT='' JUDGE_ONLY='' \
+        JUDGE_INJECT='' JUDGE_REPORT=text JUDGE_TRANSCRIPT='' JUDGE_ONLY='' \
         JUDGE_TLS=clear JUDGE_INSECURE='' JUDGE_CA='' JUDGE_CERT='' JUDGE_KEY='' JUDGE_MECHANISM='' \
         JUDGE_OTHER_USER='' JUDGE_OTHER_SECRET='' JUDGE_NOTICE_DIR='' \
         JUDGE_ATRN_WAIT=35 JUDGE_CUSTOMER='' JUDGE_HOST='' JUDGE_PORT='' JUDGE_DIR \
@@ -9062,7 +9182,8 @@ judge_options() {
             for id in ${2//,/ }; do
                 [[ "${REQUIREMENTS[*]/#/;}" == *";$id "* ]] || judge_usage "$id is no id of RFC2645.txt"
             done ;;
-        --report) JUDGE_REPORT=$2; [ "$2" = markdown ] || judge_usage "$2 is no form of report" ;;
+        --report) JUDGE_REPORT=$2; [[ $2 =~ ^(text|markdown|json)$ ]] || judge_usage "$2 is no form of report" ;;
+        --transcript) JUDGE_TRANSCRIPT=$2; [ -d "$2" ] || judge_usage "$2 is no directory" ;;
         *) judge_usage "$1 is not known" ;;
         esac
         given+="$1 "
@@ -9096,7 +9217,7 @@ judge_needs() {
 }
 # judge OPTION...: the whole run; its exit status says whether a MUST or MUST NOT failed.
 judge() {
-    local side=provider title
+    local side=provider target
     unset OVER_TLS
     export MISSING=
     judge_options "$@"
@@ -9106,7 +9227,7 @@ judge() {
     trap 'rm -rf "$JUDGE_DIR"' EXIT
     if [ -n "$JUDGE_CUSTOMER" ]; then
         printed "$JUDGE_CUSTOMER"
-        side=customer title="The customer $PRINTED, by RFC 2645"
+        side=customer target=$PRINTED
         JUDGE_SECRET_FILE=$JUDGE_DIR/secret
         (umask 077; echo tanstaaf > "$JUDGE_SECRET_FILE")
         cram_answer "$JUDGE_CHALLENGE"
@@ -9114,12 +9235,12 @@ judge() {
         JUDGE_MECHANISM=${JUDGE_MECHANISM:-CRAM-MD5}
         [ "$JUDGE_TLS" = clear ] || T=$JUDGE_DIR certificate server /CN=localhost DNS:localhost,IP:127.0.0.1
     else
-        title="The provider $JUDGE_HOST:$JUDGE_PORT, by RFC 2645"
+        target=$JUDGE_HOST:$JUDGE_PORT
         reach_provider
         enter_channel
     fi
     judge_all "$side"
-    report "$title"
+    report "$side" "$target" "$@"
 }
 
 # ---- The judge, judged -----------------------------------------------------------------------------------
@@ -9164,8 +9285,8 @@ t_judge_our_provider() {
     judged_provider 0 --other-user other --other-secret-file "$T/other" --notice-dir "$T/notices"
     equal "$(verdicts fail)" ''
     equal "$(verdicts 'not observable')" '4-a 4-d 5.1.2-f 5.2.1-k 8-a '
-    equal "$(verdicts n/a)" '5.2.1-c 5.3-a2 5.3-a3 5.3-a4 5.3-a5 5.3-a6 5.3-a7 5.3-b '
-    equal "$(grep -c '^[4-8][0-9.]*-[a-z][2-9]\? ' "$T/out")" 52
+    has "$T/out" '^Asked of the other side: 8\.$'
+    equal "$(grep -c '^[4-8][0-9.]*-[a-z][2-9]\? ' "$T/out")" 44
     equal "$(waiting)" 0
     has "$T/out" '^MUST and MUST NOT: 7 pass, 0 fail, 0 not observable\. Prose: 27 pass, 0 fail, 5 not observable\.$'
 }
@@ -9247,7 +9368,8 @@ t_judge_our_customer() {
     equal "$(verdicts 'not observable')" '5.1.2-f 5.2.1-c '
     equal "$(verdicts pass)" "4-b 5-a 5-b 5.1.2-a 5.1.2-c 5.1.2-d 5.2.1-l 5.3-a $(printf '5.3-a%d ' {2..7})\
 5.3-b 6-a 8-b "
-    equal "$(grep -c '^[4-8][0-9.]*-[a-z][2-9]\? ' "$T/out")" 52
+    equal "$(grep -c '^[4-8][0-9.]*-[a-z][2-9]\? ' "$T/out")" 19
+    has "$T/out" '^Asked of the other side: 33\.$'
     has "$T/out" '^5\.2\.1-c  MUST      not observable silent for 2 s, and it waited; --atrn-wait 600 decides$'
 }
 
@@ -9283,6 +9405,10 @@ t_judge_options_and_exits() {
     judged 69 --provider 127.0.0.1:1 --user a --secret-file "$T/wrong" --domains a.example --foreign-domain b.example
     judged 69 --customer 'echo hello'
     has "$T/err" '^it did not connect; it said: hello$'
+    mkdir "$T/bin"
+    ln -s "$(type -P sed)" "$T/bin"
+    ( PATH=$T/bin; judged 69 --customer true )
+    has "$T/err" ': openssl is not installed, and the judge needs it$'
     serve peer_busy
     judged 75 --provider "127.0.0.1:$PORT" --user a --secret-file "$T/wrong" --domains a.example \
         --foreign-domain b.example
@@ -9298,6 +9424,7 @@ t_judge_options_and_exits() {
 --customer true --only 5.4-a,4
 --customer true --atrn-wait 0
 --customer true --report html
+--customer true --transcript /nowhere
 --provider localhost --customer true
 --provider localhost:1 --user a --domains a.example --foreign-domain b.example
 --customer true --tls --starttls
@@ -9321,12 +9448,40 @@ t_judge_prints_nothing_raw() {
     judged 1 --provider "127.0.0.1:$PORT" --user a --secret-file "$T/secret" --domains a.example \
         --foreign-domain b.example --only 5.2.1-b \
         --report markdown
-    has "$T/out" '^| 5\.2\.1-b | MUST | fail | "ATRN": 503 \\\\x1b\\\[2J \\| &lt;b>\\\\x5c\\\\xe9 |$'
+    has "$T/out" '| fail | "ATRN": 503 \\\\x1b\\\[2J \\| &lt;b>\\\\x5c\\\\xe9 | 530 |$'
     equal "$(tr -d '\n -~' < "$T/out")" ''
 }
 peer_hostile() {
     say '220 x'; expect_line '^EHLO'; say '250-x'; say '250-AUTH CRAM-MD5'; say '250 ATRN'; expect_line '^ATRN$'
     say $'503 \e[2J | <b>\\\xe9'
+}
+
+# The three forms of a report say the same, and with the command that made it each stands alone. The dialogue of each
+# row is kept where --transcript says.
+# not with: SANITIZE, OVER_TLS
+t_judge_report_stands_alone() {
+    local version
+    serve peer_hostile
+    echo x > "$T/secret"
+    set -- --provider "127.0.0.1:$PORT" --user a --secret-file "$T/secret" --domains a.example \
+        --foreign-domain b.example --only 5.2.1-b,5.3-b --inject "echo it's"
+    version=$(sed -n 's/^#define ODMR_VERSION "\(.*\)"/\1/p' "$here/odmr.h")
+    mkdir "$T/transcript"
+    judged 1 "$@" --transcript "$T/transcript"
+    has "$T/out" "^Command: \./test_odmr\.sh --provider 127\.0\.0\.1:$PORT .* --inject 'echo it'\\\\''s'"
+    has "$T/out" "^Judged on 20[0-9T:-]*Z by test_odmr\.sh of odmr $version\.\$"
+    has "$T/out" '^         5\.2\.1: .*ATRN'
+    has "$T/out" '^         expected: 530$'
+    has "$T/out" '^Asked of the other side: 1\.$'
+    has "$T/transcript/5.2.1-b" '^> ATRN$'
+    has "$T/transcript/5.2.1-b" '^< 503 \\x1b'
+    judged 1 "$@" --report markdown
+    has "$T/out" "^Command: \`\./test_odmr\.sh .*\`\$"
+    judged 1 "$@" --report json
+    perl -MJSON::PP -e 'my $r = decode_json(join "", <STDIN>); my $row = $r->{rows}[0];
+        $row->{id} eq "5.2.1-b" && $row->{verdict} eq "fail" && $row->{expected} eq "530" &&
+            $row->{seen} eq q("ATRN": 503 \x1b[2J | <b>\x5c\xe9) && $row->{requirement} =~ /ATRN/ &&
+            $r->{counts}{"MUST fail"} == 1 && @{$r->{rows}} == 1 or exit 1' < "$T/out" || { cat "$T/out"; fail JSON; }
 }
 
 # Mail that the judge has not sent is put off, and stays.
