@@ -1098,6 +1098,18 @@ END
     wait "$PROVIDER"; equal $? 0
 }
 
+# After the 421 of a shutdown no command has a reply any more, though more of them have arrived (RFC 5321, 3.8).
+t_no_reply_after_421() {
+    provider
+    dial; expect '^220'
+    ( while say NOOP; do :; done 2> /dev/null ) & STARTED+=($!)
+    for _ in {1..50}; do expect '^250 '; done
+    kill -TERM "$PROVIDER"
+    timeout "$PATIENCE" cat <&"$LINE" > "$T/replies" 2> /dev/null || true
+    equal "$(sed -n '/^421/,$p' "$T/replies" | cut -c 1-3)" 421 'from the 421 on'
+    wait "$PROVIDER"; equal $? 0
+}
+
 # ---- RFC 2645, 5.1.1: EHLO ---------------------------------------------------------------------------
 
 # The response to EHLO names AUTH with CRAM-MD5, and ATRN (RFC 2645, 5.1 and 5.1.1).
@@ -1644,8 +1656,9 @@ t_a_domain_named_twice() {
 t_5.3-b_the_customer_as_server() {
     local date='[A-Z][a-z]{2}, [0-9 ][0-9] [A-Z][a-z]{2} 20[0-9]{2} [0-9:]{8} [+-][0-9]{4}'
     serve peer_commands
-    customer 0 "127.0.0.1:$PORT" example.org example.com
+    customer 0 --trace "127.0.0.1:$PORT" example.org example.com
     peer_ok
+    equal "$(grep -c '^\[1\] P: \.$' "$T/err")" 2 'ends of DATA in the trace'
     has "$T/err" 'mail for x@elsewhere.example, whose domain was not asked for; deferred$'
     equal "$(mailbox)" 3
     equal "$(mailbox example.com)" 1
@@ -3644,6 +3657,8 @@ t_words_for_files_of_tls() {
     words 78 '--cert server.key: no certificate in it' --cert server.key
     words 78 '--key locked.key: the private key is encrypted' --cert server.crt --key locked.key
     words 78 '--key other.key: key values mismatch' --cert server.crt --key other.key
+    { echo 'a CERTIFICATE is not in this file'; cat server.key; } > text.key
+    words 78 '--cert text.key: no certificate in it' --cert text.key
     words 78 '--cert queue: Is a directory' --cert queue
     words 78 '--client-ca nosuch: no such file' --cert server.pem --client-ca nosuch
     words 78 '--client-ca server.key: no certificate in it' --cert server.pem --client-ca server.key
@@ -4013,6 +4028,11 @@ t_order_of_arrival() {
     turn
     equal "$(for i in $(seq "$N_GOT"); do sed -n 's/^Text of //p' "$T/got/$i"; done | tr -d '\r\n')" \
         '1.2.3.4.5.9.10.u9.u10.'
+    # the microseconds are digits behind an M or H, not any digits after it
+    put_letter later 1700000030.Mx1M10.host a@example.edu eva@example.org
+    put_letter sooner 1700000030.Mx9M2.host a@example.edu eva@example.org
+    rm -r "$T/got"; turn
+    equal "$(sed -n 's/^Subject: //p' "$T/got/1" | tr -d '\r')" sooner
 }
 
 # The envelope is read from the fields of other mail servers too, and fields below it belong to earlier hops.
