@@ -147,13 +147,15 @@ accounts() {
 }
 
 AROUND=() # what runs it
-# provider [OPTION...]: starts one on a free port, queue in $T/queue; sets PORT and PROVIDER.
+# provider [OPTION...]: starts one on a free port, queue in $T/queue; sets PORT and PROVIDER. In the tests of RFC 2645's
+# requirements it writes a trace, which is looked at in the end (providers_are_lawful).
 provider() {
     local log=$T/provider${N_PROVIDERS:=0}.log sendmail=$T/sendmail option sockets=0
     N_PROVIDERS=$((N_PROVIDERS + 1))
     [ -d "$T/queue" ] || mkdir "$T/queue"
     [ -f "$T/accounts" ] || accounts
     [[ " $* " != *' --user nobody '* ]] || chown nobody "$T/accounts"
+    [[ ! ${T##*/} =~ ^t_[4-8][0-9.]*-[a-z]_ || " $*" == *' --trace'* ]] || set -- --trace "$@"
     if [ -n "${OVER_TLS:-}" ]; then
         [ -f "$T/server.pem" ] || authority
         [[ " $* " != *' --user nobody '* ]] || chown nobody "$T/server.pem"
@@ -207,6 +209,17 @@ over() {
     [ "$ended" -ge "$1" ] && [ "$ended" = "$begun" ]
 }
 settled() { over 0; }
+
+# lawful SIDE FILE...: what this side does in these traces is a run that the protocol allows.
+lawful() { "$here/.ci/legal" "--$1" "${@:2}" >&2 || fail "the $1 departs from the protocol"; }
+# The same of each provider of this test that was started with --trace.
+providers_are_lawful() {
+    local log
+    for log in "$T"/provider*.log; do
+        content "$log"
+        [[ $CONTENT != *'] -- initial state'* ]] || lawful provider "$log"
+    done
+}
 
 stop_provider() { kill "$PROVIDER"; wait "$PROVIDER"; equal $? 0 "exit of the provider"; }
 
@@ -476,6 +489,7 @@ customer() {
     shift
     if [ -n "${OVER_TLS:-}" ]; then set -- --tls --ca "$T/ca.crt" "${@/127.0.0.1:$PORT/127.0.0.1:$TLS_PORT}"; fi
     ODMR_SECRET=tanstaaf run "$code" "$ODMR" customer -u example.org -q "$T/mail" -n example.org "$@"
+    [[ " $* " != *' --trace '* ]] || lawful customer "$T/err"
 }
 
 # at_ATRN [OFFER]: login, ATRN, greeting and the response to EHLO; the provider's first MAIL is what comes next.
@@ -7022,6 +7036,81 @@ t_model_names_exist() {
     none 'lines over 120 columns' "$(awk 'length > 120 { print FNR }' "$model")"
 }
 
+# A session is a run of the protocol or not, and .ci/legal says which, and who departs from it.
+# not with: SANITIZE, OVER_TLS
+t_legal_finds_what_departs() {
+    cat > "$T/trace" << 'END'
+[1] -- initial state (RFC 2645, 5.1)
+[1] P: 220 example.net on-demand mail relay server ready
+[1] C: ATRN
+[1] P: 530 Authentication required
+[1] C: EHLO example.org
+[1] P: 250-example.net
+[1] P: 250-AUTH CRAM-MD5
+[1] P: 250 ATRN
+[1] C: AUTH CRAM-MD5
+[1] P: 334 MTg5Ng==
+[1] C: ZXhhbXBsZS5vcmc=
+[1] P: 235 now authenticated as example.org
+[1] -- authenticated state (RFC 2645, 5.2)
+[1] C: ATRN example.com
+[1] P: 250 OK now reversing the connection
+[1] -- reversed state (RFC 2645, 5.3): the provider is now the client
+[1] C: 220 example.org ready to receive email
+[1] P: EHLO example.net
+[1] C: 250-example.org
+[1] C: 250-SIZE
+[1] C: 250 PIPELINING
+[1] P: MAIL FROM:<a@example.edu> SIZE=9
+[1] P: RCPT TO:<eva@example.com>
+[1] P: DATA
+[1] C: 250 OK
+[1] C: 250 OK
+[1] C: 354 go on
+[1] P: ... 9 octets of message ...
+[1] P: .
+[1] C: 250 OK
+[1] P: QUIT
+[1] C: 221 bye
+END
+    run 0 "$here/.ci/legal" "$T/trace"
+    equal "$(< "$T/out")" '1 sessions, all lawful'
+    # departs WHO HOW EDIT: after this edit of sed(1). The peer is not blamed for it.
+    departs() {
+        sed "$3" "$T/trace" > "$T/edited"
+        run 1 "$here/.ci/legal" "$T/edited"
+        match "$(< "$T/out")" "^[^ ]*:[0-9]+: \\[1\\] $1: ($2)" "$3"
+        run 0 "$here/.ci/legal" "--$([ "$1" = provider ] && echo customer || echo provider)" "$T/edited"
+    }
+    departs provider '5.2.1-b: ATRN before AUTH is answered 453' 's/530 .*/453 You have no mail/'
+    departs provider '5.1.1-b: EHLO without ATRN' 's/250 ATRN/250 SIZE/'
+    departs provider '5-a: the authenticated state without a 235' 's/235 now/535 not/'
+    departs provider '5.2-a: AUTH succeeds twice' 's/C: ATRN example.com/C: AUTH CRAM-MD5/;s/250 OK now.*/235 OK/'
+    departs provider '7-a: ATRN is answered 550' 's/250 OK now.*/550 no/'
+    departs provider '5-a: the reversed state without a 250' 's/250 OK now.*/450 no/'
+    departs provider '5-a: the reversed state after the reversed' '/-- reversed/p'
+    departs provider '5-a: no reversed state, but another line' '/-- reversed/d'
+    departs provider '5.3-b: a command before the greeting' '/C: 220/{h;d};/P: EHLO/G'
+    departs provider '5.3-c: MAIL before EHLO' '/P: EHLO/d;/C: 250-/d;/PIPELINING/d'
+    departs provider '5.2.1-e: mail for example.org' 's/eva@example.com/eva@example.org/'
+    departs provider 'RFC 2920: RCPT before the last reply' 's/250 PIPELINING/250 HELP/'
+    departs provider 'RFC 5321: content before the reply 354' '/C: 354/{h;d};/P: [.]$/G'
+    departs provider 'RFC 3030: BDAT, and no CHUNKING' 's/P: DATA/P: BDAT 9 LAST/'
+    departs provider 'RFC 5321: a parameter of 8BITMIME' 's/SIZE=9/BODY=8BITMIME/'
+    departs provider 'RFC 5321: DATA without RCPT' '/RCPT/d'
+    departs provider 'RFC 5321: RCPT without MAIL' '/P: MAIL/d'
+    departs provider '4-e: QUIT before the last reply' '/P: [.]$/{n;h;d};/P: QUIT/G'
+    departs provider '5-b: NOOP after QUIT' '/P: QUIT/{p;s/QUIT/NOOP/}'
+    departs provider '5.3-c: TURN, which no SMTP client sends' 's/P: QUIT/P: TURN/'
+    departs customer 'RFC 5321: DATA is answered 250' 's/354 go on/250 OK/'
+    departs customer 'RFC 5321: 354 is no reply to MAIL' '0,/C: 250 OK/s/C: 250 OK/C: 354 OK/'
+    departs customer 'RFC 5321: 250, and no command is without its reply' '/PIPELINING/p'
+    departs customer '5-a: a reply after the end' '/C: 221/p'
+    departs customer 'RFC 5321: that is no reply' 's/C: 354 go on/C: go on/'
+    departs customer 'RFC 5321: a reply of two codes' 's/250-SIZE/251-SIZE/'
+    run 64 "$here/.ci/legal" --both
+}
+
 # The check of the model fails on an error, on a search that is not complete, and on a mutant that breaks nothing.
 # not with: SANITIZE, OVER_TLS
 t_model_check_can_fail() {
@@ -9885,7 +9974,7 @@ run_one() {
         export TEST=$BASHPID TEST_SKIPPED=$T/skipped
         trap 'exit 77' USR1
         trap 'for p in "${STARTED[@]}"; do kill -9 "$p" 2> /dev/null; done; wait 2> /dev/null' EXIT
-        cd "$T" && "$1"
+        cd "$T" && "$1" && providers_are_lawful
     ) > "$T/.output" 2>&1 < /dev/null
     code=$?
     [ $code = 0 ] || chattr -R -a "$T" 2> /dev/null # or the directory could not be removed
