@@ -254,7 +254,7 @@ inline claim_next()
     od
 }
 
-/* atrn_domains(), backlog_read(). Names only: a message that is listed here may be gone when it is claimed. */
+/* take_asked_domains(), backlog_read(). Names only: a message that is listed here may be gone when it is claimed. */
 inline list_backlog()
 {
     backlog = 0;
