@@ -8470,7 +8470,7 @@ judge_provider_5.2.1-l() {
     [ -z "$wrong" ] || departs "$wrong"
     logs_in
     asked "atrn a-b.1.$JUDGE_FOREIGN" 450 ||
-        not_observable "\"$SAID\": $ANSWER; 5.2.1-f judges the reply to a foreign domain"
+        not_observable "$SAID: $ANSWER; 5.2.1-f judges the reply to a foreign domain"
     asks "ATRN ${FIRST^^}" '250|450|451|453'
     passes "$seen"
 }
@@ -9889,6 +9889,137 @@ t_judge_a_lawful_stranger() {
     equal "$(verdicts 'not observable')" '4-a 4-d 4-e3 4-e6 5.1.2-f 5.2.1-e3 5.2.1-k 8-a '
     has "$T/out" '^5\.2\.1-g  prose     pass           250, then QUIT (5\.2\.1-h)$'
     has "$T/out" '^5\.2\.1-h  MAY       pass           no mail: 250, then QUIT after EHLO$'
+}
+
+# Two strangers share no code with our program, and differ from it wherever the RFC allows. Both speak perl.
+lawful_strangers() {
+    cat > "$T/stranger.pm" << 'END'
+package stranger; use strict; use IO::Socket::INET; use MIME::Base64; use Digest::MD5 qw(md5 md5_hex);
+our $s; $SIG{CHLD} = $SIG{PIPE} = "IGNORE";
+sub said { print $s map { "$_\r\n" } @_; $s->flush }
+sub heard { my $l = <$s>; defined $l or return undef; $l =~ s/\r?\n\z//; $l }
+sub reply { my $l; do { $l = heard() // return "" } while $l =~ /^...-/; substr $l, 0, 3 }
+sub cram { my ($key, $challenge) = @_; $key .= "\0" x (64 - length $key);
+    md5_hex(($key ^ "\x5c" x 64) . md5(($key ^ "\x36" x 64) . $challenge)) }
+1;
+END
+    cat > "$T/provider.pl" << 'END'
+use strict; use stranger; use IO::Socket::INET; use MIME::Base64;
+my ($dir) = @ARGV;
+my %account = ("example.org" => ["tanstaaf", "example.org", "example.com"],
+    other => ["another secret: with colons", "other.example"]);
+my $listener = IO::Socket::INET->new(LocalAddr => "127.0.0.1", Listen => 99) or die;
+open my $port, ">", "$dir/port.new" or die; print $port $listener->sockport, "\n"; close $port;
+rename "$dir/port.new", "$dir/port";
+while (1) { $stranger::s = $listener->accept or next; last unless fork; close $stranger::s }
+close $listener;
+sub said { stranger::said(@_) } sub heard { stranger::heard() } sub reply { stranger::reply() }
+my $user;
+said("220-a stranger", "220 come in");
+while (defined($_ = heard())) {
+    if (/^EHLO \S/i) { said("250-hello", "250-x-odd a b", "250-auth x-more cram-md5", "250 atrn") }
+    elsif (/^QUIT$/i) { said("221"); exit }
+    elsif (/^AUTH CRAM-MD5$/i && !$user) {
+        my $challenge = "<$$." . time . '@stranger>';
+        said("334 " . encode_base64($challenge, ""));
+        my $text = heard() // exit;
+        if ($text !~ m{^[A-Za-z0-9+/]+=*$}) { said("501-5.5.2", "501"); exit }
+        my ($name, $digest) = decode_base64($text) =~ /^(.*) (\S+)$/s;
+        if ($account{$name} && stranger::cram($account{$name}[0], $challenge) eq $digest) { $user = $name; said("235") }
+        else { said("535"); exit }
+    }
+    elsif (/^AUTH /i) { said($user ? 503 : 504) }
+    elsif (/^ATRN/i && !$user) { said("530-5.7.0", "530 5.7.0") }
+    elsif (/^ATRN$/i) { turn(@{$account{$user}}[1 .. $#{$account{$user}}]) }
+    elsif (/^ATRN ((?:[a-z0-9][a-z0-9-]*\.)+[a-z0-9]+(?:,(?:[a-z0-9][a-z0-9-]*\.)+[a-z0-9]+)*)$/i) {
+        my @asked = split /,/, lc $1; my %mine = map { $_ => 1 } @{$account{$user}}[1 .. $#{$account{$user}}];
+        if (grep { !$mine{$_} } @asked) { said("450") } else { turn(@asked) }
+    }
+    else { said("500") }
+}
+# Newest first, with HELO, and RSET before each message; what another session has is not waited for.
+sub turn {
+    my %asked = map { $_ => 1 } @_; my $over;
+    said("250-why", "250 not");
+    reply() eq "220" or exit; said("HELO stranger"); reply();
+    for my $file (sort { -M $a <=> -M $b } glob "$dir/mail/*.m") {
+        rename $file, "$file.$$" or next;
+        open my $in, "<", "$file.$$" or die; my ($from, $to, @text) = <$in>; chomp($from, $to);
+        my @mine = grep { /\@(.*)/ && $asked{lc $1} } split / /, $to; my ($code, $verdict) = ("", "");
+        my @rest = grep { my $r = $_; !grep { $_ eq $r } @mine } split / /, $to;
+        if (@mine && !$over) {
+            said("RSET"); reply(); said("MAIL FROM:<$from>"); reply(); my $taken = 0;
+            for (@mine) { said("RCPT TO:<$_>"); $code = reply(); $taken++ if $code =~ /^2/ }
+            if ($taken) {
+                said("DATA"); $code = reply();
+                for (@text) { chomp; s/^\./../; said($_) }
+                said("."); $code = reply();
+            }
+            if ($code =~ /^5/) { open my $notice, ">", "$dir/notices/$$" or die; print $notice map { "$_\n" } @text }
+            $over = 1 if $code eq "";
+        }
+        if ($code =~ /^[25]/ && !@rest) { unlink "$file.$$"; next }
+        if ($code =~ /^[25]/) {
+            open my $out, ">", "$file.$$" or die; print $out "$from\n@rest\n", map { chomp; "$_\n" } @text; close $out;
+        }
+        rename "$file.$$", $file;
+    }
+    said("QUIT"); reply(); exit;
+}
+END
+    cat > "$T/inject.sh" << 'END'
+name=$1/mail/$(date +%s%N)
+{ echo "$ODMR_SENDER"; echo "$ODMR_RECIPIENTS"; cat; } > "$name.new" && mv "$name.new" "$name.m"
+END
+    cat > "$T/customer.pl" << 'END'
+use strict; use stranger; use IO::Socket::INET; use MIME::Base64;
+$stranger::s = IO::Socket::INET->new(PeerAddr => $ENV{ODMR_HOST}, PeerPort => $ENV{ODMR_PORT}) or exit 69;
+sub said { stranger::said(@_) } sub heard { stranger::heard() } sub reply { stranger::reply() }
+my ($n, %mine) = (0, map { $_ => 1 } split /,/, $ENV{ODMR_DOMAINS});
+exit 75 if reply() ne "220"; said("ehlo stranger"); reply(); said("auth cram-md5");
+$_ = heard(); /^334 (\S+)$/ or exit 77;
+said(encode_base64("$ENV{ODMR_USER} " . stranger::cram($ENV{ODMR_SECRET}, decode_base64($1)), ""));
+exit 77 if reply() ne "235";
+said("atrn $ENV{ODMR_DOMAINS}"); reply() eq "250" or exit 1;
+said("220-a stranger", "220");
+while (defined($_ = heard())) {
+    if (/^QUIT$/i) { said("221"); exit }
+    elsif (/^RCPT TO: ?<[^>]*\@([^>]*)>/i) { said($mine{lc $1} ? "251-2.1.5" : (), $mine{lc $1} ? "251" : "550 5.7.1") }
+    elsif (/^DATA$/i) {
+        said("354"); my $text = ""; my $bare = 0;
+        while (1) { my $l = readline $stranger::s // exit 75; last if $l eq ".\r\n"; $bare |= $l !~ /\r\n\z/;
+            $l =~ s/^\.//; $text .= $l }
+        if ($bare) { said("554"); next }
+        open my $out, ">", "$ENV{ODMR_SCRATCH}/" . ++$n or exit 73; print $out $text; close $out; said("250");
+    }
+    elsif (/^(EHLO|HELO|MAIL|RSET|NOOP)/i) { said("250-so", "250 be it") }
+    else { said("502") }
+}
+END
+}
+# A failure of a row here would be one of the judge.
+# not with: SANITIZE, OVER_TLS
+t_judge_a_provider_of_other_making() {
+    export PERL5LIB=$T
+    lawful_strangers
+    mkdir "$T/mail" "$T/notices"
+    perl "$T/provider.pl" "$T" & STARTED+=($!)
+    until_true [ -s "$T/port" ]
+    PORT=$(< "$T/port")
+    judged_provider 0 --inject "sh '$T/inject.sh' '$T'" --notice-dir "$T/notices" \
+        --other-user other --other-secret-file "$T/other"
+    equal "$(verdicts fail)" ''
+    equal "$(verdicts 'not observable')" '4-a 4-d 4-e3 5.1.2-f 5.2.1-k 8-a '
+    equal "$(how_many '"$T"/mail/*')" 0
+}
+
+# not with: SANITIZE, OVER_TLS
+t_judge_a_customer_of_other_making() {
+    export PERL5LIB=$T
+    lawful_strangers
+    judged 0 --customer "perl '$T/customer.pl'" --atrn-wait 2
+    equal "$(verdicts fail)" ''
+    equal "$(verdicts 'not observable')" '5.1.2-f 5.2.1-c '
 }
 
 # A provider that refuses ATRN without domains fails in the one row about that, and is judged with a domain in the
