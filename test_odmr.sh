@@ -259,6 +259,10 @@ unfinished() { how_many '"$T"/queue/*/{,.Undeliverable/}tmp/*'; }
 owed() { sed -n 's/^Delivered-To: \(.*@.*\)$/\1/p' "$T/queue/example.org/new/$1" | xargs; }
 
 # ---- The protocol by hand, over bash's /dev/tcp ----
+#
+# A mismatch fails the test in all of these words. The judge has words of its own, in the third person, with which a
+# mismatch is a departure of the judged program: hears for hear, asks for ask, answers for expect, turns for turn,
+# logs_in for login, leaves for hang_up, receives for take_mail.
 
 dial() {
     exec {LINE}<> "/dev/tcp/127.0.0.1/${1:-$PORT}" || fail "cannot connect"
@@ -380,7 +384,7 @@ closed_but_0_to_2() {
     local fd; for fd in /proc/self/fd/*; do fd=${fd##*/}; [ "$fd" -le 2 ] || eval "exec $fd>&-"; done
 }
 # cram_response NAME SECRET CHALLENGE: CRAM-MD5's into RESPONSE, it and the challenge in base64. One process answers all
-# of a shell, for there are many; the secret, which may be somebody's real one, is on no command line.
+# of a shell, because there are many. The secret may be a real one, so it is on no command line.
 cram_response() {
     if [ "${CRAM_SHELL:-}" != "$BASHPID" ]; then
         missing "perl's Digest::MD5"
@@ -748,8 +752,8 @@ END
 
 # ---- RFC 2645, 4: Description ------------------------------------------------------------------------
 
-# Whatever the customer says to a message for eva, bob and zoe: who is owed it still, whose sender is told,
-# and who has it. The same in all three ways of sending.
+# What becomes of a message for eva, bob and zoe after each kind of reply: to which recipients it is still owed, which
+# are in the sender's notice, and which have it. It is the same in all three ways of sending.
 
 # outcome STILL_OWED NOTICED DELIVERED COMMAND REPLY...: lists are words in the order of the envelope.
 outcome() {
@@ -1822,12 +1826,12 @@ peer_that_idles() {
 }
 
 # The customer ends a session with 421 after 100 commands that it does not know (RFC 2645, 5.3; RFC 5321, 3.8).
-t_customer_leaves_a_babbler() {
-    serve peer_babbler
+t_customer_leaves_a_talkative_peer() {
+    serve peer_talkative
     customer 76 "127.0.0.1:$PORT"
     peer_ok
 }
-peer_babbler() {
+peer_talkative() {
     local i
     reverse
     for ((i = 1; i < 100; i++)); do
@@ -2992,7 +2996,7 @@ scram_serve() {
     FINAL=$(unb64 "$HEARD")
 }
 scram_refused() { scram_serve "$1"; equal "$HEARD" '*'; say '501 cancelled'; goodbye; }
-# As long as ours with the provider's half behind it, but drawn by somebody else.
+# A nonce of the right length that does not begin with the customer's.
 scram_old_nonce() { scram_refused 'r=fyko+d2lbbFgONRv9qkxdawLfyko+d2lbbFgONRv9,s=QSXCR+Q6sek8bf92,i=4096'; }
 scram_own_nonce() { scram_refused 'r=NONCE,s=QSXCR+Q6sek8bf92,i=4096'; }
 scram_odd_nonce() { scram_refused 'r=NONCEx y,s=QSXCR+Q6sek8bf92,i=4096'; }
@@ -3019,7 +3023,7 @@ scram_honest() {
     expect_line '^$'
     say '235 welcome'; no_mail
 }
-# Extensions stand behind the count and behind the signature (RFC 5802, 7).
+# Extensions follow the count and the signature (RFC 5802, 7).
 scram_extended() {
     scram_serve 'r=NONCEx,s=QSXCR+Q6sek8bf92,i=4096,x=more'
     scram tanstaaf "$BARE" "$CHALLENGE" "${FINAL%,p=*}"
@@ -3311,8 +3315,8 @@ t_starttls_forgets() {
     equal "$(cut -c1-3 "$T/s_client" | tr '\n' ' ')" '503 250 221 '
     has "$LOG" 'behind STARTTLS in the clear; it is thrown away'
 }
-# Somebody between $REAL_PORT and the customer: takes lines with $STRIP out of replies, puts $INJECT behind STARTTLS and
-# $INJECT_REPLY behind the reply to it; from there on, and after ATRN, all is passed on as it is.
+# An attacker between $REAL_PORT and the customer removes reply lines with $STRIP, adds $INJECT after STARTTLS and
+# $INJECT_REPLY after the reply to it. From there on, and after ATRN, all octets are passed on unchanged.
 man_in_the_middle() {
     local line there
     exec {there}<> "/dev/tcp/127.0.0.1/$REAL_PORT"
@@ -6355,7 +6359,7 @@ t_stale_look_ups() {
         ! grep -h 'ended early' "$T"/provider*.log || fail "$stale: a session was broken off"
     done
 }
-# Some sessions, until there is nothing but what this customer puts off; who has got a message is in $T/sN.got.
+# Six sessions of a customer that defers some recipients; the recipients that have the message are in $T/sN.got.
 receives_some() {
     local n=$1 i
     : > "$T/s$n.got"
@@ -6552,7 +6556,7 @@ jailed() {
     until_true reachable "$port"
 }
 
-# awkward NAME: a letter in which whoever stores or sends it on could find something to change.
+# awkward NAME: a letter with lines that a mail server might change.
 awkward() {
     printf '%s\n' 'From: a@example.edu' 'To: b@example.org' "Subject: $1" 'Date: Mon, 1 Jan 2024 09:00:00 +0000' \
         "Message-ID: <$1@example.edu>" 'Delivered-To: earlier@hop.example' 'MIME-Version: 1.0' \
@@ -6937,7 +6941,7 @@ t_systemd_unit_reloads_with_privileges() {
 
 # ids: each requirement that is named in the text on standard input, once.
 ids() { perl -ne 'print "$1\n" while /(?<![a-z0-9.-])([4-8](?:\.[0-9])*-[a-z])(?![a-z0-9-])/g' | sort -u; }
-# named FIELD: every name behind "code:" or "test:" in the guide, once.
+# named FIELD: every name after "code:" or "test:" in the guide, once.
 named() { sed -n "s/^    $1: //p" "$here/RFC2645.txt" | tr ',' '\n' | tr -d ' ' | sort -u; }
 # Functions and tables of odmr.c, constants of odmr.h and odmr.c.
 defined() {
