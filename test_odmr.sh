@@ -7391,7 +7391,8 @@ t_suite_says_what_is_missing() {
     printf '#!/bin/sh\ncase $* in *-MDigest*) exit 2 ;; esac\nexec /usr/bin/perl "$@"\n' > "$T/bin/perl"
     chmod 755 "$T/bin/perl"
     unset OVER_TLS # which needs openssl for each of them
-    PATIENCE=200 PATH=$T/bin run 0 "$self" t_bad_arguments t_scram_by_hand t_plain_by_hand t_sighup_reads_certificates_again \
+    PATIENCE=200 PATH=$T/bin run 0 "$self" t_bad_arguments t_scram_by_hand t_plain_by_hand \
+        t_sighup_reads_certificates_again \
         t_readme_ten_experiments t_customer_quiet_and_progress t_demo
     equal "$(grep -c '^not installed: ' "$T/out")" 1
     match "$(head -n 1 "$T/out")" '^not installed: openssl, socat, unbuffer, faketime,.* perl.s Digest::MD5; '
