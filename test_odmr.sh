@@ -2972,9 +2972,19 @@ hear_flag() {
 # not with: OVER_TLS
 t_customer_and_scram_impostors() {
     local impostor
-    for impostor in old_nonce own_nonce odd_nonce few_rounds signed_rounds rounds_twice many_rounds endless_rounds \
-        no_salt wrong_signature no_signature; do
-        serve "scram_$impostor"
+    each_row refuses_challenge <<'END'
+r=fyko+d2lbbFgONRv9qkxdawLfyko+d2lbbFgONRv9,s=QSXCR+Q6sek8bf92,i=4096 | as long as ours, but of another client
+r=NONCE,s=QSXCR+Q6sek8bf92,i=4096            | the client's nonce alone
+r=NONCEx y,s=QSXCR+Q6sek8bf92,i=4096         | a blank in the nonce
+r=NONCEx,s=QSXCR+Q6sek8bf92,i=1              | RFC 7677, 4: fewer rounds than 4096
+r=NONCEx,s=QSXCR+Q6sek8bf92,i=+4096          | RFC 5802, 7: a count has no sign
+r=NONCEx,s=QSXCR+Q6sek8bf92,i=4096,i=4096    | and stands there once
+r=NONCEx,s=QSXCR+Q6sek8bf92,i=1000001        | more rounds than the customer computes
+r=NONCEx,s=QSXCR+Q6sek8bf92,i=2147483648     | more than an int holds
+r=NONCEx,i=4096                              | no salt
+END
+    for impostor in scram_wrong_signature scram_no_signature; do
+        serve "$impostor"
         customer 77 --trace "127.0.0.1:$PORT"
         peer_ok
         hasnt "$T/err" 'C: ATRN'
@@ -2995,17 +3005,21 @@ scram_serve() {
     hear || fail 'no answer to the challenge'
     FINAL=$(unb64 "$HEARD")
 }
-scram_refused() { scram_serve "$1"; equal "$HEARD" '*'; say '501 cancelled'; goodbye; }
-# A nonce of the right length that does not begin with the customer's.
-scram_old_nonce() { scram_refused 'r=fyko+d2lbbFgONRv9qkxdawLfyko+d2lbbFgONRv9,s=QSXCR+Q6sek8bf92,i=4096'; }
-scram_own_nonce() { scram_refused 'r=NONCE,s=QSXCR+Q6sek8bf92,i=4096'; }
-scram_odd_nonce() { scram_refused 'r=NONCEx y,s=QSXCR+Q6sek8bf92,i=4096'; }
-scram_few_rounds() { scram_refused 'r=NONCEx,s=QSXCR+Q6sek8bf92,i=1'; }
-scram_signed_rounds() { scram_refused 'r=NONCEx,s=QSXCR+Q6sek8bf92,i=+4096'; }
-scram_rounds_twice() { scram_refused 'r=NONCEx,s=QSXCR+Q6sek8bf92,i=4096,i=4096'; }
-scram_many_rounds() { scram_refused 'r=NONCEx,s=QSXCR+Q6sek8bf92,i=1000001'; }
-scram_endless_rounds() { scram_refused 'r=NONCEx,s=QSXCR+Q6sek8bf92,i=2147483648'; }
-scram_no_salt() { scram_refused 'r=NONCEx,i=4096'; }
+refuses_challenge() {
+    OFFERED=$1 serve scram_refused
+    customer 77 --trace "127.0.0.1:$PORT"
+    peer_ok
+    hasnt "$T/err" 'C: ATRN'
+}
+scram_refused() {
+    scram_serve "$OFFERED"
+    equal "$HEARD" '*'
+    dialogue <<'END'
+P: 501 cancelled
+C: QUIT
+P: 221 bye
+END
+}
 scram_wrong_signature() {
     scram_serve 'r=NONCEx,s=QSXCR+Q6sek8bf92,i=4096'
     scram wrong "$BARE" "$CHALLENGE" "${FINAL%,p=*}"
@@ -7404,6 +7418,23 @@ t_suite_says_what_is_missing() {
     has "$T/out" '^1 passed, 0 failed, 6 skipped$'
     [ $((SECONDS - start)) -lt 150 ] || fail 'a test waited for something that is missing'
     has "$here/README" '^Run the tests'
+}
+
+# A test that fails prints the dialogue that was expected beside the one that it saw, and what was still to come.
+t_suite_prints_the_dialogue_that_failed() {
+    provider
+    ! ( dialogue_on_a_new_connection ) 2> "$T/report" <<'END' || fail 'it did not fail'
+P: 220 *
+C: NOOP
+P: 354 *
+C: QUIT
+END
+    has "$T/report" '^FAILED: not what was expected: P: 354 \*$'
+    has "$T/report" '^  P: 220 \*  *P: 220 example.net on-demand mail relay server ready$'
+    has "$T/report" '^> P: 354 \*  *P: 250 OK$'
+    has "$T/report" '^  C: QUIT$'
+    ! ( dial; ask NOOP '^250 ' ) 2> "$T/report" || fail 'it did not fail'
+    has "$T/report" '^> P: (like ^250 )  *P: 220 example.net '
 }
 
 # --help prints the head of this file, and an argument that names no test is reported.
