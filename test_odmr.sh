@@ -9755,6 +9755,14 @@ MUTANTS_OVER_TLS=(
     '!domain_in_list(s->account->domains, domain, len)' 'false'
     -- 4-e2 'good && !x.over' 'good && !x.over && s->messages == 0'
 )
+MUTANT_CUSTOMERS_OVER_TLS=(
+    5-a,5.3-a2,5.3-a5
+    'return r->code == 235 ? EX_OK : exit_code_refused(s, "AUTH", r, EX_NOPERM);' 'return EX_OK;'
+    'answer_when_stored(server);' 'if (MUTANT && server->messages > 0) { answer(server, NULL, "250 lost");
+        server->messages++; } else answer_when_stored(server);'
+    'fwrite(data, 1, len, c->deliveries[i].file);'
+    'for (size_t j = 0; j < len; j++) fputc(data[j] & 0x7f, c->deliveries[i].file);'
+)
 MORE_MUTANT_CUSTOMERS=(
     5.3-a2,5.3-a5,5.3-a6
     'answer_when_stored(server);' 'if (MUTANT && server->messages > 0) { answer(server, NULL, "250 lost");
@@ -9808,7 +9816,7 @@ mutants() {
     ODMR=$SCRATCH/mutant
     export ODMR_MUTANT=1
     for list in MUTANT_PROVIDERS MORE_MUTANT_PROVIDERS MUTANT_CUSTOMERS LAWFUL_STRANGER WITHOUT_BARE_ATRN \
-        MUTANTS_OF_MANY MUTANTS_OVER_TLS MORE_MUTANT_CUSTOMERS; do
+        MUTANTS_OF_MANY MUTANTS_OVER_TLS MORE_MUTANT_CUSTOMERS MUTANT_CUSTOMERS_OVER_TLS; do
         local -n words=$list
         ROWS_OF=() ids=1
         for word in "${words[@]}"; do
@@ -9834,6 +9842,7 @@ make_mutants() {
         "${MUTANT_PROVIDERS[@]}" -- "${MORE_MUTANT_PROVIDERS[@]}" -- "${MUTANT_CUSTOMERS[@]}" \
         -- "${LAWFUL_STRANGER[@]}" -- "${WITHOUT_BARE_ATRN[@]}" \
         -- "${MUTANTS_OF_MANY[@]}" -- "${MUTANTS_OVER_TLS[@]}" -- "${MORE_MUTANT_CUSTOMERS[@]}" \
+        -- "${MUTANT_CUSTOMERS_OVER_TLS[@]}" \
         < "$here/odmr.c" > "$SCRATCH/mutant.c" ||
         fail 'an edit that breaks odmr.c no longer fits it'
     ${CC:-cc} -std=gnu11 -O0 -w -I "$here" -o "$SCRATCH/mutant" "$SCRATCH/mutant.c" -lssl -lcrypto -pthread ||
@@ -9872,7 +9881,7 @@ mutant_provider() {
     kill -9 "$PROVIDER"
 }
 MUTANT_OPTIONS=() JUDGE_OPTIONS=()
-mutant_customer() { judged_customer "$1" --only "$2" --atrn-wait 3; }
+mutant_customer() { judged_customer "$1" --only "$2" --atrn-wait 3 "${JUDGE_OPTIONS[@]}"; }
 
 # not with: SANITIZE, OVER_TLS
 t_mutants_of_the_provider() {
@@ -9911,6 +9920,12 @@ t_mutants_of_the_customer() {
 # not with: SANITIZE, OVER_TLS
 t_mutants_of_the_customer_2() {
     caught customer MORE_MUTANT_CUSTOMERS
+}
+
+# not with: SANITIZE, OVER_TLS
+t_mutants_of_the_customer_over_tls() {
+    local TO_CUSTOMER='--ca "$ODMR_CA"' JUDGE_OPTIONS=(--starttls)
+    caught customer MUTANT_CUSTOMERS_OVER_TLS
 }
 
 # The judge is the standard, not our program: a provider that does otherwise wherever it may passes every row.
