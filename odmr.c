@@ -1747,13 +1747,16 @@ static void hello_command(struct smtp_server *server)
     }
 
     answer(server, "5.3-a", "250-%s", s->name);
-    answer(server, "RFC 2920", "250-PIPELINING");
-    answer(server, "RFC 1870", "250-SIZE");
-    answer(server, "RFC 6152", "250-8BITMIME");
-    answer(server, "RFC 6531", "250-SMTPUTF8");
-    answer(server, "RFC 3030", "250-CHUNKING");
-    answer(server, "RFC 9422", "250-LIMITS RCPTMAX=%d", RECIPIENTS_MAX);
-    answer(server, "RFC 2034", "250 ENHANCEDSTATUSCODES");
+    if (server->c->offer != OFFER_SIZE)
+        answer(server, "RFC 2920", "250-PIPELINING");
+    if (server->c->offer == OFFER_ALL) {
+        answer(server, "RFC 6152", "250-8BITMIME");
+        answer(server, "RFC 6531", "250-SMTPUTF8");
+        answer(server, "RFC 3030", "250-CHUNKING");
+        answer(server, "RFC 9422", "250-LIMITS RCPTMAX=%d", RECIPIENTS_MAX);
+        answer(server, "RFC 2034", "250-ENHANCEDSTATUSCODES");
+    }
+    answer(server, "RFC 1870", "250 SIZE"); /* all that section 6 of the RFC shows */
 }
 
 static void mail_command(struct smtp_server *server)
@@ -6257,6 +6260,10 @@ static const struct note other_replies[] = {
 /* Where the ladder goes: demo's to standard output. NULL: standard error. */
 static FILE *ladder_file;
 
+/* For the demo: draw no line before the reversed state; how often the customer waited before it. */
+static bool ladder_from_reversal;
+static unsigned long ladder_waits;
+
 static FILE *ladder_out(void)
 {
     return ladder_file ? ladder_file : stderr;
@@ -6366,7 +6373,7 @@ void trace_line(struct session *s, enum side who, const char *clause, const char
 {
     char plain[LOG_LINE], safe[LOG_LINE * 2];
     va_list args;
-    if (!s->trace)
+    if (!s->trace || (ladder_from_reversal && s->state != REVERSED))
         return;
     va_start(args, fmt);
     vsnprintf(plain, sizeof plain, fmt, args);
@@ -6386,9 +6393,11 @@ void enter_state(struct session *s, enum state state)
         [REVERSED] = "reversed state (RFC 2645, 5.3): the provider is now the client",
     };
     s->state = state;
-    if (s->trace == TRACE_LADDER)
+    if (ladder_file && s->trace && state == REVERSED)
+        ladder_waits = s->io.waits;
+    if (s->trace == TRACE_LADDER && (!ladder_from_reversal || state == REVERSED))
         ladder_state(s);
-    else if (s->trace)
+    else if (s->trace == TRACE_RFC)
         fprintf(stderr, "[%lu] -- %s\n", s->number, title[state]);
 }
 
@@ -7413,10 +7422,12 @@ int print_account(const char *name, const char *domains, bool scram)
 
 /* ==== 15. The demo ===================================================================================
  *
- * A provider and a customer, two threads of this process, over a real socket, with a queue made for the
- * occasion. The customer's side draws the ladder. */
+ * A provider, a customer and the line between them, threads of this process, over real sockets, with a queue
+ * made for the occasion. The customer's side draws the ladder. */
 
 #define DEMO_TIMEOUT 30
+#define DEMO_DELAY 20 /* ms, of the line in each direction */
+#define DEMO_DOMAINS "example.org,example.com"
 #define DEMO_UNKNOWN_MAILBOX "nobody@example.com"
 
 static const struct {
@@ -7450,9 +7461,16 @@ static void demo_fill(int queue)
     }
 }
 
+/* The provider's side of one session. */
+struct demo_provider {
+    struct provider *p;
+    unsigned long waits; /* of the sender: round trips of the line in the reversed state */
+};
+
 static void *demo_provider(void *argument)
 {
-    struct provider *p = argument;
+    struct demo_provider *side = argument;
+    struct provider *p = side->p;
     int fd = accept4(p->sockets[0], NULL, NULL, SOCK_CLOEXEC);
     struct session *s = fd < 0 ? NULL : session_new(fd, PROVIDER, p->timeout, p->name, TRACE_OFF);
     if (!s)
@@ -7461,6 +7479,7 @@ static void *demo_provider(void *argument)
     s->provider = p;
     s->tls_context = p->tls_context;
     provider_session(s);
+    side->waits = s->state == REVERSED ? s->io.waits : 0;
     accounts_release(s->accounts);
     free(s);
     return NULL;
@@ -7558,53 +7577,202 @@ static void demo_show_notice(const char *sendmail)
     FILE *file;
     snprintf(path, sizeof path, "%s.notice", sendmail);
     file = fopen(path, "re");
+    if (file)
+        printf("\nWhat bob@example.edu is told of the recipient that was refused:\n\n");
     while (file && fgets(line, sizeof line, file) && strncmp(line, "Content-Type: message", 21) != 0) {
         shown |= strncmp(line, "This is the mail relay", 22) == 0;
-        if (shown && strncmp(line, "--", 2) != 0)
+        if (shown && strncmp(line, "--", 2) != 0 && *line != '\n')
             printf("  %s", line);
     }
     if (file)
         fclose(file);
 }
 
-/* The session itself, between two looks at the queue. */
-static int demo_session(struct provider *p, struct customer *c)
+/* A line for each message. */
+static void demo_show(const char *title, int queue)
 {
+    struct backlog b;
+    backlog_read(&b, NULL, queue, DEMO_DOMAINS);
+    printf("%s%s\n", title, b.count > 0 ? "" : " nothing");
+    for (size_t i = 0; i < b.count; i++) {
+        struct message m;
+        if (message_open(&m, queue, b.list[i].path, O_RDONLY) == CLAIMED && message_read(&m) == CLAIMED) {
+            printf("  from <%s> to", m.sender);
+            for (size_t j = 0; j < m.recipients; j++)
+                printf("%s <%s>", j > 0 ? "," : "", m.list[j].address);
+            putchar('\n');
+        }
+        message_close(&m);
+    }
+    backlog_free(&b);
+}
+
+/* The line between the two delays what it carries. On a line without delay a reply can be there before the sender looks
+ * for it, and the round trips could not be counted. */
+struct demo_line {
+    const struct provider *p; /* listens at its first socket; the line at the second */
+    int to_customer, to_provider;
+};
+
+static void demo_carry(int from, int to)
+{
+    char data[4096];
+    ssize_t got;
+    while ((got = read(from, data, sizeof data)) > 0) {
+        poll(NULL, 0, DEMO_DELAY);
+        for (ssize_t n, gone = 0; gone < got; gone += n)
+            if ((n = write(to, data + gone, (size_t)(got - gone))) < 0)
+                break;
+    }
+    shutdown(to, SHUT_WR);
+}
+
+static void *demo_carry_commands(void *argument)
+{
+    struct demo_line *line = argument;
+    demo_carry(line->to_customer, line->to_provider);
+    return NULL;
+}
+
+static void *demo_line(void *argument)
+{
+    struct demo_line *line = argument;
     char where[96];
-    pthread_t thread;
+    pthread_t other;
     int code;
-    pthread_mutex_init(&p->lock, NULL);
-    listen_on(p, "127.0.0.1:0", false);
-    fcntl(p->sockets[0], F_SETFL, 0);
-    name_of_socket(p->sockets[0], where, sizeof where);
+    line->to_customer = accept4(line->p->sockets[1], NULL, NULL, SOCK_CLOEXEC);
+    if (line->to_customer < 0)
+        return NULL;
+    name_of_socket(line->p->sockets[0], where, sizeof where);
+    line->to_provider = connect_to(where, NULL, DEMO_TIMEOUT, &code);
+    if (line->to_provider >= 0 && pthread_create(&other, NULL, demo_carry_commands, line) == 0) {
+        demo_carry(line->to_provider, line->to_customer);
+        pthread_join(other, NULL);
+    }
+    close(line->to_customer);
+    if (line->to_provider >= 0)
+        close(line->to_provider);
+    return NULL;
+}
+
+/* One session, drawn. Returns the customer's exit code; *waits: the sender's. */
+static int demo_session(struct provider *p, struct customer *c, unsigned long *waits)
+{
+    struct demo_provider side = {p, 0};
+    struct demo_line line = {.p = p};
+    char where[96];
+    pthread_t provider_thread, line_thread;
+    int code;
+    for (int i = 0; i < 2; i++) {
+        listen_on(p, "127.0.0.1:0", false);
+        fcntl(p->sockets[i], F_SETFL, 0);
+    }
+    name_of_socket(p->sockets[1], where, sizeof where);
     c->provider = where;
-    printf("What the provider holds for its customer:\n\n");
-    show_queue(p->queue, NULL, 0, false, NULL);
     fflush(stdout);
-    if (pthread_create(&thread, NULL, demo_provider, p) != 0)
+    if (pthread_create(&provider_thread, NULL, demo_provider, &side) != 0 ||
+        pthread_create(&line_thread, NULL, demo_line, &line) != 0)
         die(EX_OSERR, "demo: cannot start a thread");
     code = customer_session(c);
-    shutdown(p->sockets[0], SHUT_RDWR); /* if the customer could not connect, accept4() ends now */
-    pthread_join(thread, NULL);
-    close(p->sockets[0]);
-    printf("\nWhat the customer has now:\n\n");
-    show_queue(c->queue, NULL, 0, true, NULL);
-    printf("\nWhat the provider holds:\n\n");
-    show_queue(p->queue, NULL, 0, false, NULL);
-    printf("\nWhat bob@example.edu is told of the recipient that was refused:\n\n");
-    demo_show_notice(p->sendmail);
+    shutdown(p->sockets[1], SHUT_RDWR); /* if the customer could not connect, accept4() ends now */
+    pthread_join(line_thread, NULL);
+    shutdown(p->sockets[0], SHUT_RDWR);
+    pthread_join(provider_thread, NULL);
+    for (int i = 0; i < 2; i++)
+        close(p->sockets[i]);
+    p->socket_count = 0;
+    *waits = side.waits;
     return code;
 }
 
-int demo(bool stepwise, bool tls, enum mechanism mechanism)
+/* The same mail, sent in each of the three ways that a customer's offer allows. */
+static const struct {
+    enum offer offer;
+    const char *title, *row;
+} demo_ways[] = {
+    {OFFER_SIZE, "The session of RFC 2645, section 6: one command, one reply", "one command, one reply"},
+    {OFFER_PIPELINING, "With PIPELINING (RFC 2920): commands leave together", "PIPELINING"},
+    {OFFER_ALL, "With CHUNKING too (RFC 3030): no message waits for a reply", "PIPELINING and CHUNKING"},
+};
+_Static_assert(sizeof demo_ways / sizeof *demo_ways == DEMO_WAYS, "one row a way");
+
+/* A provider with mail and its customer, each with an empty directory of its own; number is part of their names. */
+static void demo_begin(const struct demo *d, int number, struct provider *p, struct customer *c)
 {
-    int timeout = stepwise ? TIMEOUT_MAX : DEMO_TIMEOUT;
-    char path[64], sendmail[64];
-    struct provider p = {.name = "example.net", .login_timeout = timeout, .timeout = timeout, .wake_fd = -1,
-                         .sendmail = sendmail};
-    struct customer c = {.user = "example.org", .secret = "a secret", .name = "example.org", .timeout = timeout,
-                         .domains = "example.org,example.com", .trace = TRACE_LADDER, .mechanism = mechanism,
-                         .stepwise = stepwise, .quiet = true, .unknown_mailbox = DEMO_UNKNOWN_MAILBOX};
+    static char sendmail[64];
+    char path[64];
+    int timeout = d->stepwise ? TIMEOUT_MAX : DEMO_TIMEOUT;
+    *p = (struct provider){.name = "example.net", .login_timeout = timeout, .timeout = timeout, .wake_fd = -1,
+                           .sendmail = sendmail};
+    *c = (struct customer){.user = "example.org", .secret = "a secret", .name = "example.org", .timeout = timeout,
+                           .domains = DEMO_DOMAINS, .trace = TRACE_LADDER, .mechanism = d->mechanism,
+                           .stepwise = d->stepwise, .quiet = true, .unknown_mailbox = DEMO_UNKNOWN_MAILBOX};
+    pthread_mutex_init(&p->lock, NULL);
+    snprintf(path, sizeof path, "%s/queue%d", demo_dir, number);
+    p->queue = open_queue(path, true);
+    snprintf(path, sizeof path, "%s/mail%d", demo_dir, number);
+    c->queue = open_queue(path, true);
+    snprintf(sendmail, sizeof sendmail, "%s/sendmail%d", demo_dir, number);
+    demo_sendmail(sendmail);
+    demo_fill(p->queue);
+    p->accounts = demo_accounts();
+    if (d->tls)
+        demo_tls(p, c);
+}
+
+static void demo_end(struct provider *p, struct customer *c)
+{
+    accounts_release(p->accounts);
+    SSL_CTX_free(p->tls_context);
+    SSL_CTX_free(c->tls_context);
+    close(p->queue);
+    close(c->queue);
+}
+
+/* One way; the first that is shown is shown in full. */
+static int demo_way(const struct demo *d, int way, bool first, unsigned long *waits)
+{
+    struct provider p;
+    struct customer c;
+    int code;
+    demo_begin(d, way, &p, &c);
+    c.offer = demo_ways[way].offer;
+    ladder_from_reversal = !first;
+    printf("%s%s\n\n", first ? "" : "\n\n", demo_ways[way].title);
+    demo_show("What the provider holds for its customer:", p.queue);
+    if (!first)
+        printf("\nThe first two states are as above.\n");
+    code = demo_session(&p, &c, waits);
+    putchar('\n');
+    demo_show("What the provider holds now:", p.queue);
+    demo_show("What the customer has now:", c.queue);
+    printf("The customer waited %lu time%s before the roles turned, the sender %lu time%s after.\n", ladder_waits,
+           plural(ladder_waits), *waits, plural(*waits));
+    if (first)
+        demo_show_notice(p.sendmail);
+    demo_end(&p, &c);
+    return code;
+}
+
+/* Each of the ways that were asked for. */
+static int demo_each_way(const struct demo *d)
+{
+    unsigned long waits[DEMO_WAYS] = {0};
+    int code = EX_OK, shown = 0;
+    for (int way = 0; way < DEMO_WAYS && code == EX_OK; way++)
+        if (d->ways[way])
+            code = demo_way(d, way, shown++ == 0, &waits[way]);
+    if (shown > 1) {
+        printf("\nRound trips of the line for the same mail, after the roles turned:\n");
+        for (int way = 0; way < DEMO_WAYS; way++)
+            if (d->ways[way])
+                printf("  %-25s %3lu\n", demo_ways[way].row, waits[way]);
+    }
+    return code;
+}
+
+int demo(const struct demo *d)
+{
     int code;
     if (!mkdtemp(demo_dir))
         die(EX_CANTCREAT, "demo: cannot make a scratch directory in /tmp: %s", strerror(errno));
@@ -7612,21 +7780,8 @@ int demo(bool stepwise, bool tls, enum mechanism mechanism)
     if (signal(SIGHUP, demo_interrupted) == SIG_IGN)
         signal(SIGHUP, SIG_IGN); /* nohup */
     signal(SIGTERM, demo_interrupted);
-    snprintf(path, sizeof path, "%s/queue", demo_dir);
-    p.queue = open_queue(path, true);
-    snprintf(path, sizeof path, "%s/mail", demo_dir);
-    c.queue = open_queue(path, true);
-    snprintf(sendmail, sizeof sendmail, "%s/sendmail", demo_dir);
-    demo_sendmail(sendmail);
-    demo_fill(p.queue);
-    p.accounts = demo_accounts();
-    if (tls)
-        demo_tls(&p, &c);
     ladder_file = stdout;
-    code = demo_session(&p, &c);
-    accounts_release(p.accounts);
-    SSL_CTX_free(p.tls_context);
-    SSL_CTX_free(c.tls_context);
+    code = demo_each_way(d);
     demo_remove();
     return code;
 }
@@ -8108,20 +8263,24 @@ static int main_account(const struct command *command, int argc, char **argv)
 
 static int main_demo(const struct command *command, int argc, char **argv)
 {
-    static enum mechanism mechanism = CRAM_MD5; /* the RFC's own */
-    static bool stepwise, tls;
+    static struct demo d = {.mechanism = CRAM_MD5}; /* the RFC's own */
     static const struct choice options[] = {
-        {"step", 0, NULL, "wait for Return before each command", FLAG(stepwise)},
-        {"tls", 0, NULL, "with STARTTLS", FLAG(tls)},
+        {"plain", 0, NULL, "only the RFC's own session: one command, one reply", FLAG(d.ways[0])},
+        {"pipelining", 0, NULL, "only the session with PIPELINING", FLAG(d.ways[1])},
+        {"chunking", 0, NULL, "only the session with CHUNKING", FLAG(d.ways[2])},
+        {"step", 0, NULL, "wait for Return before each command", FLAG(d.stepwise)},
+        {"tls", 0, NULL, "with STARTTLS", FLAG(d.tls)},
         {"mechanism", 0, "NAME", "log in by this one; default CRAM-MD5, the RFC's own",
-         OTHER(take_mechanism, mechanism)},
+         OTHER(take_mechanism, d.mechanism)},
         {0},
     };
 
     take_options_only(command, options, argc, argv);
-    if (!tls && mechanism != CRAM_MD5 && mechanism != SCRAM)
-        die(EX_USAGE, "demo: --mechanism %s needs --tls", mechanism_name(mechanism));
-    return demo(stepwise, tls, mechanism);
+    if (!d.tls && d.mechanism != CRAM_MD5 && d.mechanism != SCRAM)
+        die(EX_USAGE, "demo: --mechanism %s needs --tls", mechanism_name(d.mechanism));
+    if (!d.ways[0] && !d.ways[1] && !d.ways[2])
+        d.ways[0] = d.ways[1] = d.ways[2] = true;
+    return demo(&d);
 }
 
 static const struct command commands[] = {
@@ -8136,7 +8295,7 @@ static const struct command commands[] = {
      "Exit: 0; 75 something cannot be read.\n"},
     {"account", "[--scram] NAME DOMAIN[,DOMAIN...]", "print a line for the accounts file", main_account,
      "\nAsks for the secret, or reads it from standard input. Names and secrets are UTF-8, taken as they are.\n"},
-    {"demo", "[options]", "a whole session on this machine, explained", main_demo, ""},
+    {"demo", "[options]", "whole sessions on this machine, explained", main_demo, ""},
     {0},
 };
 

@@ -108,6 +108,9 @@ enum trace { TRACE_OFF, TRACE_RFC, TRACE_LADDER };
 /* The mechanisms of AUTH (5.1.2-a, 5.1.2-d). */
 enum mechanism { NO_MECHANISM, CRAM_MD5, SCRAM, SCRAM_PLUS, EXTERNAL, PLAIN, MECHANISMS };
 
+/* The extensions that the customer's response to EHLO names. */
+enum offer { OFFER_ALL, OFFER_PIPELINING, OFFER_SIZE }; /* OFFER_PIPELINING: SIZE too */
+
 /* A connected socket with buffers. Owned by one thread. */
 struct stream {
     int fd;
@@ -306,6 +309,7 @@ struct customer {
     bool tls, require_tls, insecure, quiet;
     bool stepwise;        /* the demo's: wait for Return */
     const char *unknown_mailbox; /* the demo's: RCPT for it is refused; NULL: none */
+    enum offer offer;     /* the demo's: fewer extensions */
     enum mechanism mechanism; /* this one only; NO_MECHANISM: the strongest */
     SSL_CTX *tls_context;
     int queue;
@@ -726,7 +730,16 @@ int print_account(const char *name, const char *domains, bool scram);
 
 /* 15. The demo */
 
-/* A session with itself, explained on standard output; an exit code. */
-int demo(bool stepwise, bool tls, enum mechanism mechanism);
+#define DEMO_WAYS 3 /* to send the same mail */
+
+/* What is shown, and how. */
+struct demo {
+    bool ways[DEMO_WAYS]; /* plain, with PIPELINING, with CHUNKING */
+    bool stepwise, tls;
+    enum mechanism mechanism;
+};
+
+/* Sessions of this program with itself, explained on standard output; an exit code. */
+int demo(const struct demo *d);
 
 #endif
