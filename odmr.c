@@ -7444,14 +7444,14 @@ static const struct {
      "A notice: its reverse-path is <>, and POP3 would have lost that.\n"},
 };
 
-static void demo_fill(int queue)
+static void demo_fill(int queue, bool with_unknown)
 {
     for (size_t i = 0; i < sizeof demo_mail / sizeof *demo_mail; i++) {
         struct delivery d;
         bool done = delivery_open(&d, queue, mailbox_domain(demo_mail[i].recipient));
         if (done) {
             fprintf(d.file, "Return-Path: <%s>\nDelivered-To: %s\n", demo_mail[i].sender, demo_mail[i].recipient);
-            if (demo_mail[i].other)
+            if (demo_mail[i].other && with_unknown)
                 fprintf(d.file, "Delivered-To: %s\n", demo_mail[i].other);
             fputs(demo_mail[i].content, d.file);
             done = deliveries_store(&d, 1);
@@ -7578,7 +7578,7 @@ static void demo_show_notice(const char *sendmail)
     snprintf(path, sizeof path, "%s.notice", sendmail);
     file = fopen(path, "re");
     if (file)
-        printf("\nWhat bob@example.edu is told of the recipient that was refused:\n\n");
+        printf("What bob@example.edu is told of the recipient that was refused:\n\n");
     while (file && fgets(line, sizeof line, file) && strncmp(line, "Content-Type: message", 21) != 0) {
         shown |= strncmp(line, "This is the mail relay", 22) == 0;
         if (shown && strncmp(line, "--", 2) != 0 && *line != '\n')
@@ -7611,26 +7611,64 @@ static void demo_show(const char *title, int queue)
  * for it, and the round trips could not be counted. */
 struct demo_line {
     const struct provider *p; /* listens at its first socket; the line at the second */
+    enum demo_fault fault;    /* of the line: FAIL_CUT and FAIL_LOST_REPLY, in the second message */
     int to_customer, to_provider;
+    bool content;             /* the provider sends the octets of a message */
+    int messages;             /* of which DATA was seen */
+    atomic_bool reply_is_lost; /* the next one */
 };
 
-static void demo_carry(int from, int to)
+static bool demo_ends_with(const char *data, size_t len, const char *end)
+{
+    return len >= strlen(end) && memcmp(data + len - strlen(end), end, strlen(end)) == 0;
+}
+
+/* Looks at what the provider sends. True: the line is cut after the first *len octets of it. Each command waits for its
+ * reply, so a command or a content ends where the octets end. */
+static bool demo_line_cut(struct demo_line *line, const char *data, size_t *len)
+{
+    if (line->content && line->fault == FAIL_CUT && line->messages == 2) {
+        *len /= 2;
+        return true;
+    }
+    if (line->content && demo_ends_with(data, *len, "\r\n.\r\n")) {
+        line->content = false;
+        atomic_store(&line->reply_is_lost, line->fault == FAIL_LOST_REPLY && line->messages == 2);
+    } else if (demo_ends_with(data, *len, "DATA\r\n")) {
+        line->content = true;
+        line->messages++;
+    }
+    return false;
+}
+
+static void demo_carry(struct demo_line *line, int from, int to)
 {
     char data[4096];
     ssize_t got;
-    while ((got = read(from, data, sizeof data)) > 0) {
+    bool cut = false;
+    while (!cut && (got = read(from, data, sizeof data)) > 0) {
+        size_t len = (size_t)got;
+        if (from == line->to_provider)
+            cut = demo_line_cut(line, data, &len);
+        else if ((cut = atomic_load(&line->reply_is_lost)))
+            len = 0;
         poll(NULL, 0, DEMO_DELAY);
-        for (ssize_t n, gone = 0; gone < got; gone += n)
-            if ((n = write(to, data + gone, (size_t)(got - gone))) < 0)
+        for (size_t gone = 0; gone < len;) {
+            ssize_t n = write(to, data + gone, len - gone);
+            if (n < 0)
                 break;
+            gone += (size_t)n;
+        }
     }
-    shutdown(to, SHUT_WR);
+    shutdown(to, cut ? SHUT_RDWR : SHUT_WR);
+    if (cut)
+        shutdown(from, SHUT_RDWR);
 }
 
 static void *demo_carry_commands(void *argument)
 {
     struct demo_line *line = argument;
-    demo_carry(line->to_customer, line->to_provider);
+    demo_carry(line, line->to_customer, line->to_provider);
     return NULL;
 }
 
@@ -7646,7 +7684,7 @@ static void *demo_line(void *argument)
     name_of_socket(line->p->sockets[0], where, sizeof where);
     line->to_provider = connect_to(where, NULL, DEMO_TIMEOUT, &code);
     if (line->to_provider >= 0 && pthread_create(&other, NULL, demo_carry_commands, line) == 0) {
-        demo_carry(line->to_provider, line->to_customer);
+        demo_carry(line, line->to_provider, line->to_customer);
         pthread_join(other, NULL);
     }
     close(line->to_customer);
@@ -7656,10 +7694,10 @@ static void *demo_line(void *argument)
 }
 
 /* One session, drawn. Returns the customer's exit code; *waits: the sender's. */
-static int demo_session(struct provider *p, struct customer *c, unsigned long *waits)
+static int demo_session(struct provider *p, struct customer *c, enum demo_fault fault, unsigned long *waits)
 {
     struct demo_provider side = {p, 0};
-    struct demo_line line = {.p = p};
+    struct demo_line line = {.p = p, .fault = fault};
     char where[96];
     pthread_t provider_thread, line_thread;
     int code;
@@ -7714,7 +7752,7 @@ static void demo_begin(const struct demo *d, int number, struct provider *p, str
     c->queue = open_queue(path, true);
     snprintf(sendmail, sizeof sendmail, "%s/sendmail%d", demo_dir, number);
     demo_sendmail(sendmail);
-    demo_fill(p->queue);
+    demo_fill(p->queue, d->fault == NO_FAULT);
     p->accounts = demo_accounts();
     if (d->tls)
         demo_tls(p, c);
@@ -7742,14 +7780,16 @@ static int demo_way(const struct demo *d, int way, bool first, unsigned long *wa
     demo_show("What the provider holds for its customer:", p.queue);
     if (!first)
         printf("\nThe first two states are as above.\n");
-    code = demo_session(&p, &c, waits);
+    code = demo_session(&p, &c, NO_FAULT, waits);
     putchar('\n');
     demo_show("What the provider holds now:", p.queue);
     demo_show("What the customer has now:", c.queue);
     printf("The customer waited %lu time%s before the roles turned, the sender %lu time%s after.\n", ladder_waits,
            plural(ladder_waits), *waits, plural(*waits));
-    if (first)
+    if (first) {
+        putchar('\n');
         demo_show_notice(p.sendmail);
+    }
     demo_end(&p, &c);
     return code;
 }
@@ -7771,6 +7811,95 @@ static int demo_each_way(const struct demo *d)
     return code;
 }
 
+/* ---- The demo: sessions that fail ---- */
+
+/* A row a fault: its name for --fail, what happens, the customer's exit code, and what that means. */
+static const struct demo_failure {
+    const char *name, *title, *meaning;
+    int code;
+    bool from_start; /* the ladder shows the first two states, too */
+} demo_failures[] = {
+    [FAIL_CUT] = {"cut", "The line is cut in the middle of the second message",
+                  "The provider has no reply to the end of that message, so it keeps the message.\n"
+                  "The customer throws away the part that it has.", EX_TEMPFAIL, false},
+    [FAIL_REFUSE] = {"refuse", "The customer refuses a recipient for good, with 550",
+                     "A 5xx reply is final: the message leaves the queue once its sender was told.\n", EX_OK, false},
+    [FAIL_LATER] = {"later", "The customer cannot store a message now: a file is where example.com belongs",
+                    "A 4xx reply defers the message: it stays queued, and the others are sent.", EX_CANTCREAT, false},
+    [FAIL_LOST_REPLY] = {"lost-reply", "The line is cut when the customer has said that it stored the second message",
+                         "The provider cannot know that the customer has it, so it sends it again.\n"
+                         "It arrives twice: that is the price of never losing a message.", EX_TEMPFAIL, false},
+    [FAIL_FOREIGN] = {"foreign", "ATRN names a domain that is not the account's, example.edu",
+                      "One domain without access rejects the whole command (5.2.1-e).", EX_TEMPFAIL, true},
+    [FAIL_LOCKED] = {"locked", "Another session of this account has claimed all the mail",
+                     "Mail waits, but another session sends it. The customer tries again later.", EX_TEMPFAIL, true},
+};
+
+enum demo_fault demo_fault_named(const char *name)
+{
+    for (int i = FAIL_CUT; i < (int)(sizeof demo_failures / sizeof *demo_failures); i++)
+        if (strcmp(demo_failures[i].name, name) == 0)
+            return (enum demo_fault)i;
+    return NO_FAULT;
+}
+
+/* FAIL_LOCKED: claims all messages, as another session does. */
+static void demo_claim_all(int queue, struct message *list, size_t room)
+{
+    struct backlog b;
+    backlog_read(&b, NULL, queue, DEMO_DOMAINS);
+    for (size_t i = 0; i < b.count && i < room; i++)
+        message_claim(&list[i], queue, b.list[i].path);
+    backlog_free(&b);
+}
+
+/* The session with its fault, and the next one without it. */
+static int demo_failing(const struct demo *d)
+{
+    const struct demo_failure *failure = &demo_failures[d->fault];
+    struct message claimed[sizeof demo_mail / sizeof *demo_mail] = {0};
+    size_t count = sizeof claimed / sizeof *claimed;
+    struct provider p;
+    struct customer c;
+    unsigned long waits;
+    int code, file = -1;
+    demo_begin(d, 0, &p, &c);
+    c.offer = OFFER_SIZE;
+    c.unknown_mailbox = d->fault == FAIL_REFUSE ? "office@example.com" : NULL;
+    if (d->fault == FAIL_FOREIGN)
+        c.domains = "example.org,example.edu";
+    if (d->fault == FAIL_LATER && (file = openat(c.queue, "example.com", O_CREAT | O_CLOEXEC, 0600)) < 0)
+        die(EX_CANTCREAT, "demo: cannot write into the scratch directory: %s", strerror(errno));
+    if (d->fault == FAIL_LOCKED)
+        demo_claim_all(p.queue, claimed, count);
+
+    printf("%s\n\n", failure->title);
+    demo_show("What the provider holds for its customer:", p.queue);
+    ladder_from_reversal = !failure->from_start;
+    code = demo_session(&p, &c, d->fault, &waits);
+    if (file >= 0 && close(file) == 0)
+        unlinkat(c.queue, "example.com", 0);
+    printf("\nThe customer's exit code: %d\n", code);
+    demo_show("What the provider holds now:", p.queue);
+    demo_show("What the customer has now:", c.queue);
+    printf("\n%s\n", failure->meaning);
+    demo_show_notice(p.sendmail);
+
+    if (d->fault == FAIL_LOCKED)
+        for (size_t i = 0; i < count; i++)
+            message_close(&claimed[i]);
+    c.domains = DEMO_DOMAINS;
+    c.trace = TRACE_OFF;
+    if (d->fault != FAIL_REFUSE) {
+        demo_session(&p, &c, NO_FAULT, &waits);
+        printf("\nAfter the next session, without the fault:\n");
+        demo_show("What the provider holds then:", p.queue);
+        demo_show("What the customer has then:", c.queue);
+    }
+    demo_end(&p, &c);
+    return code == failure->code ? EX_OK : EX_SOFTWARE;
+}
+
 int demo(const struct demo *d)
 {
     int code;
@@ -7781,7 +7910,8 @@ int demo(const struct demo *d)
         signal(SIGHUP, SIG_IGN); /* nohup */
     signal(SIGTERM, demo_interrupted);
     ladder_file = stdout;
-    code = demo_each_way(d);
+    setvbuf(stdout, NULL, _IOLBF, 0); /* in order with the log on standard error */
+    code = d->fault ? demo_failing(d) : demo_each_way(d);
     demo_remove();
     return code;
 }
@@ -7923,6 +8053,14 @@ static void take_trace(const struct choice *o, const char *value)
     if (value && strcmp(value, "ladder") != 0)
         die(EX_USAGE, "--trace=%s: there is --trace, and --trace=ladder", value);
     *(enum trace *)o->where = value ? TRACE_LADDER : TRACE_RFC;
+}
+
+static void take_demo_fault(const struct choice *o, const char *value)
+{
+    enum demo_fault fault = demo_fault_named(value);
+    if (!fault)
+        die(EX_USAGE, "--fail %s: not cut, refuse, later, lost-reply, foreign or locked", value);
+    *(enum demo_fault *)o->where = fault;
 }
 
 static void take_mechanism(const struct choice *o, const char *value)
@@ -8268,6 +8406,9 @@ static int main_demo(const struct command *command, int argc, char **argv)
         {"plain", 0, NULL, "only the RFC's own session: one command, one reply", FLAG(d.ways[0])},
         {"pipelining", 0, NULL, "only the session with PIPELINING", FLAG(d.ways[1])},
         {"chunking", 0, NULL, "only the session with CHUNKING", FLAG(d.ways[2])},
+        {"fail", 0, "HOW", "a session that fails, and the queue before and after; HOW is\n"
+                           "cut, refuse, later, lost-reply, foreign or locked",
+         OTHER(take_demo_fault, d.fault)},
         {"step", 0, NULL, "wait for Return before each command", FLAG(d.stepwise)},
         {"tls", 0, NULL, "with STARTTLS", FLAG(d.tls)},
         {"mechanism", 0, "NAME", "log in by this one; default CRAM-MD5, the RFC's own",
@@ -8278,6 +8419,8 @@ static int main_demo(const struct command *command, int argc, char **argv)
     take_options_only(command, options, argc, argv);
     if (!d.tls && d.mechanism != CRAM_MD5 && d.mechanism != SCRAM)
         die(EX_USAGE, "demo: --mechanism %s needs --tls", mechanism_name(d.mechanism));
+    if (d.fault && (d.tls || d.ways[0] || d.ways[1] || d.ways[2]))
+        die(EX_USAGE, "demo: --fail goes with no other option than --step and --mechanism");
     if (!d.ways[0] && !d.ways[1] && !d.ways[2])
         d.ways[0] = d.ways[1] = d.ways[2] = true;
     return demo(&d);

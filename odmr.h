@@ -732,11 +732,18 @@ int print_account(const char *name, const char *domains, bool scram);
 
 #define DEMO_WAYS 3 /* to send the same mail */
 
+/* What makes a session fail. */
+enum demo_fault { NO_FAULT, FAIL_CUT, FAIL_REFUSE, FAIL_LATER, FAIL_LOST_REPLY, FAIL_FOREIGN, FAIL_LOCKED };
+
+/* NO_FAULT: there is none of that name. */
+enum demo_fault demo_fault_named(const char *name);
+
 /* What is shown, and how. */
 struct demo {
     bool ways[DEMO_WAYS]; /* plain, with PIPELINING, with CHUNKING */
     bool stepwise, tls;
     enum mechanism mechanism;
+    enum demo_fault fault;
 };
 
 /* Sessions of this program with itself, explained on standard output; an exit code. */

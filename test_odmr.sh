@@ -4653,6 +4653,59 @@ t_demo() {
     run 64 "$ODMR" demo --mechanism ROT13
 }
 
+# One way: only that session, from its beginning. The first is section 6's, line by line.
+t_demo_one_way() {
+    local way verb verbs
+    for way in plain pipelining chunking; do
+        run 0 "$ODMR" demo "--$way"
+        at_80 "$T/out"
+        equal "$(grep -c '^    | \(INITIAL\|.*AUTHENTICATED\|.*REVERSED\) |' "$T/out")" 3
+        hasnt "$T/out" '^\[2\]\|^Round trips'
+        verbs='250-CHUNKING BDAT'
+        [ "$way" = chunking ] || verbs=DATA
+        [ "$way" = pipelining ] && verbs='250-PIPELINING DATA'
+        for verb in $verbs; do has "$T/out" "^\\[1\\] |.* $verb "; done
+        [ "$way" = chunking ] || hasnt "$T/out" 'CHUNKING -\|BDAT'
+    done
+    run 0 "$ODMR" demo --plain
+    hasnt "$T/out" 'PIPELINING'
+    # never two commands, nor two replies, one after the other; a multi-line reply and a content count as one
+    sed -n '/REVERSED/,$p' "$T/out" | grep '^\[1\]' | grep -v '|- [0-9]*-\| \.\.\. .* of message \.\.\. \|^.....- 220' |
+        sed 's/^\[1\] |\(.\).*/\1/' | uniq -d > "$T/twice"
+    equal "$(cat "$T/twice")" ''
+}
+
+# Sessions that fail: what the provider holds, and the customer has, after the failure and after the next session.
+t_demo_that_fails() {
+    local how held has later reply
+    while read -r how held has later reply; do
+        run 0 "$ODMR" demo --fail="$how"
+        at_80 "$T/out"
+        grep -v '^odmr: \[1\] ' "$T/err" > "$T/unexpected"
+        equal "$(cat "$T/unexpected")" '' "standard error of $how"
+        has "$T/out" "^\\[1\\] |.* $reply"
+        equal "$(sed -n '/^What the provider holds for/,/^$/p' "$T/out" | grep -c '^  from')" 3 "queued before $how"
+        equal "$(sed -n '/^What the provider holds now/,/^What the customer/p' "$T/out" | grep -c '^  from')" "$held" \
+            "queued after $how"
+        equal "$(sed -n '/^What the customer has now/,/^$/p' "$T/out" | grep -c '^  from')" "$has" "stored after $how"
+        equal "$(sed -n '/^What the customer has then/,$p' "$T/out" | grep -c '^  from')" "$later" "stored then: $how"
+        [ "$how" = refuse ] || has "$T/out" '^What the provider holds then: nothing$'
+    done << 'END'
+cut 2 1 3 354
+refuse 0 2 0 550 5.1.1
+later 1 2 3 452 4.3.1
+lost-reply 2 2 4 250 2.0.0 OK, message stored
+foreign 3 0 3 450 ATRN request refused
+locked 3 0 3 451 Unable to process
+END
+    run 0 "$ODMR" demo --fail refuse
+    has "$T/out" '^    <office@example.com>$'
+    run 0 "$ODMR" demo --fail refuse --mechanism SCRAM-SHA-256
+    run 64 "$ODMR" demo --fail=badly
+    run 64 "$ODMR" demo --fail=cut --tls
+    run 64 "$ODMR" demo --fail=cut --plain
+}
+
 # The demo runs with TLS and each mechanism.
 t_demo_with_tls_and_each_mechanism() {
     local mechanism
