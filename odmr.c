@@ -6075,7 +6075,9 @@ int connect_to(const char *where, const char *default_port, int timeout, int *co
 
 #define PROGRESS_WIDTH 60
 #define PROGRESS_MS 200          /* between two lines of progress */
-#define LADDER_TEXT 40           /* columns; with the margins 80 */
+#define LADDER_LEAST 60          /* columns: narrower terminals have lines that wrap */
+#define LADDER_MOST 140
+#define LADDER_MARGINS 40        /* what is not an arrow's text */
 
 void escape(char *out, size_t size, const char *text)
 {
@@ -6186,7 +6188,8 @@ const char *plural(uint64_t count)
 /* ---- The ladder: the same dialogue as a picture ----
  *
  * The customer on the left, the provider on the right, an arrow for each line; at the margin the clause that
- * asks for it, and why in a few words. The function that sends or reads a line tells the clause. */
+ * asks for it, and why in a few words. The function that sends or reads a line tells the clause. A line below an arrow
+ * shows what its base64 says. With PIPELINING a number joins a reply to its command. */
 
 /* A row a requirement, and more where its lines differ. reply 0: a command; 2, 4, 5: any reply of that kind. If starts
  * is given, the line must begin so, a reply's behind its code. The first row that fits is taken. */
@@ -6278,20 +6281,34 @@ static const char *colour(const char *code)
     return atomic_load(&wanted) ? code : "";
 }
 
-/* --step: goes on at Return. */
-static void wait_for_return(struct session *s)
+/* As wide as the terminal, so that no line wraps. */
+static int ladder_width(void)
 {
-    int c;
-    if (!s->stepwise)
+    struct winsize size = {0};
+    const char *columns = getenv("COLUMNS");
+    int width = ioctl(fileno(ladder_out()), TIOCGWINSZ, &size) == 0 ? size.ws_col : 0;
+    if (width == 0 && columns)
+        width = (int)strtol(columns, NULL, 10);
+    if (width <= 0)
+        width = 80;
+    return width < LADDER_LEAST ? LADDER_LEAST : width > LADDER_MOST ? LADDER_MOST : width;
+}
+
+/* Once in the life of the program. */
+static void ladder_legend(void)
+{
+    static atomic_bool shown;
+    if (!atomic_exchange(&shown, true))
+        fputs("\n    An id like 5.2.1-g: see RFC2645.txt.\n", ladder_out());
+}
+
+static void ladder_mark_tls(struct session *s)
+{
+    if (!s->io.tls || s->tls_drawn)
         return;
-    fputs("    (Return) ", ladder_out());
-    fflush(ladder_out());
-    do
-        c = getchar();
-    while (c != '\n' && c != EOF);
-    s->stepwise = c != EOF;
-    if (!isatty(STDIN_FILENO))
-        fputc('\n', ladder_out());
+    s->tls_drawn = true;
+    fprintf(ladder_out(), "    %s==== TLS: from here on all is encrypted (%s) ====%s\n", colour("\033[1m"),
+            SSL_get_version(s->io.tls), colour("\033[0m"));
 }
 
 /* Is it the clause told, or in the section told? A reply may fall under one of several: "5.3-c,4-e". */
@@ -6319,35 +6336,148 @@ static const struct note *find_note(const struct note *n, const char *told, int 
     return NULL;
 }
 
+/* --step: tells what comes next, and goes on at Return. */
+static void wait_for_return(struct session *s, enum side who, const char *text, const char *words)
+{
+    FILE *out = ladder_out();
+    int c, first, verb = (int)strcspn(text, " ");
+    if (*text == '.' || verb > 8) /* a message, its end, or base64 */
+        verb = 0;
+    while (s->stepwise) {
+        fprintf(out, "    Next, the %s: %.*s%s%s. (Return, q, ?) ", who == PROVIDER ? "provider" : "customer", verb,
+                text, verb > 0 && *words ? ", " : "", words);
+        fflush(out);
+        first = c = getchar();
+        while (c != '\n' && c != EOF)
+            c = getchar();
+        s->stepwise = c != EOF;
+        if (!isatty(STDIN_FILENO))
+            fputc('\n', out);
+        fflush(out);
+        if (first == 'q')
+            raise(SIGTERM); /* which tidies up */
+        if (first != '?')
+            return;
+        fputs("    Return: the next command. q: quit. ?: this help.\n", out);
+    }
+}
+
+/* The number of the command that this line is, or that it answers; replies come in the order of the commands. 0: none.
+ * EHLO is the first, and has none, because PIPELINING is not known yet. */
+static int ladder_number(struct session *s, bool command, const char *text)
+{
+    bool final = !command && isdigit((unsigned char)*text) && strlen(text) >= 3 && text[3] != '-';
+    unsigned number;
+    if (s->state != REVERSED)
+        return 0;
+    if (!command && strncmp(text, "250-PIPELINING", 14) == 0)
+        s->numbered = true;
+    if (command && strncmp(text, "...", 3) == 0) /* the octets of a message */
+        return 0;
+    if (command)
+        s->commands_drawn++;
+    else if (s->replies_drawn < s->commands_drawn)
+        s->replies_drawn += final;
+    else
+        final = false; /* the greeting */
+    number = command ? s->commands_drawn : s->replies_drawn;
+    return s->numbered && (command || final) && number > 1 ? (int)(number % 1000) : 0;
+}
+
+/* What an exchange of AUTH says, by its form. Of the customer only what is known to hold no secret is shown: *shown
+ * octets. */
+static const char *sasl_message_name(enum side who, const char *text, bool external, size_t *shown)
+{
+    const char *proof = strstr(text, ",p="), *digest = strrchr(text, ' ');
+    bool keyed = digest && strlen(digest) == 33 && strspn(digest + 1, "0123456789abcdef") == 32;
+    *shown = strlen(text);
+    if (who == PROVIDER)
+        return strncmp(text, "r=", 2) == 0   ? "server-first-message"
+               : strncmp(text, "v=", 2) == 0 ? "server-final-message"
+                                             : "challenge";
+    if (external)
+        return "name";
+    if (strchr("nyp", *text) && strstr(text, ",n=") && strstr(text, ",r="))
+        return "client-first-message";
+    if (strncmp(text, "c=", 2) == 0 && proof) {
+        *shown = (size_t)(proof - text) + 3;
+        return "client-final-message";
+    }
+    *shown = keyed ? (size_t)(digest - text) + 1 : 0;
+    return "response";
+}
+
+/* Below the arrow of a challenge or a response: what its base64 says, on as many lines as it needs. */
+static void ladder_decode(const struct session *s, enum side who, const char *clause, const char *text, int width)
+{
+    char plain[LOG_LINE], safe[LOG_LINE * 4], line[sizeof safe + 64];
+    const char *encoded = NULL, *name;
+    size_t shown, len, part = (size_t)width - 9;
+    ssize_t got;
+    bool external = false;
+    if (who == PROVIDER && strncmp(text, "334 ", 4) == 0) {
+        encoded = text + 4;
+    } else if (who == CUSTOMER && strncasecmp(text, "AUTH ", 5) == 0) {
+        encoded = strchr(text + 5, ' ');
+        encoded += encoded != NULL;
+        external = strncasecmp(text, "AUTH EXTERNAL ", 14) == 0;
+    } else if (who == CUSTOMER && clause && strcmp(clause, "5.1.2-a") == 0) {
+        encoded = text;
+    }
+    got = encoded ? base64_decode(plain, sizeof plain, encoded) : -1;
+    if (got <= 0 || s->state != INITIAL)
+        return;
+    plain[(size_t)got < sizeof plain ? (size_t)got : sizeof plain - 1] = '\0';
+    name = sasl_message_name(who, plain, external, &shown);
+    len = strlen(plain);
+    plain[shown] = '\0';
+    escape(safe, sizeof safe, plain);
+    snprintf(line, sizeof line, "= %s: %s%s", name, safe, shown < len ? "(not shown)" : "");
+    for (const char *at = line; *at; at += strnlen(at, part))
+        fprintf(ladder_out(), "      %s%.*s\n", at == line ? "" : "  ", (int)part, at);
+}
+
 static void ladder_line(struct session *s, enum side who, const char *clause, const char *text)
 {
-    static const char dashes[] = "------------------------------------------------";
+    static const char dashes[] = "--------------------------------------------------------------------------------"
+                                 "----------------------------------------";
     bool reversed = s->state == REVERSED, command = who == (reversed ? PROVIDER : CUSTOMER);
-    int reply = command ? 0 : atoi(text);
+    int reply = command ? 0 : atoi(text), width = ladder_width(), len = (int)strlen(text);
     const struct note *note = clause || command ? find_note(notes[reversed], clause, reply, text) : NULL;
-    int number = snprintf(NULL, 0, "%lu", s->number), room = LADDER_TEXT + 1 - number, len = (int)strlen(text);
-    const char *dots = len > room ? "..." : "", *end = colour("\033[0m");
-    len = len > room ? room - 3 : len;
-    room -= len + (int)strlen(dots);
+    int room = width - LADDER_MARGINS + 1 - snprintf(NULL, 0, "%lu", s->number), number;
+    const char *dots, *end = colour("\033[0m");
+    char join[16] = "";
     if (!note)
         note = find_note(other_replies, "", reply, text);
     if (command)
-        wait_for_return(s);
+        wait_for_return(s, who, text, note ? note->words : "");
+    number = ladder_number(s, command, text);
+    if (number > 0)
+        room -= snprintf(join, sizeof join, "%d", number);
+    dots = len > room ? "..." : "";
+    len = len > room ? room - 3 : len;
+    room -= len + (int)strlen(dots);
+
     flockfile(ladder_out());
+    ladder_legend();
+    ladder_mark_tls(s);
+    if (command && number == 2 && s->commands_drawn == 2)
+        fputs("    A number joins a reply to its command.\n", ladder_out());
     fprintf(ladder_out(), "[%lu] |%s", s->number, colour(who == PROVIDER ? "\033[34m" : "\033[32m"));
     if (who == CUSTOMER)
-        fprintf(ladder_out(), "- %.*s%s %.*s>", len, text, dots, room + 1, dashes);
+        fprintf(ladder_out(), "- %.*s%s %.*s%s>", len, text, dots, room + 1, dashes, join);
     else
-        fprintf(ladder_out(), "<%.*s %.*s%s -", room + 1, dashes, len, text, dots);
+        fprintf(ladder_out(), "<%s%.*s %.*s%s -", join, room + 1, dashes, len, text, dots);
     fprintf(ladder_out(), "%s|", end);
     if (note)
         fprintf(ladder_out(), " %s%-8s%s %s", colour("\033[1m"), note->clause, end, note->words);
     fputc('\n', ladder_out());
+    ladder_decode(s, who, clause, text, width);
     funlockfile(ladder_out());
 }
 
 /* The RFC's three states, the current one in capitals. */
-static void ladder_state(const struct session *s)
+static void ladder_state(struct session *s)
 {
     static const char *const small[] = {"initial", "authenticated", "reversed"};
     static const char *const capital[] = {"INITIAL", "AUTHENTICATED", "REVERSED"};
@@ -6355,16 +6485,19 @@ static void ladder_state(const struct session *s)
     static const char *const heavy[] = {"+=========+", "+===============+", "+==========+"};
     const char *name[3], *frame[3];
     FILE *out = ladder_out();
+    int width = ladder_width();
     for (int i = 0; i < 3; i++) {
         name[i] = i == (int)s->state ? capital[i] : small[i];
         frame[i] = i == (int)s->state ? heavy[i] : box[i];
     }
     flockfile(out);
+    ladder_legend();
     fprintf(out, "\n%s    %s AUTH %s ATRN %s\n", colour("\033[1m"), frame[0], frame[1], frame[2]);
-    fprintf(out, "    | %s |----->| %s |----->| %s |   QUIT ends each (5-a)\n", name[0], name[1], name[2]);
+    fprintf(out, "    | %s |----->| %s |----->| %s |%s\n", name[0], name[1], name[2],
+            width < 80 ? "" : "   QUIT ends each (5-a)");
     fprintf(out, "    %s      %s      %s\n%s\n", frame[0], frame[1], frame[2], colour("\033[0m"));
-    fprintf(out, "    customer: %-10s%*s\n", s->state == REVERSED ? "now server" : "client", LADDER_TEXT - 13,
-            s->state == REVERSED ? "provider: now client" : "provider: server");
+    fprintf(out, "    customer: %-10s %*s\n", s->state == REVERSED ? "now server" : "client",
+            width - LADDER_MARGINS - 14, s->state == REVERSED ? "provider: now client" : "provider: server");
     funlockfile(out);
 }
 
@@ -8409,7 +8542,7 @@ static int main_demo(const struct command *command, int argc, char **argv)
         {"fail", 0, "HOW", "a session that fails, and the queue before and after; HOW is\n"
                            "cut, refuse, later, lost-reply, foreign or locked",
          OTHER(take_demo_fault, d.fault)},
-        {"step", 0, NULL, "wait for Return before each command", FLAG(d.stepwise)},
+        {"step", 0, NULL, "before each command tell it, and wait for Return, or q to quit", FLAG(d.stepwise)},
         {"tls", 0, NULL, "with STARTTLS", FLAG(d.tls)},
         {"mechanism", 0, "NAME", "log in by this one; default CRAM-MD5, the RFC's own",
          OTHER(take_mechanism, d.mechanism)},

@@ -329,6 +329,9 @@ struct session {
     char peer_name[DOMAIN_MAX + 1]; /* what it called itself */
     bool protocol_broken; /* nothing that the peer says is believed any more */
     bool stepwise;        /* the ladder waits for Return before each command */
+    bool tls_drawn;       /* the ladder has marked where TLS begins */
+    bool numbered;        /* the ladder numbers commands and replies: the customer offers PIPELINING */
+    unsigned commands_drawn, replies_drawn; /* of the reversed state */
     struct session *next;
     unsigned char address[16];
 

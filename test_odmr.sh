@@ -17,7 +17,7 @@
 
 set -u
 export LC_ALL=C
-unset ODMR_SECRET
+unset ODMR_SECRET COLUMNS
 self=$0
 [[ $self == /* && ! -L $self ]] || self=$(readlink -f "$0")
 here=${self%/*}
@@ -4629,8 +4629,8 @@ t_relay_knows_when_tls_hides_the_session() {
     equal "$(grep -c '250 OK' "$T/replies")" 3
 }
 
-# The demo shows a whole session in 80 columns: the states, the requirements, a refused recipient and what is left on
-# either side.
+# The demo sends the same mail three times: as the RFC does, with PIPELINING, with CHUNKING, each time with fewer round
+# trips. It shows in 80 columns the states, the requirements, a refused recipient and what is left on either side.
 t_demo() {
     local plain pipelining chunking
     run 0 "$ODMR" demo
@@ -4653,7 +4653,7 @@ t_demo() {
     run 64 "$ODMR" demo --mechanism ROT13
 }
 
-# One way: only that session, from its beginning. The first is section 6's, line by line.
+# The demo shows one of the three sessions from its beginning. In the first, no command leaves before the last reply.
 t_demo_one_way() {
     local way verb verbs
     for way in plain pipelining chunking; do
@@ -4675,7 +4675,7 @@ t_demo_one_way() {
     equal "$(cat "$T/twice")" ''
 }
 
-# Sessions that fail: what the provider holds, and the customer has, after the failure and after the next session.
+# The demo shows sessions that fail: what the provider and the customer have after them, and after the next session.
 t_demo_that_fails() {
     local how held has later reply
     while read -r how held has later reply; do
@@ -4736,11 +4736,17 @@ t_demo_that_cannot_work() {
     has "$T/err" '^odmr: demo: cannot make a scratch directory in /tmp: '
 }
 
-# The demo with --step waits for a key on a terminal, and NO_COLOR turns the colours off.
+# The demo with --step tells what comes next and waits for a key on a terminal, and NO_COLOR turns the colours off.
 t_demo_step_by_step() {
     yes '' | head -n 100 | run 0 "$ODMR" demo --step
-    [ "$(grep -c '(Return)' "$T/out")" -ge 15 ] || fail 'too few stops'
+    [ "$(grep -c '(Return, q, ?)' "$T/out")" -ge 15 ] || fail 'too few stops'
+    has "$T/out" '^    Next, the customer: EHLO, says who it is. (Return, q, ?) $'
+    has "$T/out" '^    Next, the provider: RCPT, a recipient. (Return, q, ?) $'
     run 0 "$ODMR" demo --step # no input: it goes on by itself
+    printf '\n?\nq\n' | run 0 "$ODMR" demo --step
+    equal "$(grep -c '^    Next, ' "$T/out")" 3
+    has "$T/out" '^    Return: the next command. q: quit. ?: this help.$'
+    hasnt "$T/out" 'ATRN example.org'
     # on a terminal it waits
     needs unbuffer
     { printf '\n'; sleep 5; } | timeout 3 unbuffer -p "$ODMR" demo --step > "$T/terminal"
@@ -4758,7 +4764,7 @@ t_demo_interrupted() {
         : > "$T/out"
         "$ODMR" demo --step < "$T/keys" >> "$T/out" 2>&1 & pid=$!; STARTED+=("$pid")
         exec {keys}> "$T/keys"
-        until_true shows "$T/out" '(Return)'
+        until_true shows "$T/out" 'Next, the customer'
         dir=$(readlink /proc/"$pid"/fd/* | sed -n 's,^\(/.*/odmr-demo-[^/]*\)/queue0$,\1,p')
         [ -d "$dir" ] || fail "no such directory: $dir"
         kill -"$signal" "$pid"
@@ -4766,6 +4772,74 @@ t_demo_interrupted() {
         exec {keys}>&-
         [ ! -e "$dir" ] || fail "after SIG$signal there is still $dir"
     done
+}
+
+# ladder_at COLUMNS OPTION...: the lines of the demo's ladder, into $T/ladder.
+ladder_at() {
+    COLUMNS=$1 run 0 "$ODMR" demo "${@:2}"
+    grep -E '^\[|^    ' "$T/out" | grep -vE '<nobody@|550 5.1.1 Nobody of that name here$' > "$T/ladder"
+    ! grep -E ".{$1}" "$T/ladder" || fail "wider than $1 columns"
+}
+
+# The ladder is as wide as the terminal: at 60 columns the text of an arrow is cut, at 140 it is whole.
+t_ladder_width() {
+    needs unbuffer
+    ladder_at 60 --tls --mechanism SCRAM-SHA-256-PLUS
+    has "$T/ladder" '^\[1\] |- ATRN exam.*\.\.\. ->| 5.2.1-a  asks for mail$'
+    ladder_at 60 --plain
+    ladder_at 140
+    hasnt "$T/ladder" '[^ ]\.\.\. -'
+    COLUMNS=140 unbuffer sh -c 'stty columns 70; exec "$0" demo --plain' "$ODMR" > "$T/out"
+    tr -d '\r' < "$T/out" | sed 's/\x1b\[[0-9]*m//g' | grep '^\[1\]' > "$T/ladder"
+    has "$T/ladder" '.\{60\}'
+    ! grep -E '.{70}' "$T/ladder" || fail 'wider than the terminal'
+}
+
+# What base64 hides is shown below its arrow, without what was made with a secret. TLS is marked, ids are explained.
+t_ladder_decodes() {
+    run 0 "$ODMR" demo --plain
+    has "$T/out" '^      = challenge: <[0-9a-z]*'
+    has "$T/out" '^      = response: example.org (not shown)$'
+    hasnt "$T/out" '==== TLS'
+    equal "$(grep -c '^    An id like 5.2.1-g: see RFC2645.txt' "$T/out")" 1
+    run 0 "$ODMR" demo --tls --mechanism SCRAM-SHA-256
+    has "$T/out" '^      = client-first-message: n,,n=example.org,r='
+    has "$T/out" '^      = server-first-message: r='
+    has "$T/out" ',i=4096$'
+    has "$T/out" '^      = client-final-message: c=biws,r='
+    has "$T/out" 'p=(not shown)$'
+    has "$T/out" '^      = server-final-message: v='
+    equal "$(grep -c '^    ==== TLS: from here on all is encrypted (TLSv1.3) ====$' "$T/out")" 3
+    equal "$(grep -c '^    An id like 5.2.1-g: see RFC2645.txt' "$T/out")" 1
+    run 0 "$ODMR" demo --tls --plain --mechanism EXTERNAL
+    has "$T/out" '^      = name: example.org$'
+    run 0 "$ODMR" demo --tls --plain --mechanism PLAIN
+    hasnt "$T/out" '^      = \|a secret'
+    # of a response that nobody knows nothing is shown; what else the peer sends is escaped
+    provider --trace=ladder
+    dial; expect '^220'; ask 'EHLO x' '^250'
+    ask 'AUTH CRAM-MD5' '^334'; ask "$(printf 'eva tanstaaf' | base64)" '^535'
+    until_true shows "$LOG" '= response: [(]not shown[)]'
+    ask 'AUTH EXTERNAL bmFtZRtbMzFt' '^5'
+    until_true shows "$LOG" '= name: name.x1b.31m'
+}
+
+# With PIPELINING each reply has the number of its command: the one that was refused, and the end of each message.
+t_ladder_numbers_join_replies() {
+    local number
+    for number in pipelining chunking; do
+        run 0 "$ODMR" demo "--$number"
+        number=$(sed -n 's/^\[1\] |<\([0-9]*\)-* RCPT TO:<nobody@example.com> -|.*/\1/p' "$T/out")
+        [ "$number" -gt 5 ] || fail "no number"
+        has "$T/out" "^\\[1\\] |- 550 5.1.1 Nobody of that name here -*$number>| 4-e"
+        # each number twice: at a command, and at its reply
+        grep -o '^\[1\] |<[0-9]*' "$T/out" | grep -o '[0-9]*$' | sort > "$T/commands"
+        grep -o '[0-9]*>|' "$T/out" | tr -d '>|' | grep . | sort > "$T/replies"
+        [ "$(wc -l < "$T/commands")" -gt 9 ] || fail 'too few numbers'
+        same "$T/commands" "$T/replies"
+    done
+    run 0 "$ODMR" demo --plain
+    hasnt "$T/out" '^\[1\] |<[0-9]\|[0-9]>|'
 }
 
 # The trace of a real session is the same picture on either side, and hostile lines do not break it.
