@@ -453,7 +453,8 @@ take_content() {
         while IFS= read -r -t "$PATIENCE" line <&"$LINE" && [ "$line" != $'.\r' ]; do content+=${line#.}$'\n'; done
     else
         line=${HEARD#BDAT }
-        IFS= read -r -N "${line% LAST}" -t "$PATIENCE" content <&"$LINE"
+        # bash reads an octet at a time, which takes long on a machine under load
+        IFS= read -r -N "${line% LAST}" -t $((PATIENCE * 5)) content <&"$LINE"
     fi
     if [ "$ACCEPTED" = 0 ]; then say '554 no valid recipients'; return 0; fi
     if answer CONTENT '250 OK'; then
