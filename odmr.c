@@ -6418,8 +6418,8 @@ static void ladder_decode(const struct session *s, enum side who, const char *cl
     if (who == PROVIDER && strncmp(text, "334 ", 4) == 0) {
         encoded = text + 4;
     } else if (who == CUSTOMER && strncasecmp(text, "AUTH ", 5) == 0) {
-        encoded = strchr(text + 5, ' ');
-        encoded += encoded != NULL;
+        if ((encoded = strchr(text + 5, ' ')))
+            encoded++;
         external = strncasecmp(text, "AUTH EXTERNAL ", 14) == 0;
     } else if (who == CUSTOMER && clause && strcmp(clause, "5.1.2-a") == 0) {
         encoded = text;
