@@ -91,7 +91,7 @@ void provider_session(struct session *s)
 static enum next initial_state(struct session *s)
 {
     enter_state(s, INITIAL);
-    reply(s, "5.1-a", "220 %s on-demand mail relay server ready", s->name);
+    reply(s, "5.1", "220 %s on-demand mail relay server ready", s->name);
     for (;;) {
         if (!read_command(s))
             return END;
@@ -1351,7 +1351,7 @@ static int client_dialogue(struct session *s, const struct customer *c)
     enter_state(s, INITIAL);
     if (c->tls && (code = client_tls(s, c)) != EX_OK)
         return code;
-    if (!read_reply(s, "5.1-a", &r))
+    if (!read_reply(s, "5.1", &r))
         return exit_code_lost(s);
     if (r.code != 220)
         return exit_code_refused(s, "connecting", &r, EX_UNAVAILABLE);
@@ -6199,7 +6199,7 @@ static const struct note {
     const char *starts, *words;
 } notes[2][40] = {{
     /* 5.1 and 5.2: the customer sends the commands */
-    {"5.1-a", 220, NULL, "greets"},
+    {"5.1", 220, NULL, "greets"},
     {"5.1.1-a", 0, "EHLO", "says who it is"},
     {"5.1.1-b", 2, "AUTH", "how to log in"},
     {"5.1.1-b", 2, "ATRN", "this is ODMR"},

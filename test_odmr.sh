@@ -9914,7 +9914,7 @@ MORE_MUTANT_CUSTOMERS=(
 )
 # Not broken: it does otherwise wherever it may.
 LAWFUL_STRANGER=(none
-    'reply(s, "5.1-a", "220 %s on-demand mail relay server ready", s->name);'
+    'reply(s, "5.1", "220 %s on-demand mail relay server ready", s->name);'
     'reply(s, NULL, "220-%s"); reply(s, NULL, "220 come in");'
     'reply(s, "5.1.1-a", "250-%s", s->name);'
     'reply(s, NULL, "250-hello there"); reply(s, NULL, "250-x-odd 1 2 3"); reply(s, NULL, "250-atrn");
