@@ -6993,6 +6993,7 @@ t_customer_hands_on_to_postfix_by_exec() {
 
 # make install puts the units where systemd looks, systemd-analyze finds no error in them, and make uninstall removes
 # all.
+# not with: SANITIZE, OVER_TLS
 t_systemd_units() {
     local unit
     needs make systemd-analyze
@@ -7062,6 +7063,7 @@ no_longer_booted() {
 }
 
 # systemctl reload reaches the provider that is no longer root, for which kill(1) would need a capability.
+# not with: SANITIZE, OVER_TLS
 t_systemd_reloads_the_provider() {
     systemd_boots
     mkdir -p "$T/etc/odmr"
@@ -7087,6 +7089,7 @@ t_systemd_reloads_the_provider() {
 
 # The provider's unit reloads with all privileges and names only programs of a bare machine. This stands in for a
 # booted systemd.
+# not with: SANITIZE, OVER_TLS
 t_systemd_unit_reloads_with_privileges() {
     needs make
     run 0 make -s -C "$here" install DESTDIR="$T/root"
@@ -7418,6 +7421,7 @@ t_manual_pages_pass_lint() {
 }
 
 # The functions of odmr.h stand in the order of odmr.c, and no line of either is over 120 columns.
+# not with: SANITIZE, OVER_TLS
 t_map_is_in_order() {
     none 'in odmr.h, and not there or not in this order in odmr.c' "$(perl -e '
         my ($map, $program) = map { local $/; open my $in, "<", $_ or die; <$in> } @ARGV; my $names = 0;
@@ -7432,6 +7436,7 @@ t_map_is_in_order() {
 
 # odmr.c has the protocol first, in the order of time, and its parts as odmr.h lists them, each with the functions to
 # enter by.
+# not with: SANITIZE, OVER_TLS
 t_program_is_in_the_order_of_the_protocol() {
     none 'not where a reader looks for it' "$(perl -e '
         my ($map, $program) = map { local $/; open my $in, "<", $_ or die; <$in> } @ARGV;
@@ -7462,18 +7467,21 @@ t_program_is_in_the_order_of_the_protocol() {
 }
 
 # README's commands of "TLS and the mechanisms" have the results that it shows.
+# not with: OVER_TLS
 t_readme_tls_and_the_mechanisms() {
     needs openssl
     does 'TLS and the mechanisms'
 }
 
 # README's commands of "Judging another implementation" have the results that it shows.
+# not with: SANITIZE, OVER_TLS
 t_readme_judging_another_implementation() {
     needs socat
     does 'Judging another implementation'
 }
 
 # README's commands of "What the judge says of fetchmail" have the results that it shows.
+# not with: SANITIZE, OVER_TLS
 t_readme_what_the_judge_says_of_fetchmail() {
     needs fetchmail smtp-sink socat
     does 'What the judge says of fetchmail 6.4'
@@ -7481,6 +7489,7 @@ t_readme_what_the_judge_says_of_fetchmail() {
 
 # README's ten experiments have the results that it shows, in the shell of the section before, which has left the
 # ports free.
+# not with: OVER_TLS
 t_readme_ten_experiments() {
     needs openssl
     does 'TLS and the mechanisms' 'Ten experiments'
@@ -7494,12 +7503,14 @@ t_readme_the_model() {
 }
 
 # README's commands of "Proof that nothing is lost" have the results that it shows.
+# not with: OVER_TLS
 t_readme_proof_that_nothing_is_lost() {
     does 'Proof that nothing is lost'
 }
 
 # README's commands for a provider and a customer have the results that it shows, as root with users, /etc,
 # /usr/local, /var and a network of their own.
+# not with: SANITIZE, OVER_TLS
 t_readme_provider_and_customer() {
     needs adduser runuser
     needs_namespaces -mn 'another /etc, /usr/local, /var and network'
@@ -7523,6 +7534,7 @@ same_result() {
 
 # The suite gives the same result under nohup, with signals ignored, with a silent standard input, and in the
 # background of a terminal.
+# not with: SANITIZE, OVER_TLS
 t_suite_wherever_it_is_started() {
     local idle
     run 0 "$self" "${SENSITIVE[@]}"
@@ -7538,6 +7550,7 @@ t_suite_wherever_it_is_started() {
 }
 
 # On a machine with only the demo's packages the suite names what is missing, runs what it can and skips the rest.
+# not with: SANITIZE, OVER_TLS
 t_suite_says_what_is_missing() {
     local name start=$SECONDS
     mkdir "$T/bin"
@@ -7563,6 +7576,7 @@ t_suite_says_what_is_missing() {
 }
 
 # A test that fails prints the dialogue that was expected beside the one that it saw, and what was still to come.
+# not with: SANITIZE, OVER_TLS
 t_suite_prints_the_dialogue_that_failed() {
     provider
     ! ( dialogue_on_a_new_connection ) 2> "$T/report" <<'END' || fail 'it did not fail'
@@ -7580,6 +7594,7 @@ END
 }
 
 # --help prints the head of this file, and an argument that names no test is reported.
+# not with: SANITIZE, OVER_TLS
 t_suite_help() {
     run 0 "$self" --help
     equal "$(head -n 1 "$T/out")" 'The test suite of odmr.'
@@ -7589,6 +7604,7 @@ t_suite_help() {
 }
 
 # make names the one thing that is missing, with the compiler's own words.
+# not with: SANITIZE, OVER_TLS
 t_make_says_what_is_missing() {
     local headers
     needs make
@@ -7612,6 +7628,7 @@ t_make_says_what_is_missing() {
 }
 
 # The compiler's protections are on where it knows them, and no flag of the site brings a warning.
+# not with: SANITIZE, OVER_TLS
 t_make_hardens_what_it_makes() {
     local flag
     needs make
@@ -7645,6 +7662,7 @@ t_bench_prints_its_table() {
 # The headings are these, each once and in this order, and each test stands under its own. The number in its name is
 # the heading's; under one heading the letters of the requirements ascend. Each test has a comment that begins with
 # what must hold.
+# not with: SANITIZE, OVER_TLS
 t_suite_is_in_order() {
     grep '^# ---- ' "$self" | sed -e 's/^# ---- //' -e 's/ -*$//' > "$T/headings"
     same - "$T/headings" << 'END'
