@@ -7564,7 +7564,7 @@ t_suite_says_what_is_missing() {
         t_sighup_reads_certificates_again \
         t_readme_ten_experiments t_customer_quiet_and_progress t_demo
     equal "$(grep -c '^not installed: ' "$T/out")" 1
-    match "$(head -n 1 "$T/out")" '^not installed: openssl, socat, unbuffer, faketime,.* perl.s Digest::MD5; '
+    match "$(head -n 1 "$T/out")" '^not installed: openssl, socat, .*unbuffer, faketime,.* perl.s Digest::MD5; '
     match "$(head -n 1 "$T/out")" "perl's Digest::MD5; what needs them is skipped \\(README, \"Run the tests\""
     has "$T/out" '^ok .*t_demo$'
     has "$T/out" "^skipped t_scram_by_hand: perl's Digest::MD5 is not installed\$"
@@ -9549,9 +9549,11 @@ judge() {
 # ---- The judge, judged -----------------------------------------------------------------------------------
 
 # judged CODE OPTION...: the judge, in this shell; its report is in $T/out.
+needs_judge() { needs openssl socat perl; missing "perl's Digest::MD5"; }
 judged() {
     local wanted=$1 code=0
     shift
+    needs_judge
     ( PATIENCE=${JUDGE_PATIENCE:-$PATIENCE}; judge "$@" ) > "$T/out" 2> "$T/err" || code=$?
     [ "$code" = "$wanted" ] || { cat "$T/out" "$T/err" >&2; fail "exit $code, not $wanted, of the judge: $*"; }
 }
@@ -10025,6 +10027,7 @@ fails_rows() {
 }
 # caught SIDE LIST: each of these mutants fails its rows.
 caught() {
+    needs_judge
     local ODMR PROVIDER JUDGE_PATIENCE=6 ids code
     mutants "$2"
     for ids in "${ROWS_OF[@]}"; do
@@ -10104,6 +10107,7 @@ t_judge_a_lawful_stranger() {
 
 # Two strangers share no code with our program, and differ from it wherever the RFC allows. Both speak perl.
 lawful_strangers() {
+    needs_judge
     cat > "$T/stranger.pm" << 'END'
 package stranger; use strict; use IO::Socket::INET; use MIME::Base64; use Digest::MD5 qw(md5 md5_hex);
 our $s; $SIG{CHLD} = $SIG{PIPE} = "IGNORE";
