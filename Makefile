@@ -184,10 +184,10 @@ build/vectors: .ci/vectors.c odmr.c odmr.h $(CHECKED)
 	$(COMPILE) -o $@ $< $(LIBS)
 
 ifdef SANITIZE
-check: odmr build/$(SANITIZE)/odmr build/proxy build/tls build/vectors $(MANUALS)
+check: odmr build/$(SANITIZE)/odmr build/proxy build/tls build/vectors
 	SANITIZED=1 ODMR=build/$(SANITIZE)/odmr ./test_odmr.sh $(TESTS)
 else
-check: odmr build/proxy build/tls build/vectors $(MANUALS)
+check: odmr build/proxy build/tls build/vectors
 	./test_odmr.sh $(TESTS)
 endif
 

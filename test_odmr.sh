@@ -7275,7 +7275,7 @@ END
 }
 
 # The check of the model fails on an error, on a search that is not complete, and on a mutant that breaks nothing.
-# not with: SANITIZE, OVER_TLS
+# not with: SANITIZE, OVER_TLS, BRIEF
 t_model_check_can_fail() {
     local model=$here/.ci/odmr.pml
     needs spin cc
@@ -7496,7 +7496,7 @@ t_readme_ten_experiments() {
 }
 
 # README's commands of "The model" have the results that it shows.
-# not with: SANITIZE, OVER_TLS
+# not with: SANITIZE, OVER_TLS, BRIEF
 t_readme_the_model() {
     needs spin cc make
     does 'The model'
@@ -7534,7 +7534,7 @@ same_result() {
 
 # The suite gives the same result under nohup, with signals ignored, with a silent standard input, and in the
 # background of a terminal.
-# not with: SANITIZE, OVER_TLS
+# not with: SANITIZE, OVER_TLS, BRIEF
 t_suite_wherever_it_is_started() {
     local idle
     run 0 "$self" "${SENSITIVE[@]}"
@@ -7649,7 +7649,7 @@ t_make_hardens_what_it_makes() {
 }
 
 # make bench with a hundredth of the work has a figure in every row, and a ratio where two are compared.
-# not with: SANITIZE, OVER_TLS
+# not with: SANITIZE, OVER_TLS, BRIEF
 t_bench_prints_its_table() {
     needs smtp-sink make
     run 0 make -s -C "$here" bench SCALE=100
@@ -9604,7 +9604,7 @@ notices_into_a_directory() {
 # No lawful configuration of our own provider breaks a MUST or MUST NOT: AUTH inside TLS only, by STARTTLS and with TLS
 # from the first octet, without CRAM-MD5, with an interval between two requests, with EXTERNAL.
 BREACHES=5.1.1-b,5.1.2-c,5.2.1-b,5.2.1-e,5.2.1-e2,5.2.1-e3,5.2.1-f
-# not with: SANITIZE, OVER_TLS
+# not with: SANITIZE, OVER_TLS, BRIEF
 t_judge_lawful_configurations() {
     authority
     certificate client /CN=example.org '' ca
@@ -9650,7 +9650,7 @@ t_judge_verifies_the_certificate() {
     equal "$(verdicts pass)" '5.2.1-b '
 }
 
-# not with: SANITIZE, OVER_TLS
+# not with: SANITIZE, OVER_TLS, BRIEF
 t_judge_our_customer_over_tls() {
     local TO_CUSTOMER='--ca "$ODMR_CA"'
     judged_customer 0 --starttls --mechanism SCRAM-SHA-256 --only 5-a,5.1.2-a,5.1.2-c,5.3-a
@@ -9679,7 +9679,7 @@ t_judge_our_customer() {
 }
 
 # Every requirement of a side has its judge, and every judge its requirement.
-# not with: SANITIZE, OVER_TLS
+# not with: SANITIZE, OVER_TLS, BRIEF
 t_judge_each_requirement() {
     local side id who
     requirements
@@ -9801,7 +9801,7 @@ t_judge_takes_only_its_own() {
 }
 
 # Nobody is waited for without end, neither who is silent nor who never comes to an end.
-# not with: SANITIZE, OVER_TLS
+# not with: SANITIZE, OVER_TLS, BRIEF
 t_judge_waits_for_nobody_without_end() {
     local JUDGE_PATIENCE=3
     serve peer_mute
@@ -10047,17 +10047,17 @@ mutant_provider() {
 MUTANT_OPTIONS=() JUDGE_OPTIONS=()
 mutant_customer() { judged_customer "$1" --only "$2" --atrn-wait 3 "${JUDGE_OPTIONS[@]}"; }
 
-# not with: SANITIZE, OVER_TLS
+# not with: SANITIZE, OVER_TLS, BRIEF
 t_mutants_of_the_provider() {
     caught provider MUTANT_PROVIDERS
 }
 
-# not with: SANITIZE, OVER_TLS
+# not with: SANITIZE, OVER_TLS, BRIEF
 t_mutants_of_the_provider_2() {
     caught provider MORE_MUTANT_PROVIDERS
 }
 
-# not with: SANITIZE, OVER_TLS
+# not with: SANITIZE, OVER_TLS, BRIEF
 t_mutants_of_many_messages() {
     local MUTANT_OPTIONS JUDGE_OPTIONS
     notices_into_a_directory
@@ -10067,7 +10067,7 @@ t_mutants_of_many_messages() {
     caught provider MUTANTS_OF_MANY
 }
 
-# not with: SANITIZE, OVER_TLS
+# not with: SANITIZE, OVER_TLS, BRIEF
 t_mutants_over_tls() {
     local MUTANT_OPTIONS JUDGE_OPTIONS
     authority
@@ -10076,24 +10076,24 @@ t_mutants_over_tls() {
     caught provider MUTANTS_OVER_TLS
 }
 
-# not with: SANITIZE, OVER_TLS
+# not with: SANITIZE, OVER_TLS, BRIEF
 t_mutants_of_the_customer() {
     caught customer MUTANT_CUSTOMERS
 }
 
-# not with: SANITIZE, OVER_TLS
+# not with: SANITIZE, OVER_TLS, BRIEF
 t_mutants_of_the_customer_2() {
     caught customer MORE_MUTANT_CUSTOMERS
 }
 
-# not with: SANITIZE, OVER_TLS
+# not with: SANITIZE, OVER_TLS, BRIEF
 t_mutants_of_the_customer_over_tls() {
     local TO_CUSTOMER='--ca "$ODMR_CA"' JUDGE_OPTIONS=(--starttls)
     caught customer MUTANT_CUSTOMERS_OVER_TLS
 }
 
 # The judge is the standard, not our program: a provider that does otherwise wherever it may passes every row.
-# not with: SANITIZE, OVER_TLS
+# not with: SANITIZE, OVER_TLS, BRIEF
 t_judge_a_lawful_stranger() {
     local ODMR
     mutants LAWFUL_STRANGER
@@ -10213,7 +10213,7 @@ while (defined($_ = heard())) {
 END
 }
 # A failure of a row here would be one of the judge.
-# not with: SANITIZE, OVER_TLS
+# not with: SANITIZE, OVER_TLS, BRIEF
 t_judge_a_provider_of_other_making() {
     export PERL5LIB=$T
     lawful_strangers
@@ -10228,7 +10228,7 @@ t_judge_a_provider_of_other_making() {
     equal "$(how_many '"$T"/mail/*')" 0
 }
 
-# not with: SANITIZE, OVER_TLS
+# not with: SANITIZE, OVER_TLS, BRIEF
 t_judge_a_customer_of_other_making() {
     export PERL5LIB=$T
     lawful_strangers
@@ -10239,7 +10239,7 @@ t_judge_a_customer_of_other_making() {
 
 # A provider that refuses ATRN without domains fails in the one row about that, and is judged with a domain in the
 # others.
-# not with: SANITIZE, OVER_TLS
+# not with: SANITIZE, OVER_TLS, BRIEF
 t_judge_one_cause_is_one_failure() {
     local ODMR
     mutants WITHOUT_BARE_ATRN
@@ -10254,11 +10254,13 @@ t_judge_one_cause_is_one_failure() {
 
 # all_tests: the names of the tests for this run. Under a sanitizer memory means nothing, the judge is no program of
 # ours, and a library that makes calls fail cannot be loaded. Over TLS the tests of TLS itself are left out, and those
-# where the tunnel's end is not the peer. "# not with: SANITIZE, OVER_TLS" above a test says so.
+# where the tunnel's end is not the peer. BRIEF leaves out the long ones that a bare machine changes nothing for.
+# "# not with: SANITIZE, OVER_TLS" above a test says so.
 all_tests() {
     local left_out=nothing
     [ -z "${SANITIZED:-}" ] || left_out='SANITIZE'
     [ -z "${OVER_TLS:-}" ] || left_out='OVER_TLS'
+    [ -z "${BRIEF:-}" ] || left_out='BRIEF'
     awk -v left_out="$left_out" '/^# not with: / { not_with = substr($0, 13) }
         /^t_[^ ()]*\(\) \{$/ { if (not_with !~ left_out) print substr($0, 1, index($0, "(") - 1) }
         /^t_|^$/ { not_with = "" }' "$self"
