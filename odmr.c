@@ -956,7 +956,7 @@ static bool send_data(struct sender *x, struct transaction *t)
     /* RFC 2920, 3.1: a 354 although every RCPT failed must be honoured, with no content. */
     if (t->accepted > 0 && !send_content(x, t, true))
         return false;
-    send_line(x->s, "4-e", ".");
+    command(x->s, "4-e", ".");
     return expect(x, FOR_CONTENT, t, NULL);
 }
 
@@ -1572,6 +1572,7 @@ struct smtp_server {
     bool greeted, esmtp; /* EHLO or HELO was said; it was EHLO */
     bool in_mail, utf8;  /* MAIL was accepted; it said SMTPUTF8 */
     bool done;           /* the session has a proper end */
+    const char *gave_up; /* why no command is obeyed any more; NULL: they are */
     char sender[MAILBOX_MAX + 2];
     char *recipients[RECIPIENTS_MAX], mailboxes[RECIPIENTS_MAX][MAILBOX_MAX + 2];
     size_t count, domains; /* of the recipients; of their domains */
@@ -1641,7 +1642,7 @@ static void receive_mail(struct smtp_server *server)
     struct session *s = server->s;
     enter_state(s, REVERSED);
     answer(server, "5.3-b", "220 %s ready to receive email", s->name);
-    while (!server->done && !s->protocol_broken) {
+    while (!server->done && !server->gave_up) {
         bool between_messages = !server->in_mail && !server->content.under_way;
         if (customer_stops && between_messages) {
             store_then_answer(server);
@@ -1672,8 +1673,10 @@ static void receive_mail(struct smtp_server *server)
     deliveries_discard(server->waiting, server->waiting_count); /* they are not stored, so not promised */
     forget_transaction(server);
     stream_flush(&s->io);
-    if (s->protocol_broken)
-        stream_break(&s->io, "the provider does not speak SMTP as a server can follow it, or without end");
+    if (server->gave_up) {
+        s->protocol_broken = true;
+        stream_break(&s->io, server->gave_up);
+    }
 }
 
 /* One command of the provider, answered. */
@@ -1681,7 +1684,7 @@ static void receive_command(struct smtp_server *server)
 {
     struct session *s = server->s;
     if (too_idle(server)) {
-        s->protocol_broken = true;
+        server->gave_up = "the provider sent too many commands without mail";
         answer(server, NULL, "421 4.5.2 Too many commands without mail, closing connection");
     } else if (verb_is(s, "BDAT")) {
         bdat_command(server);
@@ -1721,9 +1724,12 @@ static bool too_idle(struct smtp_server *server)
 /* After BAD_COMMANDS_SERVER of them the reply is 421. */
 static void bad_command(struct smtp_server *server, const char *reply)
 {
-    struct session *s = server->s;
-    s->protocol_broken = ++s->bad_commands == BAD_COMMANDS_SERVER;
-    answer(server, NULL, "%s", s->protocol_broken ? "421 4.5.2 Too many of them, closing connection" : reply);
+    if (++server->s->bad_commands < BAD_COMMANDS_SERVER) {
+        answer(server, NULL, "%s", reply);
+        return;
+    }
+    server->gave_up = "the provider sent too many bad commands";
+    answer(server, NULL, "421 4.5.2 Too many of them, closing connection");
 }
 
 /* ---- Commands ---- */
@@ -1854,7 +1860,7 @@ static void bdat_command(struct smtp_server *server)
     bool last = end && strcasecmp(end, " LAST") == 0;
     if (!end || (!last && *end != '\0') || octets > INT64_MAX) {
         answer(server, NULL, "501 5.5.4 BDAT takes a number of octets, and LAST");
-        s->protocol_broken = true; /* what follows would be taken for commands */
+        server->gave_up = "the provider sent BDAT without a size"; /* what follows would be taken for commands */
         return;
     }
 
@@ -2388,7 +2394,7 @@ static enum next first_response(struct session *s, const char *initial)
 /* "*" cancels the exchange (RFC 4954, 4). */
 static int cancel_auth(struct session *s, struct reply *r, int code)
 {
-    send_line(s, NULL, "*");
+    command(s, NULL, "*");
     return read_reply(s, "5.1.2", r) ? code : exit_code_lost(s);
 }
 
@@ -2502,7 +2508,7 @@ static int prove_cram_md5(struct session *s, const struct customer *c, enum mech
         return cancel_auth(s, r, cannot_compute(s));
     snprintf(response, sizeof response, "%s %s", c->user, digest);
     base64_encode(encoded, response, strlen(response));
-    send_line(s, "5.1.2-a", "%s", encoded);
+    command(s, "5.1.2-a", "%s", encoded);
     return read_outcome(s, r);
 }
 
@@ -2862,7 +2868,7 @@ static int prove_scram(struct session *s, const struct customer *c, enum mechani
     if (!make_client_final(c, &e, &v, message, sizeof message))
         return cancel_auth(s, r, cannot_compute(s));
     base64_encode(encoded, message, strlen(message));
-    send_line(s, "5.1.2-a", "%s", encoded);
+    command(s, "5.1.2-a", "%s", encoded);
 
     code = read_challenge(s, r);
     if (code != EX_OK && r->code != 235)
@@ -2876,7 +2882,7 @@ static int prove_scram(struct session *s, const struct customer *c, enum mechani
         stream_break(&s->io, "the provider did not authenticate itself");
         return EX_NOPERM;
     }
-    send_line(s, "5.1.2-a", "%s", "");
+    command(s, "5.1.2-a", "%s", "");
     return read_outcome(s, r);
 }
 
@@ -4913,14 +4919,6 @@ static void send_text(struct session *s, const char *clause, const char *fmt, va
     stream_write(&s->io, line, (size_t)n + 2);
 }
 
-void send_line(struct session *s, const char *clause, const char *fmt, ...)
-{
-    va_list args;
-    va_start(args, fmt);
-    send_text(s, clause, fmt, args);
-    va_end(args);
-}
-
 void command(struct session *s, const char *clause, const char *fmt, ...)
 {
     va_list args;
@@ -6075,6 +6073,7 @@ int connect_to(const char *where, const char *default_port, int timeout, int *co
 
 #define PROGRESS_WIDTH 60
 #define PROGRESS_MS 200          /* between two lines of progress */
+#define LADDER_DECODED 512       /* octets; a longer challenge or response is not decoded */
 #define LADDER_LEAST 60          /* columns: narrower terminals have lines that wrap */
 #define LADDER_MOST 140
 #define LADDER_MARGINS 40        /* what is not an arrow's text */
@@ -6410,11 +6409,12 @@ static const char *sasl_message_name(enum side who, const char *text, bool exter
 /* Below the arrow of a challenge or a response: what its base64 says, on as many lines as it needs. */
 static void ladder_decode(const struct session *s, enum side who, const char *clause, const char *text, int width)
 {
-    char plain[LOG_LINE], safe[LOG_LINE * 4], line[sizeof safe + 64];
+    char plain[LADDER_DECODED], line[4 * sizeof plain + 64];
     const char *encoded = NULL, *name;
-    size_t shown, len, part = (size_t)width - 9;
-    ssize_t got;
+    size_t shown, len, used, part = (size_t)width - 9;
     bool external = false;
+    if (s->state != INITIAL)
+        return;
     if (who == PROVIDER && strncmp(text, "334 ", 4) == 0) {
         encoded = text + 4;
     } else if (who == CUSTOMER && strncasecmp(text, "AUTH ", 5) == 0) {
@@ -6424,19 +6424,22 @@ static void ladder_decode(const struct session *s, enum side who, const char *cl
     } else if (who == CUSTOMER && clause && strcmp(clause, "5.1.2-a") == 0) {
         encoded = text;
     }
-    got = encoded ? base64_decode(plain, sizeof plain, encoded) : -1;
-    if (got <= 0 || s->state != INITIAL)
+    if (!encoded || base64_decode(plain, sizeof plain, encoded) <= 0)
         return;
-    plain[(size_t)got < sizeof plain ? (size_t)got : sizeof plain - 1] = '\0';
+
     name = sasl_message_name(who, plain, external, &shown);
     len = strlen(plain);
     plain[shown] = '\0';
-    escape(safe, sizeof safe, plain);
-    snprintf(line, sizeof line, "= %s: %s%s", name, safe, shown < len ? "(not shown)" : "");
+    used = (size_t)snprintf(line, sizeof line, "= %s: ", name);
+    escape(line + used, sizeof line - used, plain);
+    used = strlen(line);
+    snprintf(line + used, sizeof line - used, "%s", shown < len ? "(not shown)" : "");
     for (const char *at = line; *at; at += strnlen(at, part))
         fprintf(ladder_out(), "      %s%.*s\n", at == line ? "" : "  ", (int)part, at);
 }
 
+/* Not inline, because trace_line() would then need the room for this on the stack of each session that is not drawn. */
+__attribute__((noinline))
 static void ladder_line(struct session *s, enum side who, const char *clause, const char *text)
 {
     static const char dashes[] = "--------------------------------------------------------------------------------"
@@ -7600,7 +7603,7 @@ struct demo_provider {
     unsigned long waits; /* of the sender: round trips of the line in the reversed state */
 };
 
-static void *demo_provider(void *argument)
+static void *demo_provider_thread(void *argument)
 {
     struct demo_provider *side = argument;
     struct provider *p = side->p;
@@ -7805,7 +7808,7 @@ static void *demo_carry_commands(void *argument)
     return NULL;
 }
 
-static void *demo_line(void *argument)
+static void *demo_line_thread(void *argument)
 {
     struct demo_line *line = argument;
     char where[96];
@@ -7841,8 +7844,8 @@ static int demo_session(struct provider *p, struct customer *c, enum demo_fault 
     name_of_socket(p->sockets[1], where, sizeof where);
     c->provider = where;
     fflush(stdout);
-    if (pthread_create(&provider_thread, NULL, demo_provider, &side) != 0 ||
-        pthread_create(&line_thread, NULL, demo_line, &line) != 0)
+    if (pthread_create(&provider_thread, NULL, demo_provider_thread, &side) != 0 ||
+        pthread_create(&line_thread, NULL, demo_line_thread, &line) != 0)
         die(EX_OSERR, "demo: cannot start a thread");
     code = customer_session(c);
     shutdown(p->sockets[1], SHUT_RDWR); /* if the customer could not connect, accept4() ends now */

@@ -10,7 +10,7 @@
  *    8  the queue: envelope, message, claim, delivery                envelope_read, message_claim, deliveries_store
  *    9  the session handed on to another mail server                 hand_session_on
  *   10  accounts                                                     accounts_load
- *   11  lines and replies; addresses and domains                     send_line, read_reply; recipient_valid
+ *   11  lines and replies; addresses and domains                     command, reply, read_reply; recipient_valid
  *   12  the stream: octets with or without TLS, time-outs            stream_read_line, stream_flush
  *   13  log, trace, ladder; the programs that are run                log_event, trace_line; start_program
  *   14  the caretaker; the listener: threads, signals, shutdown      caretaker; provider_run
@@ -424,9 +424,9 @@ bool verifier_parse(const char *text, struct verifier *v);
 
 /* 7. Failure notices */
 
-/* What has become of a message's recipients becomes true of the queue: who is delivered leaves it, who was refused
- * leaves it once the sender has been told, and who is still owed the message stays. False: its file could not be
- * removed, or not be written to, so no more is to be taken from its box. */
+/* Writes the fates of a message's recipients into the queue. It strikes out the delivered ones, and the refused ones
+ * once the sender has been told. When none is left, it removes the file. False: the file could not be removed or
+ * written to, so no more is to be taken from its box. */
 bool update_queue(const struct provider *p, struct session *s, struct message *m);
 
 /* 8. The queue: the envelope */
@@ -539,14 +539,13 @@ void address_text(char *out, size_t size, const struct sockaddr_storage *a, sock
 struct session *session_new(int fd, enum side self, int timeout, const char *name, enum trace trace);
 /* The customer of the provider, and the other way round. */
 enum side other_side(enum side side);
-/* A line and CRLF, traced. clause: the requirement that the line keeps, for the ladder; NULL: none. Failure shows in
- * s->io.broken. */
-void send_line(struct session *s, const char *clause, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
-/* The same, for a command, and for a line of a reply. */
+/* A line of the client and CRLF, traced: a command, a response to a challenge, the dot that ends a message. clause: the
+ * requirement that the line keeps, for the ladder; NULL: none. Failure shows in s->io.broken. */
 void command(struct session *s, const char *clause, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
+/* The same for a line of a reply. */
 void reply(struct session *s, const char *clause, const char *fmt, ...) __attribute__((format(printf, 3, 4)));
-/* The same, for a reply to a bad command. BAD_COMMANDS of them and the session is over: nobody needs that many, and a
- * peer that does not speak our protocol (a web browser, say) is told to go. */
+/* The same for a reply to a bad command, which is counted. After BAD_COMMANDS of them the session ends: the peer does
+ * not speak this protocol (a web browser, for example). */
 void reply_bad_command(struct session *s, const char *clause, const char *fmt, ...)
     __attribute__((format(printf, 3, 4)));
 /* A line into s->line, not traced, for it may hold a secret; results as of stream_read_line(). */
