@@ -7236,6 +7236,7 @@ t_legal_finds_what_departs() {
 [1] P: QUIT
 [1] C: 221 bye
 END
+    run 66 "$here/.ci/legal" "$T/none"
     run 0 "$here/.ci/legal" "$T/trace"
     equal "$(< "$T/out")" '1 sessions, all lawful'
     # departs WHO HOW EDIT: after this edit of sed(1). The peer is not blamed for it.

@@ -4,7 +4,7 @@
  * in the same order, without the octets. An id in a comment, such as 5.2.1-f, is a requirement of RFC2645.txt.
  *
  * A test sees the runs that happen. A model checker makes every run: at each step it tries each process that can move,
- * each open branch of an "if", and each fault. An assert is therefore looked at in every state that can be reached.
+ * each open branch of an "if", and each fault. An assert is therefore checked in every run that reaches it.
  *
  * One step is one "atomic", or one statement outside of any. Nothing comes between the statements of an atomic, unless
  * it has to wait. Each writes to the line or to a disk once, as its last effect. What comes before that is only seen by
@@ -23,6 +23,7 @@
  *   MAIL_ROOM          the same on the way to the customer, in commands and parts of content
  *   ANY_CLIENT         commands of a client that sends any of them, in any order, without waiting; 0: a proper customer
  *   LOGIN              0: connections begin after AUTH, which spares states where two sessions meet
+ *   LIVENESS           adds the property that all mail arrives; RECIPIENTS must be 1
  *   MUTANT_...         a defect on purpose, to see that a property can fail; grep MUTANT lists them
  *
  * Not modelled: octets and line ends, TLS, the steps of a SASL exchange, time-outs (a wait ends when the peer answers
