@@ -350,7 +350,7 @@ static bool starttls_command(struct session *s)
         reply_bad_command(s, "RFC 3207", "454 TLS not available just now");
     } else {
         if (stream_discard_input(&s->io))
-            log_event(s, LOG_WARNING, "%s sent something behind STARTTLS in the clear; it is thrown away", s->peer);
+            log_event(s, LOG_WARNING, "%s sent input after STARTTLS in the clear; it is discarded", s->peer);
         reply(s, "RFC 3207", "220 Ready to start TLS");
         s->greeted = false;
         snprintf(s->peer_name, sizeof s->peer_name, "unknown");
@@ -387,6 +387,7 @@ static enum next auth_command(struct session *s)
         reply_bad_command(s, "5.1.2-b", "504 Mechanism not offered");
         return STAY;
     }
+    s->mechanism = m;
     accounts_renew(s); /* cannot fail: the session has no account yet */
     return sasl_serve(s, m, initial);
 }
@@ -434,7 +435,7 @@ static enum next atrn_command(struct session *s)
         return STAY;
     }
     if (!accounts_renew(s)) {
-        log_event(s, LOG_WARNING, "ATRN refused (530): %s is no longer an account, or has another secret",
+        log_event(s, LOG_WARNING, "ATRN answered 530: account %s was removed or its secret has changed",
                   s->account->name);
         reply_bad_command(s, "5.2.1-b", "530 Authentication required, for the account has changed");
         return STAY;
@@ -443,7 +444,7 @@ static enum next atrn_command(struct session *s)
         reply(s, "5.2.1-f", "450 ATRN request refused");
         return STAY;
     }
-    s->postponed = "it cannot be listed"; /* unless claim_next() finds another reason */
+    s->postponed = "a domain cannot be read"; /* unless claim_next() finds another reason */
     complete = backlog_read(&s->backlog, s, s->provider->queue, s->asked);
     got = claim_next(s, &s->backlog, &s->first);
     if (got == NOTHING && !complete)
@@ -454,10 +455,10 @@ static enum next atrn_command(struct session *s)
     }
     backlog_free(&s->backlog);
     if (got == BUSY) {
-        log_event(s, LOG_WARNING, "ATRN %s: 451, mail waits, but %s", s->asked, s->postponed);
+        log_event(s, LOG_WARNING, "ATRN %s answered 451: %s", s->asked, s->postponed);
         reply(s, "5.2.1-k", "451 Unable to process ATRN request now");
     } else {
-        log_event(s, LOG_INFO, "ATRN %s: 453, no mail", s->asked);
+        log_event(s, LOG_INFO, "ATRN %s answered 453: no mail", s->asked);
         start_interval(s);
         reply(s, "5.2.1-g", "453 You have no mail");
     }
@@ -472,8 +473,8 @@ static bool take_asked_domains(struct session *s)
     size_t len;
     while ((domain = next_domain(&list, &len)))
         if (!domain_in_list(s->account->domains, domain, len)) {
-            log_event(s, LOG_WARNING, "ATRN refused (450): %s has no access to %.*s", s->account->name, (int)len,
-                      domain);
+            log_event(s, LOG_WARNING, "ATRN answered 450: account %s has no access to %.*s", s->account->name,
+                      (int)len, domain);
             return false;
         }
     s->asked = s->account->domains;
@@ -496,7 +497,7 @@ static bool asked_too_soon(struct session *s)
     soon = last && now_ms() - last->when < (int64_t)p->interval * 1000;
     pthread_mutex_unlock(&p->lock);
     if (soon)
-        log_event(s, LOG_WARNING, "ATRN refused (450): %s repeats it within --interval %d s", s->account->name,
+        log_event(s, LOG_WARNING, "ATRN answered 450: account %s repeated it within --interval %d s", s->account->name,
                   p->interval);
     return soon;
 }
@@ -542,8 +543,8 @@ static enum claim claim_next(struct session *s, struct backlog *b, struct messag
     *claimed = NULL;
     b->stopped = NULL;
     if (!m) {
-        s->postponed = "there is no memory to send it";
-        log_event(s, LOG_ERR, "out of memory; the mail that waits stays queued");
+        s->postponed = "out of memory";
+        log_event(s, LOG_ERR, "out of memory; the mail stays queued");
         b->stopped = "out of memory";
         return BUSY;
     }
@@ -557,7 +558,7 @@ static enum claim claim_next(struct session *s, struct backlog *b, struct messag
             return CLAIMED;
         }
         if (got == BUSY) {
-            s->postponed = m->trouble ? m->trouble : "other sessions have claimed it";
+            s->postponed = m->trouble ? "mail cannot be read" : "mail locked by another session";
             result = BUSY;
         }
         log_unclaimed(s, m, file_system_gone(before));
@@ -569,7 +570,7 @@ static enum claim claim_next(struct session *s, struct backlog *b, struct messag
     }
     free(m);
     if (busy)
-        log_event(s, LOG_INFO, "%s is left for later: another session is at work on it", busy);
+        log_event(s, LOG_INFO, "%s skipped: locked by another session", busy);
     return result;
 }
 
@@ -580,7 +581,7 @@ static void log_unclaimed(const struct session *s, const struct message *m, bool
     if (m->held)
         log_event(s, LOG_WARNING, "held %s: %s", m->path, m->held);
     else if (m->trouble && !(gone_before && file_system_gone(m->problem)))
-        log_event(s, LOG_WARNING, "cannot send %s now: %s (%s)", m->path, m->trouble, strerror(m->problem));
+        log_event(s, LOG_WARNING, "%s skipped: %s (%s); it stays queued", m->path, m->trouble, strerror(m->problem));
 }
 
 /* One file that cannot be read may be a bad sector; when the next one says the same, the disk is gone. */
@@ -963,7 +964,7 @@ static bool send_data(struct sender *x, struct transaction *t)
 static bool send_content(struct sender *x, struct transaction *t, bool dots)
 {
     if (!message_send(t->message, &x->s->io, dots)) {
-        stream_break(&x->s->io, "a message in the queue cannot be read, or somebody wrote into it");
+        stream_break(&x->s->io, "a queued file became unreadable or was changed while it was sent");
         return false;
     }
     trace_line(x->s, PROVIDER, "5.3-c", "... %llu octets of message ...", (unsigned long long)t->message->wire_size);
@@ -1096,8 +1097,8 @@ static void take_mail_reply(struct sender *x, struct transaction *t, const struc
     if (r->code == 503 && t->behind_end) {
         t->again = t->message->again = true;
         if (!x->wait_at_ends)
-            log_event(x->s, LOG_NOTICE, "the customer's server wants no MAIL before its reply to the end of a message; "
-                                        "from now on the sender waits for that");
+            log_event(x->s, LOG_NOTICE, "the customer's server answered 503 to a pipelined MAIL; from now on the "
+                                        "sender waits for the reply to each message");
         x->wait_at_ends = true;
     } else if (about_session(FOR_MAIL, r->code)) {
         not_ready(x, r);
@@ -1242,7 +1243,7 @@ static void count_message(struct sender *x, const struct message *m)
     x->octets += taken ? m->wire_size : 0;
     x->messages_refused += refused && !taken;
     if (x->s->messages == 0 && x->messages_refused == REFUSED_MESSAGES_MAX)
-        end_early(x, "the customer's server has refused %d messages and taken none", REFUSED_MESSAGES_MAX);
+        end_early(x, "the customer's server refused %d messages and accepted none", REFUSED_MESSAGES_MAX);
 }
 
 /* The verdict of this reply on the mail. Code 0: the reason is ours, not the customer's. */
@@ -1393,7 +1394,7 @@ static int client_starttls(struct session *s, const struct customer *c, struct r
     if (!reply_keyword(r, "STARTTLS")) {
         if (!c->require_tls)
             return EX_OK;
-        log_event(s, LOG_ERR, "%s does not offer STARTTLS, which --require-tls asks for", s->peer);
+        log_event(s, LOG_ERR, "%s does not offer STARTTLS, which --require-tls needs; no credentials sent", s->peer);
         return EX_UNAVAILABLE;
     }
     command(s, "RFC 3207", "STARTTLS");
@@ -1402,7 +1403,7 @@ static int client_starttls(struct session *s, const struct customer *c, struct r
     if (r->code != 220)
         return exit_code_refused(s, "STARTTLS", r, EX_UNAVAILABLE);
     if (stream_discard_input(&s->io))
-        log_event(s, LOG_WARNING, "%s sent something behind its reply to STARTTLS; it is thrown away", s->peer);
+        log_event(s, LOG_WARNING, "%s sent input after its reply to STARTTLS in the clear; it is discarded", s->peer);
     code = client_tls(s, c);
     return code == EX_OK ? client_ehlo(s, r) : code;
 }
@@ -1414,12 +1415,12 @@ static int client_tls(struct session *s, const struct customer *c)
     SSL *tls;
     if (!split_host_port(c->provider, ODMR_PORT, host, sizeof host, port, sizeof port) ||
         !(tls = stream_offer_tls(&s->io, c->tls_context, host))) {
-        log_event(s, LOG_ERR, "%s: TLS cannot be set up", s->peer);
+        log_event(s, LOG_ERR, "TLS with %s failed: OpenSSL cannot set it up; no credentials sent", s->peer);
         return EX_SOFTWARE;
     }
     if (stream_start_tls(&s->io, tls, host))
         return EX_OK;
-    log_event(s, LOG_ERR, "%s: %s; no credentials were sent", s->peer, s->io.broken);
+    log_event(s, LOG_ERR, "TLS with %s failed: %s; no credentials sent", s->peer, s->io.broken);
     if (SSL_get_verify_result(tls) != X509_V_OK && !c->insecure)
         return EX_NOPERM;
     return s->io.tls_failed ? EX_PROTOCOL : EX_TEMPFAIL;
@@ -1430,9 +1431,12 @@ static int client_tls(struct session *s, const struct customer *c)
 static int client_authenticate(struct session *s, const struct customer *c, struct reply *r)
 {
     enum mechanism m = choose_mechanism(s, c, r);
+    const char *list;
     if (m != NO_MECHANISM)
         return sasl_prove(s, c, m, r);
-    log_event(s, LOG_ERR, "%s offers no mechanism that we can use here%s%s", s->peer, c->mechanism ? "; wanted: " : "",
+    list = reply_keyword(r, "AUTH");
+    log_event(s, LOG_ERR, "no usable SASL mechanism: %s offers %.*s%s%s", s->peer,
+              list ? (int)strcspn(list, "\n") : 4, list ? list : "none", c->mechanism ? "; wanted: " : "",
               mechanism_name(c->mechanism));
     return EX_NOPERM;
 }
@@ -1825,7 +1829,7 @@ static const char *recipient_refusal(const struct smtp_server *server, const cha
     if (*parameters != '\0')
         return "555 5.5.4 Parameter not known";
     if (*c->domains && !domain_in_list(c->domains, domain, strlen(domain))) {
-        log_event(server->s, LOG_WARNING, "the provider sent mail for %s, whose domain was not asked for; deferred",
+        log_event(server->s, LOG_WARNING, "the provider sent mail for %s, outside the requested domains; answered 450",
                   mailbox);
         return "450 4.7.1 Not a domain that was asked for"; /* 5xx would bounce this mail */
     }
@@ -2200,7 +2204,8 @@ static void note_domain(struct smtp_server *server, const char *domain)
 /* Logs why a message cannot be stored, and counts it. Returns the reply. */
 static const char *report_unwritten(struct smtp_server *server, const struct delivery *d)
 {
-    log_event(server->s, LOG_ERR, "cannot write the message (%s); it stays with the provider", strerror(d->problem));
+    log_event(server->s, LOG_ERR, "cannot write the message (%s); answered 452, the provider keeps it",
+              strerror(d->problem));
     server->unwritten++;
     return "452 4.3.1 Cannot write the message now";
 }
@@ -2309,11 +2314,13 @@ static enum next exchange_failed(struct session *s, const char *name, const char
     char whose[MAILBOX_MAX] = "";
     if (name)
         quote(whose, sizeof whose, name);
-    log_event(s, LOG_WARNING, "authentication failed from %s%s%s", s->peer, name ? " for " : ": ",
-              name ? whose : text + 4);
+    s->auth_failures++;
+    log_event(s, LOG_WARNING, "authentication failed from %s%s%s: %s%s%s, attempt %d of %d", s->peer,
+              name ? " for " : "", whose, mechanism_name(s->mechanism), name ? "" : ", ", name ? "" : text + 4,
+              s->auth_failures, AUTH_FAILURES);
     poll(&wake, 1, left > 0 ? (int)left : 0);
     reply(s, "5.1.2-b", "%s", text);
-    if (++s->auth_failures < AUTH_FAILURES)
+    if (s->auth_failures < AUTH_FAILURES)
         return STAY;
     end_with_421(s, "too many failed authentications");
     return END;
@@ -2327,7 +2334,7 @@ static enum next auth_failed(struct session *s, const char *name)
 
 static enum next auth_unavailable(struct session *s)
 {
-    log_event(s, LOG_ERR, "authentication is not possible just now: OpenSSL cannot compute");
+    log_event(s, LOG_ERR, "AUTH answered 454: OpenSSL cannot compute the digests");
     reply(s, "5.1.2-b", "454 Temporary authentication failure");
     return STAY;
 }
@@ -2400,7 +2407,7 @@ static int cancel_auth(struct session *s, struct reply *r, int code)
 
 static int cannot_compute(const struct session *s)
 {
-    log_event(s, LOG_ERR, "%s: no response to it: OpenSSL cannot compute", s->peer);
+    log_event(s, LOG_ERR, "%s: AUTH given up: OpenSSL cannot compute the response", s->peer);
     return EX_SOFTWARE;
 }
 
@@ -2413,7 +2420,7 @@ static int read_challenge(struct session *s, struct reply *r)
         return exit_code_refused(s, "AUTH", r, EX_NOPERM);
     s->response_len = base64_decode(s->response, sizeof s->response, r->text);
     if (s->response_len < 0 || strlen(s->response) != (size_t)s->response_len) {
-        log_event(s, LOG_ERR, "%s: its challenge is not base64; AUTH is given up", s->peer);
+        log_event(s, LOG_ERR, "%s: AUTH given up: the challenge is not base64", s->peer);
         return cancel_auth(s, r, EX_PROTOCOL);
     }
     return EX_OK;
@@ -2862,7 +2869,7 @@ static int prove_scram(struct session *s, const struct customer *c, enum mechani
     if (code != EX_OK)
         return code;
     if (!take_server_first(&e, s->response, &v)) {
-        log_event(s, LOG_ERR, "%s: its SCRAM challenge is not acceptable: %s; AUTH is given up", s->peer, s->response);
+        log_event(s, LOG_ERR, "%s: AUTH given up: the SCRAM challenge is not acceptable: %s", s->peer, s->response);
         return cancel_auth(s, r, EX_NOPERM);
     }
     if (!make_client_final(c, &e, &v, message, sizeof message))
@@ -2878,7 +2885,7 @@ static int prove_scram(struct session *s, const struct customer *c, enum mechani
     if (r->code == 235 || strcspn(s->response, ",") != strlen(final) || /* extensions may stand behind a comma */
         CRYPTO_memcmp(s->response, final, strlen(final)) != 0) {
         log_event(s, LOG_ERR,
-                  "%s has not proved that it knows the account; it is not the provider it claims to be", s->peer);
+                  "%s did not prove that it knows the secret: it may be an impostor; no ATRN sent", s->peer);
         stream_break(&s->io, "the provider did not authenticate itself");
         return EX_NOPERM;
     }
@@ -3105,13 +3112,13 @@ static bool hand_over_notice(const struct provider *p, FILE *notice, const struc
     rewind(notice);
     problem = start_program(argv, fileno(notice), -1, &pid);
     if (problem) {
-        log_event(s, LOG_ERR, "%s: %s; the notice about %s cannot be sent, and the message stays", p->sendmail,
-                  strerror(problem), m->path);
+        log_event(s, LOG_ERR, "failure notice for %s not sent: --sendmail %s: %s; message kept", m->path, p->sendmail,
+                  strerror(problem));
         return false;
     }
     status = finish_program(pid, NOTICE_TIMEOUT);
     if (status != 0)
-        log_event(s, LOG_ERR, "%s did not take the notice about %s (exit %d); the message stays", p->sendmail, m->path,
+        log_event(s, LOG_ERR, "failure notice for %s not accepted: %s exited %d; message kept", m->path, p->sendmail,
                   status);
     if (status < 0 && s)
         s->no_notices = true;
@@ -3126,18 +3133,19 @@ static bool return_refused(const struct provider *p, struct session *s, const st
     if (m->sender[0] == '\0') {
         done = message_set_aside(m);
         log_event(s, done ? LOG_NOTICE : LOG_ERR,
-                  done ? "%s, from the null sender, is set aside in " UNDELIVERABLE
-                       : "%s, from the null sender, cannot be set aside, and stays", m->path);
+                  done ? "%s has no sender to return it to: moved to " UNDELIVERABLE
+                       : "%s has no sender to return it to and cannot be moved to " UNDELIVERABLE "; message kept",
+                  m->path);
         return done;
     }
     if (s && (s->no_notices || atomic_load(&p->stopping))) {
-        log_event(s, LOG_NOTICE, "no notice about %s in this session any more; the message stays", m->path);
+        log_event(s, LOG_NOTICE, "failure notice for %s not sent in this session; message kept", m->path);
         return false;
     }
     notice = scratch_file();
     done = notice && write_notice(notice, p->name, s, m);
     if (!done)
-        log_event(s, LOG_ERR, "the notice about %s cannot be written (%s); the message stays", m->path,
+        log_event(s, LOG_ERR, "failure notice for %s cannot be written (%s); message kept", m->path,
                   strerror(errno));
     done = done && hand_over_notice(p, notice, m, s);
     if (notice)
@@ -3166,16 +3174,16 @@ bool update_queue(const struct provider *p, struct session *s, struct message *m
     if (count[DELIVERED] + count[RETURNED] + count[REPEATED] < m->recipients) {
         got = message_strike_out(m);
     } else if ((got = message_remove(m)) == FAILED) {
-        log_event(s, LOG_ERR, "cannot remove %s (%s): all its recipients are struck out, and no more is taken from its "
-                              "directory in this session", m->path, strerror(m->problem));
+        log_event(s, LOG_ERR, "cannot remove %s (%s): its recipients are struck out instead, and this session takes no "
+                              "more from its directory", m->path, strerror(m->problem));
         got = message_strike_out(m);
         sound = false;
     }
     if (got == REPLACED)
-        log_event(s, LOG_WARNING, "%s was replaced or written into while it was sent: it stays, and is sent again",
+        log_event(s, LOG_WARNING, "%s was replaced or changed while it was sent: message kept, it is sent again",
                   m->path);
     else if (got == FAILED)
-        log_event(s, LOG_ERR, "cannot strike out recipients of %s (%s): they get it again", m->path,
+        log_event(s, LOG_ERR, "cannot strike out recipients of %s (%s): it is sent to them again", m->path,
                   strerror(m->problem));
     return sound && got != FAILED;
 }
@@ -3613,7 +3621,7 @@ bool backlog_read(struct backlog *b, const struct session *s, int queue, const c
             int problem = list_box(b, queue, domain, boxes[i]) ? 0 : errno;
             if (!problem)
                 continue;
-            log_event(s, LOG_ERR, "the queue of %s cannot be read: %s", domain, strerror(problem));
+            log_event(s, LOG_ERR, "cannot read the queue of %s: %s; its mail waits", domain, strerror(problem));
             complete = false;
             if (file_system_gone(problem))
                 domains = NULL;
@@ -3706,7 +3714,7 @@ static void clean_tmp(int queue, const char *maildir)
         if (entry->d_name[0] != '.' && fstatat(fd, entry->d_name, &st, AT_SYMLINK_NOFOLLOW) == 0 &&
             S_ISREG(st.st_mode) && time(NULL) - st.st_mtime > TMP_AGE && time(NULL) - st.st_atime > TMP_AGE &&
             unlinkat(fd, entry->d_name, 0) == 0)
-            log_event(NULL, LOG_NOTICE, "removed %s/%s: never finished, and 36 hours old", path, entry->d_name);
+            log_event(NULL, LOG_NOTICE, "removed %s/%s: unfinished for 36 hours", path, entry->d_name);
     if (dir)
         closedir(dir);
 }
@@ -4379,7 +4387,7 @@ static int relay_mail(struct session *s, struct receiver *receiver)
     gone = r->first_over == PROVIDER ? s : receiver->session;
     if (r->hidden) {
         r->quit = stream_closed_by_peer(&s->io) && stream_closed_by_peer(&receiver->session->io);
-        log_event(s, LOG_INFO, "the provider took the receiver's STARTTLS: how many messages it sent cannot be known");
+        log_event(s, LOG_INFO, "the provider and the mail server use TLS: the number of messages is unknown");
     }
     if (gone->io.ended)
         stream_break(&gone->io, gone->io.ended);
@@ -4422,7 +4430,7 @@ static void join_streams(struct relay *r)
         if (moved) {
             since = now_ms();
         } else if (!wait_for_either(r, since)) {
-            stream_break(&r->s->io, "both sides were silent too long");
+            stream_break(&r->s->io, "both sides were silent for longer than --timeout");
             r->first_over = PROVIDER;
             break;
         }
@@ -4838,7 +4846,7 @@ struct accounts *accounts_load(const char *path, char *why, size_t why_size)
     int fd = open(path, O_RDONLY | O_NOFOLLOW | O_NONBLOCK | O_CLOEXEC);
     FILE *file = NULL;
     if (fd < 0 || fstat(fd, &st) < 0)
-        snprintf(why, why_size, "%s: %s", path,
+        snprintf(why, why_size, "cannot open the accounts file %s (--accounts): %s", path,
                  errno == ELOOP ? "it is a symbolic link; name the file itself" : strerror(errno));
     else if (!S_ISREG(st.st_mode))
         snprintf(why, why_size, "%s: not a regular file", path);
@@ -6646,8 +6654,8 @@ static void expire_domain(struct provider *p, struct backlog *b, const char *dom
     int64_t oldest = time(NULL) - (int64_t)p->max_age * 86400;
     size_t i = 0;
     if (p->first_look && b->count > 0 && b->list[b->count - 1].second <= oldest) {
-        log_event(NULL, LOG_ERR, "all mail of %s is older than %d days; none is returned in the next hour: is the clock"
-                                 " right?", domain, p->max_age);
+        log_event(NULL, LOG_ERR, "all mail of %s is older than --max-age %d days: none is returned for an hour; check "
+                                 "the clock", domain, p->max_age);
         return;
     }
     while (i < b->count && b->list[i].second <= oldest && !atomic_load(&p->stopping) &&
@@ -6967,7 +6975,7 @@ static void accept_session(struct provider *p, size_t i)
         start_session(p, fd, &address, len, p->socket_tls[i]);
     } else if (errno == EMFILE || errno == ENFILE || errno == ENOBUFS || errno == ENOMEM) {
         if (refusal_shown(p))
-            log_event(NULL, LOG_ERR, "cannot accept a connection: %s; it waits", strerror(errno));
+            log_event(NULL, LOG_ERR, "cannot accept a connection: %s; trying again", strerror(errno));
         poll(NULL, 0, ACCEPT_PAUSE_MS);
     }
 }
@@ -7036,7 +7044,7 @@ static void warn_of_configuration(const struct provider *p, const struct account
     const X509 *certificate = tls ? SSL_CTX_get0_certificate(tls) : NULL;
     int days, seconds;
     if (accounts->count == 0)
-        log_event(NULL, LOG_WARNING, "%s: no account in it; nobody can log in", p->accounts_path);
+        log_event(NULL, LOG_WARNING, "%s (--accounts) has no account: nobody can log in", p->accounts_path);
     if (!certificate || ASN1_TIME_diff(&days, &seconds, NULL, X509_get0_notAfter(certificate)) != 1)
         return;
     if (days < 0 || seconds < 0)
@@ -7053,11 +7061,12 @@ static void reload(struct provider *p)
     struct accounts *accounts, *old_accounts;
     SSL_CTX *tls, *old_tls;
     if (!load_configuration(p, &accounts, &tls, why, sizeof why)) {
-        log_event(NULL, LOG_ERR, "%s; accounts and certificates stay as they were", why);
+        log_event(NULL, LOG_ERR, "reload failed: %s; the old accounts and certificates stay in use", why);
         return;
     }
     if (accounts->count == 0 && p->accounts->count > 0) { /* more likely it is being written than meant */
-        log_event(NULL, LOG_ERR, "%s: no account in it; accounts and certificates stay as they were", p->accounts_path);
+        log_event(NULL, LOG_ERR, "reload failed: %s (--accounts) has no account; the old accounts and certificates "
+                                 "stay in use", p->accounts_path);
         accounts_release(accounts);
         SSL_CTX_free(tls);
         return;
@@ -7203,7 +7212,7 @@ int provider_run(struct provider *p)
     log_start();
     p->queue = open_queue(p->queue_path, false);
     if (p->queue < 0)
-        die(EX_CONFIG, "%s: %s", p->queue_path, strerror(errno));
+        die(EX_CONFIG, "cannot open the queue directory %s (--queue): %s", p->queue_path, strerror(errno));
     if (!load_configuration(p, &p->accounts, &p->tls_context, why, sizeof why))
         die(EX_CONFIG, "%s", why);
     fetch_algorithms(p);
@@ -7229,7 +7238,8 @@ int provider_run(struct provider *p)
     }
     cared_for = pthread_create(&care, &p->thread_attributes, caretaker, p) == 0;
     if (!cared_for)
-        log_event(NULL, LOG_ERR, "no thread to look after old mail; the rest works");
+        log_event(NULL, LOG_ERR, "cannot start the caretaker's thread: old mail is not returned, and unfinished files "
+                                 "stay");
     pthread_attr_setdetachstate(&p->thread_attributes, PTHREAD_CREATE_DETACHED);
     serve(p);
     for (size_t i = 0; i < p->socket_count; i++)
@@ -7544,7 +7554,7 @@ int print_account(const char *name, const char *domains, bool scram)
     if (isatty(STDIN_FILENO))
         ask_secret("Again: ", again);
     if (isatty(STDIN_FILENO) && strcmp(secret, again) != 0)
-        die(EX_DATAERR, "account: that was not the same secret");
+        die(EX_DATAERR, "account: the two secrets differ");
     if (!scram && strncmp(secret, SCRAM_SCHEME, strlen(SCRAM_SCHEME)) == 0)
         die(EX_DATAERR, "account: a secret that starts with " SCRAM_SCHEME " would be taken for a verifier");
     printf("%s:%s:", name, domains);
@@ -8321,7 +8331,7 @@ static void read_secret(struct customer *c, const char *path)
     else
         file = must_alloc(*variable ? fmemopen(variable, strlen(variable), "r") : fmemopen("\n", 1, "r"));
     if (!file)
-        die(EX_NOINPUT, "%s: %s", path, strerror(errno));
+        die(EX_NOINPUT, "cannot open the secret file %s (--secret-file): %s", path, strerror(errno));
     if (path && fstat(fileno(file), &st) == 0 && S_ISREG(st.st_mode)) {
         if (st.st_mode & (S_IWGRP | S_IWOTH))
             die(EX_CONFIG, "%s: others than its owner can write it; do: chmod 600 %s", path, path);
@@ -8373,7 +8383,7 @@ static int poll_provider(const struct customer *c, int interval)
         pause = code != EX_NOPERM ? interval : pause < POLL_MOST / 2 ? pause * 2 : POLL_MOST;
         pause = pause < interval ? interval : pause;
         if (code == EX_NOPERM && !customer_stops)
-            log_event(NULL, LOG_WARNING, "the provider does not let us in; asking again in %d seconds", pause);
+            log_event(NULL, LOG_WARNING, "authentication failed; the next attempt is in %d seconds", pause);
         poll(&told, 1, pause * 1000);
     }
     return EX_OK;
@@ -8403,7 +8413,8 @@ static void complete_customer(struct customer *c, const char *queue, const char 
         queue = queue ? queue : "./mail";
         c->queue = open_queue(queue, true);
         if (c->queue < 0)
-            die(EX_CANTCREAT, "%s: %s; no ATRN is sent", queue, strerror(errno));
+            die(EX_CANTCREAT, "cannot write to the queue directory %s (--queue): %s; no ATRN is sent", queue,
+                strerror(errno));
         if (geteuid() == 0)
             become_owner(c->queue, queue);
     }
@@ -8476,7 +8487,8 @@ static int main_enqueue(const struct command *command, int argc, char **argv)
     }
     queue = open_queue(path, false);
     if (queue < 0)
-        die(EX_TEMPFAIL, "enqueue: %s: %s; try again later", path, strerror(errno));
+        die(EX_TEMPFAIL, "enqueue: cannot open the queue directory %s (--queue): %s; try again later", path,
+            strerror(errno));
     become_owner(queue, path);
     return enqueue(queue, sender, host_name(), argv + optind, argc - optind);
 }
@@ -8504,7 +8516,7 @@ static int main_queue(const struct command *command, int argc, char **argv)
     }
     queue = open_queue(path, false);
     if (queue < 0)
-        die(EX_NOINPUT, "queue: %s: %s", path, strerror(errno));
+        die(EX_NOINPUT, "queue: cannot open the queue directory %s (--queue): %s", path, strerror(errno));
     if (accounts_path && !(accounts = accounts_load(accounts_path, why, sizeof why)))
         die(EX_CONFIG, "queue: %s", why);
     code = show_queue(queue, argv + optind, (size_t)(argc - optind), list, accounts);

@@ -349,6 +349,7 @@ struct session {
     bool hide_response;            /* the response under way is not for the trace */
     bool no_notices;               /* sendmail hung: no more of them in this session */
     int bad_commands, auth_failures;
+    enum mechanism mechanism;      /* of the last AUTH */
     int64_t responded;             /* now_ms() of the last response to a challenge */
     struct backlog backlog;
     struct message *first; /* claimed before ATRN was answered */
