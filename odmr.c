@@ -8575,18 +8575,46 @@ static int main_demo(const struct command *command, int argc, char **argv)
 }
 
 static const struct command commands[] = {
-    {"provider", "[options]", "hold mail in Maildirs, hand it over when asked", main_provider, ""},
+    {"provider", "[options]", "hold mail in Maildirs, hand it over when asked", main_provider,
+     "\nExample:\n"
+     "  odmr provider --name relay.example.net --user odmr --cert /etc/odmr/cert.pem --key /etc/odmr/key.pem\n"
+     "\nExit: 0 stopped by a signal; 64 wrong usage; 67 no such --user; 68 unknown host in --listen;\n"
+     "71 cannot listen; 78 the accounts, the certificates or the queue cannot be used.\n"
+     "\nSignals: SIGHUP reads accounts and certificates again; SIGUSR1 logs a line for each session;\n"
+     "SIGTERM and SIGINT finish the messages under way and stop, a second one stops at once.\n"
+     "\nFiles: /etc/odmr/accounts, see odmr-accounts(5); /var/spool/odmr, see odmr-queue(5).\n"},
     {"customer", "[options] HOST[:PORT] [DOMAIN...]", "fetch the mail of these domains, or of all", main_customer,
-     "\nExit: 0 mail received, 1 no mail (or none that was taken), 75 try later, 77 not authenticated, 76 the peer\n"
-     "broke the protocol, 69 no ATRN or no such service, 68 unknown host, 73 cannot write the mail.\n"},
+     "\nExample:\n"
+     "  odmr customer --user example.org --secret-file secret --require-tls odmr.example.net example.org\n"
+     "\nExit: 0 mail received; 1 no mail, or none that was accepted; 64 wrong usage; 66 the secret cannot be read;\n"
+     "68 unknown host; 69 no ATRN or no such service; 73 the mail cannot be written; 75 try later;\n"
+     "76 the peer broke the protocol; 77 not authenticated; 78 a certificate or the secret file cannot be used.\n"
+     "\nSignals: with --poll, SIGTERM and SIGINT finish the message under way and exit with 0.\n"
+     "\nFiles: ./mail has the form of the provider's queue, see odmr-queue(5). The secret is the first line of\n"
+     "--secret-file, or the variable ODMR_SECRET.\n"},
     {"enqueue", "[options] [--] RECIPIENT...", "put the message on standard input into the queue", main_enqueue,
-     "\nExit: 0 queued; 64 wrong usage; 65 a bad address; 75 try later (nothing is queued).\n"},
+     "\nExample:\n"
+     "  odmr enqueue --from ned@example.edu eva@example.org < message\n"
+     "\nExit: 0 queued; 64 wrong usage; 65 a bad address; 75 try later, nothing is queued.\n"
+     "\nFiles: /var/spool/odmr/DOMAIN/new, see odmr-queue(5).\n"},
     {"queue", "[options] [DOMAIN...]", "show what waits: domain, messages, octets, oldest, held", main_queue,
-     "\nWithout a DOMAIN it also names what is in DIR and cannot be asked for.\n"
-     "Exit: 0; 75 something cannot be read.\n"},
+     "\nWithout a DOMAIN it also shows what is in the directory and is not a domain.\n"
+     "\nExample:\n"
+     "  odmr queue --list --accounts /etc/odmr/accounts\n"
+     "\nExit: 0 shown; 64 wrong usage; 66 no such directory; 74 the output cannot be written;\n"
+     "75 something cannot be read.\n"
+     "\nFiles: /var/spool/odmr, see odmr-queue(5).\n"},
     {"account", "[--scram] NAME DOMAIN[,DOMAIN...]", "print a line for the accounts file", main_account,
-     "\nAsks for the secret, or reads it from standard input. Names and secrets are UTF-8, taken as they are.\n"},
-    {"demo", "[options]", "whole sessions on this machine, explained", main_demo, ""},
+     "\nThe secret comes from the terminal or from standard input. Names and secrets are UTF-8 and are not changed.\n"
+     "\nExample:\n"
+     "  odmr account --scram example.org example.org,example.com >> /etc/odmr/accounts\n"
+     "\nExit: 0 printed; 64 wrong usage; 65 not a secret.\n"
+     "\nFiles: /etc/odmr/accounts, see odmr-accounts(5). Then send SIGHUP to the provider.\n"},
+    {"demo", "[options]", "whole sessions on this machine, explained", main_demo,
+     "\nExample:\n"
+     "  odmr demo --fail cut --step\n"
+     "\nExit: 0 shown; 64 wrong usage; 73 the scratch directory cannot be written.\n"
+     "\nFiles: a scratch directory in /tmp, which is removed.\n"},
     {0},
 };
 

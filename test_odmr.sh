@@ -4320,6 +4320,28 @@ END
     matches "$T/out" '^odmr [0-9]+\.[0-9]+$'
 }
 
+# --help of each command has an example with options of this command, its exit codes and its files, and that of the
+# two long-running commands has its signals.
+t_help_has_examples_exit_codes_and_files() {
+    local command word
+    for command in provider customer enqueue queue account demo; do
+        run 0 "$ODMR" "$command" --help
+        none "lines of $command --help over 110 columns" "$(awk 'length > 110' "$T/out")"
+        has "$T/out" '^Example:$'
+        has "$T/out" '^Exit: 0 [a-z ]*; .*64 wrong usage'
+        has "$T/out" '^Files: '
+        sed -n 's/^  odmr //p' "$T/out" > "$T/example"
+        matches "$T/example" "^$command "
+        for word in $(grep -oE -- ' -[^ ]*' "$T/example"); do
+            grep -qE -- "^ +(-[a-z], )?$word( |\[|\$)" "$T/out" || fail "odmr $command has no option $word"
+        done
+    done
+    for command in provider customer; do
+        run 0 "$ODMR" "$command" --help
+        has "$T/out" '^Signals: '; has "$T/out" 'SIGTERM and SIGINT'
+    done
+}
+
 # The secret is the first line of its file, without the line end, and a program of --exec does not inherit
 # ODMR_SECRET.
 t_customer_secret() {
