@@ -204,8 +204,8 @@ build/fuzz/odmr: .ci/fuzz.c .ci/fuzz.h odmr.c odmr.h $(CHECKED)
 fuzz: build/fuzz/odmr
 	@TIME='$(TIME)' RUNS='$(RUNS)' .ci/fuzz $(TARGETS)
 
-# The manual pages, from .ci/*.in, from --help of each command, and from README.
-$(MANUALS): odmr README .ci/man $(wildcard .ci/*.in)
+# The manual pages, from .ci/*.in and from --help of each command.
+$(MANUALS): odmr .ci/man $(wildcard .ci/*.in)
 	@mkdir -p $(@D)
 	@.ci/man .ci/$(@F).in > $@.$$$$ && mv $@.$$$$ $@ || { rm -f $@.$$$$; exit 1; }
 
