@@ -1,11 +1,11 @@
 /* odmr: On-Demand Mail Relay (RFC 2645), provider and customer.
  *
- * Read odmr.h first: it is the map, and lists the parts. Then read this file from top to bottom. Parts 1 to 5 are the
- * protocol, in the order of time; there the caller stands before what it calls, behind the prototypes of what comes
- * further down. Parts 6 to 15 carry the protocol; there what is called stands first.
+ * Read odmr.h first; it lists the parts. Then read this file from top to bottom. Parts 1 to 5 are the protocol, in the
+ * order of time. There a function stands before the functions that it calls, and their prototypes stand before it.
+ * Parts 6 to 15 support the protocol. There a function stands after the functions that it calls.
  *
- * A mark such as (5.2.1-f) names a requirement of the RFC. RFC2645.txt has them all, each with the function that keeps
- * it and the test that shows it. The line that keeps it gives the mark to the trace: grep for "5.2.1-f". */
+ * A mark such as (5.2.1-f) names a requirement of the RFC. RFC2645.txt lists them all, each with the function that
+ * keeps it and the test that checks it. The code that keeps it passes the mark to the trace: grep for "5.2.1-f". */
 
 #include "odmr.h"
 
@@ -48,12 +48,12 @@ extern char **environ;
 
 /* ==== 1. The provider: its session, and the three states of sections 5.1, 5.2 and 5.3 ================
  *
- * One function for each state of the RFC, in its order. A state's function reads commands until one of them leads out
- * of it; what every state answers alike stands in common_command(). EHLO, AUTH, ATRN and QUIT are all the server that
- * ODMR asks for (4-c); no mail is taken in here. */
+ * One function for each state of the RFC, in its order. The function reads commands until one of them leads out of the
+ * state. Commands that every state answers alike are in common_command(). As a server the provider needs only EHLO,
+ * AUTH, ATRN and QUIT (4-c); it accepts no mail. */
 
-#define BAD_COMMANDS 10          /* then 421 */
-#define LAST_WORD 5              /* seconds for a 421 to leave */
+#define BAD_COMMANDS 10          /* after so many the reply is 421 */
+#define LAST_WORD 5              /* seconds to send a 421 */
 
 static enum next initial_state(struct session *s);
 static enum next authenticated_state(struct session *s);
@@ -73,7 +73,7 @@ static enum next atrn_command(struct session *s);
 static bool quit_command(struct session *s);
 static void send_mail(struct session *s);
 
-/* (4-b): authenticate, ask, turn, and SMTP on the same connection. */
+/* (4-b): log in, request mail, reverse the roles, and send mail, all on one connection. */
 void provider_session(struct session *s)
 {
     log_event(s, LOG_INFO, "%s connected", s->peer);
@@ -106,7 +106,7 @@ static enum next initial_state(struct session *s)
             if (!starttls_command(s))
                 return END;
         } else if (verb_is(s, "ATRN")) {
-            reply_bad_command(s, "5.2.1-b", "530 Authentication required"); /* whatever else is wrong with it */
+            reply_bad_command(s, "5.2.1-b", "530 Authentication required"); /* even if its syntax is wrong, too */
         } else if (verb_is(s, "QUIT")) {
             if (quit_command(s))
                 return END;
@@ -116,7 +116,7 @@ static enum next initial_state(struct session *s)
     }
 }
 
-/* 5.2: ATRN and QUIT are valid (5.2-a). Only ATRN leads on (5-a). The time to log in does not bound this state, so
+/* 5.2: ATRN and QUIT are valid (5.2-a). Only ATRN leads on (5-a). --login-timeout does not limit this state, so the
  * commands other than ATRN are counted. */
 static enum next authenticated_state(struct session *s)
 {
@@ -148,11 +148,11 @@ static enum next authenticated_state(struct session *s)
     }
 }
 
-/* 5.3: from here on the provider is the client (5.3-a), and sends what it holds. What it did not come to stays. */
+/* 5.3: the provider is now the client (5.3-a), and sends the queued mail. Mail that is not sent stays queued. */
 static void reversed_state(struct session *s)
 {
     enter_state(s, REVERSED);
-    s->io.wake_fd = -1; /* a shutdown lets the message under way finish */
+    s->io.wake_fd = -1; /* at a shutdown the message under way is still sent */
     s->io.waits = 0;
     send_mail(s);
     if (s->first) {
@@ -163,7 +163,7 @@ static void reversed_state(struct session *s)
     backlog_free(&s->backlog);
 }
 
-/* --tls-listen: TLS from the first octet. */
+/* --tls-listen: implicit TLS. */
 static bool tls_at_once(struct session *s)
 {
     SSL *tls = stream_offer_tls(&s->io, s->tls_context, NULL);
@@ -172,12 +172,12 @@ static bool tls_at_once(struct session *s)
     return tls && stream_start_tls(&s->io, tls, NULL);
 }
 
-/* Reads the next command and splits it: the verb in s->line, s->argument (NULL when there is none). Lines that
- * are no commands are answered here. False: the session is over, and the peer has been told. */
+/* Reads the next command and splits it into the verb in s->line and s->argument (NULL: none). Also replies to lines
+ * that are not commands. False: the session is over, and a peer that is still there has been told. */
 static bool read_command(struct session *s)
 {
     while (s->bad_commands < BAD_COMMANDS) {
-        if (atomic_load(&s->provider->stopping)) { /* a client that pipelines without pause is never woken */
+        if (atomic_load(&s->provider->stopping)) { /* a client that pipelines without pause causes no wait */
             end_with_421(s, "this server is shutting down");
             return false;
         }
@@ -201,7 +201,7 @@ static bool read_command(struct session *s)
     return false;
 }
 
-/* ATRN is answered by its own rules even if octets that are not printable stand behind it (5.2.1-b, 5.2.1-l). They
+/* ATRN is answered by its own rules even if its argument has octets that are not printable (5.2.1-b, 5.2.1-l). They
  * become question marks, which no domain has. */
 static bool command_readable(struct session *s)
 {
@@ -214,8 +214,8 @@ static bool command_readable(struct session *s)
     return true;
 }
 
-/* RFC 4954, 4: 12288 octets are enough for any AUTH; RFC 5321, 4.5.3.1.4: 512 for the others, but an ATRN may
- * name many domains. The limits count the line end. */
+/* RFC 4954, 4: 12288 octets are enough for any AUTH. RFC 5321, 4.5.3.1.4: 512 for other commands, but an ATRN may name
+ * many domains. The limits include the line end. */
 static bool command_too_long(const struct session *s)
 {
     size_t limit = COMMAND_LINE;
@@ -243,7 +243,7 @@ static bool tells_secret(const char *line)
     return strncasecmp(line, "PLAIN", 5) == 0 && line[5];
 }
 
-/* What every state answers alike. The code 502 for all the rest is 5.4-a. */
+/* The commands that every state answers alike. All others get 502 (5.4-a). */
 static void common_command(struct session *s)
 {
     if (verb_is(s, "NOOP") || (verb_is(s, "RSET") && !s->argument))
@@ -268,7 +268,7 @@ void end_with_421(struct session *s, const char *why)
 {
     if (s->io.broken && !s->io.woken && !s->io.timed_out)
         return;
-    s->io.broken = NULL; /* our patience is over, not the connection: the last word still goes out */
+    s->io.broken = NULL; /* after a time-out or a shutdown the connection still works, so the 421 is sent */
     s->io.deadline = 0;
     s->io.timeout = LAST_WORD;
     s->io.wake_fd = -1;
@@ -279,8 +279,8 @@ void end_with_421(struct session *s, const char *why)
 
 /* ==== 2. The provider's commands: EHLO, STARTTLS, AUTH, ATRN, QUIT ===================================
  *
- * What stands between a stranger and the mail: which mechanisms are offered on this connection, and whether there is
- * mail for domains that the account may ask for. ATRN is the only command that looks into the queue (4-d). */
+ * These commands protect the mail: they decide which mechanisms are offered on this connection, and which domains the
+ * account may request. ATRN is the only command that reads the queue (4-d). */
 
 static bool mechanism_offered(const struct session *s, enum mechanism m);
 static bool take_asked_domains(struct session *s);
@@ -291,7 +291,7 @@ static enum claim claim_next(struct session *s, struct backlog *b, struct messag
 static void log_unclaimed(const struct session *s, const struct message *m, bool gone_before);
 static const char *reason_to_stop(int problem, int before);
 
-/* 5.1.1: EHLO is ESMTP's (5.1.1-a), and lists AUTH and ATRN in every state (5.1.1-b). */
+/* 5.1.1: EHLO is that of ESMTP (5.1.1-a). The response lists AUTH and ATRN in every state (5.1.1-b). */
 static void ehlo_command(struct session *s)
 {
     char list[128] = "";
@@ -313,9 +313,9 @@ static void ehlo_command(struct session *s)
     reply(s, "5.1.1-b", "250 ATRN");
 }
 
-/* CRAM-MD5 is what every pair has in common (5.1.2-c); others may stand beside it (5.1.2-d).
- * In the clear only what does not reveal the secret; what is bound to TLS only inside it; EXTERNAL only
- * for a certificate that verified (5.1.2-f); CRAM-MD5 unless the site has given it up (5.1.2-e). */
+/* Every provider and every customer have CRAM-MD5 (5.1.2-c), unless the site has disabled it (5.1.2-e). The others are
+ * optional (5.1.2-d). PLAIN reveals the secret and SCRAM-PLUS is bound to TLS, so both are offered only over TLS.
+ * EXTERNAL is offered only if the client's certificate was verified (5.1.2-f). */
 static bool mechanism_offered(const struct session *s, enum mechanism m)
 {
     switch (m) {
@@ -335,7 +335,7 @@ static bool mechanism_offered(const struct session *s, enum mechanism m)
     return false;
 }
 
-/* RFC 3207. Afterwards nothing of what came before is known (4.2): no EHLO, no name, no half-read command.
+/* RFC 3207. What the client sent before the handshake is forgotten (4.2): EHLO, its name, and input after STARTTLS.
  * False: the session is over. */
 static bool starttls_command(struct session *s)
 {
@@ -359,7 +359,7 @@ static bool starttls_command(struct session *s)
     return true;
 }
 
-/* AUTH is RFC 4954's (5.1.2-a). GO_ON: authenticated. STAY: not, try again. END: the session is over. */
+/* AUTH of RFC 4954 (5.1.2-a). GO_ON: authenticated. STAY: the client may try again. END: the session is over. */
 static enum next auth_command(struct session *s)
 {
     char *initial = s->argument ? strchr(s->argument, ' ') : NULL;
@@ -392,7 +392,7 @@ static enum next auth_command(struct session *s)
     return sasl_serve(s, m, initial);
 }
 
-/* What was said may have been a secret, and memory that is freed can be read by whoever gets it next. */
+/* Erases the responses, because they may contain a secret, and freed memory is used again. */
 static void forget_responses(struct session *s)
 {
     OPENSSL_cleanse(s->line, sizeof s->line);
@@ -423,9 +423,8 @@ bool accounts_renew(struct session *s)
 
 /* ---- 5.2.1 ATRN ---- */
 
-/* 5.2.1: GO_ON when the roles are to be reversed; then s->backlog and s->first hold what is to be sent. Only here is
- * the queue listed for a delivery: no timer and no new mail ever starts one (4-d). The codes are those of section 7
- * (7-a). */
+/* 5.2.1. GO_ON: the roles must be reversed, and s->backlog and s->first have the mail to send. Only ATRN starts a
+ * delivery, never a timer or new mail (4-d). The reply codes are those of section 7 (7-a). */
 static enum next atrn_command(struct session *s)
 {
     enum claim got;
@@ -465,8 +464,8 @@ static enum next atrn_command(struct session *s)
     return STAY;
 }
 
-/* The domains of this request (5.2.1-a), each once; none named: all that the account has (5.2.1-d). False when the
- * customer has no access to one of them (5.2.1-e): not even for those it has access to. */
+/* Sets s->asked to the domains of this request (5.2.1-a), each once. If it names none, they are all domains of the
+ * account (5.2.1-d). False: one domain without access rejects the whole request (5.2.1-e). */
 static bool take_asked_domains(struct session *s)
 {
     const char *list = s->argument, *domain;
@@ -486,7 +485,7 @@ static bool take_asked_domains(struct session *s)
     return true;
 }
 
-/* (5.2.1-i) An account that asks again too soon: told to wait. */
+/* (5.2.1-i): has the account repeated its request too soon? */
 static bool asked_too_soon(struct session *s)
 {
     struct provider *p = s->provider;
@@ -502,8 +501,8 @@ static bool asked_too_soon(struct session *s)
     return soon;
 }
 
-/* (5.2.1-i) The interval starts with an answer: mail that was handed over, or 453. A 450, a 451, and a connection lost
- * before any mail was taken are none. It outlives the session. */
+/* (5.2.1-i): the interval starts when mail was delivered or the reply was 453. It does not start after a 450, a 451 or
+ * a session that delivered nothing. It outlasts the session. */
 static void start_interval(struct session *s)
 {
     struct provider *p = s->provider;
@@ -521,7 +520,7 @@ static void start_interval(struct session *s)
     pthread_mutex_unlock(&p->lock);
 }
 
-/* Under the lock. NULL: the account has had no answer yet. */
+/* To be called under the lock. Returns NULL if no interval of the account has started. */
 static struct last_atrn *last_atrn_of(const struct provider *p, const char *account)
 {
     struct last_atrn *last = p->last_atrn;
@@ -530,16 +529,16 @@ static struct last_atrn *last_atrn_of(const struct provider *p, const char *acco
     return last;
 }
 
-/* Claims the oldest message that can be sent. CLAIMED: there it is, in *claimed. NOTHING: no mail, or none but what is
- * held. BUSY: mail waits, but others are at work on all of it, or it cannot be read; the log says of one of them which.
- * b->stopped: the walk has ended before a message that may well be claimed later: the file system is gone, or we are
- * short of descriptors or memory. */
+/* Claims the oldest message that can be sent. CLAIMED: the message is in *claimed. NOTHING: no mail is left, or only
+ * held mail. BUSY: the mail that is left is locked by other sessions or cannot be read; the log says why. b->stopped is
+ * set if the walk ended before a message that may be claimed later, because the file system is gone or descriptors or
+ * memory are short. */
 static enum claim claim_next(struct session *s, struct backlog *b, struct message **claimed)
 {
     enum claim result = NOTHING;
     struct message *m = malloc(sizeof *m);
     const char *busy = NULL;
-    int problem = b->stopped ? EIO : 0; /* of the message before; the log has it then */
+    int problem = b->stopped ? EIO : 0; /* of the message before; the log has it already */
     *claimed = NULL;
     b->stopped = NULL;
     if (!m) {
@@ -574,8 +573,8 @@ static enum claim claim_next(struct session *s, struct backlog *b, struct messag
     return result;
 }
 
-/* Why this message is not sent, unless another session is at work on it. When the file system is gone, the log says it
- * of one message, not of each. */
+/* Logs why this message is not sent, unless another session has claimed it. If the file system is gone, the log says so
+ * for one message, not for each. */
 static void log_unclaimed(const struct session *s, const struct message *m, bool gone_before)
 {
     if (m->held)
@@ -584,7 +583,7 @@ static void log_unclaimed(const struct session *s, const struct message *m, bool
         log_event(s, LOG_WARNING, "%s skipped: %s (%s); it stays queued", m->path, m->trouble, strerror(m->problem));
 }
 
-/* One file that cannot be read may be a bad sector; when the next one says the same, the disk is gone. */
+/* If one file cannot be read, it may be a bad sector. If the next one fails too, the disk is gone. */
 static const char *reason_to_stop(int problem, int before)
 {
     if (problem == ENOTCONN || problem == ESHUTDOWN || (problem == EIO && before == EIO))
@@ -594,7 +593,7 @@ static const char *reason_to_stop(int problem, int before)
     return problem == ENOMEM ? "out of memory" : NULL;
 }
 
-/* QUIT ends each state (5-a, 5.1.3-a). False: it was none. */
+/* QUIT ends each state (5-a, 5.1.3-a). False: it had an argument, so the session goes on. */
 static bool quit_command(struct session *s)
 {
     if (s->argument) {
@@ -609,45 +608,44 @@ static bool quit_command(struct session *s)
 
 /* ==== 3. The provider as the client: one sender (5.3) ================================================
  *
- * The connection has turned: the customer greets, the provider sends the mail. One sender does it, in
- * whatever way the customer can take:
+ * The roles are reversed: the customer greets, and the provider sends the mail. How often the sender waits depends on
+ * the extensions that the customer offers:
  *
- *   nothing offered   each command waits for its reply;
- *   PIPELINING        MAIL, RCPT and DATA leave together, the end of one message with the start of the
- *                     next: one wait a message (RFC 2920);
+ *   no extension      the sender waits for the reply to each command;
+ *   PIPELINING        MAIL, RCPT and DATA leave together, and so do the end of one message and the start of
+ *                     the next: one wait a message (RFC 2920);
  *   CHUNKING too      BDAT needs no go-ahead, so many messages are on their way at once (RFC 3030).
  *
- * What makes these one path: every command is noted in a FIFO of the replies it will bring, and replies
- * are read from it in order, each deciding what it was expected for. may_stay_outstanding() is the one rule
- * that says after which commands the sender waits. Replies that have arrived are taken before the next
- * message, without waiting for more. When there is no next message, all are awaited.
+ * The same code does all three. Every command is noted in a FIFO, and each reply is for the oldest command there.
+ * may_stay_outstanding() alone decides after which commands the sender waits. Replies that have arrived are taken
+ * before the next message is sent, without waiting for more. After the last message, all replies are awaited.
  *
- * Why two peers that block cannot deadlock: the provider writes without reading, so all replies that it has not read
- * must fit into its receive buffer; then the customer, which can always write them, comes to read what the provider
- * writes. No more are outstanding than fit, by the size that the kernel says this buffer has (reply_window), if each
- * is as long as RFC 5321 allows. After a longer reply each command waits. Only a customer that fills the buffer
- * with longer ones before the first of them is read can still hold the session up, and the time-out ends it.
+ * Two peers that block cannot deadlock, for this reason. The provider writes without reading, so all replies that it
+ * has not read must fit into its receive buffer. Then the customer can always write them, and goes on to read. The
+ * kernel says how large this buffer is (reply_window), and no more replies are outstanding than fit, if each is as long
+ * as RFC 5321 allows. After a longer reply the sender waits after each command. A customer can still delay the session
+ * if it fills the buffer with longer replies before the first of them is read. The time-out then ends the session.
  *
- * RFC 2920 and RFC 3030 rest on the order of replies. When that can no longer be trusted, the connection
- * is broken, and nothing that comes after is believed. */
+ * RFC 2920 and RFC 3030 depend on the order of replies. When the order can no longer be trusted, the sender breaks the
+ * connection and ignores all later replies. */
 
-#define RECIPIENTS_A_TRANSACTION 100 /* RFC 5321, 4.5.3.1.8: what every server must take */
+#define RECIPIENTS_A_TRANSACTION 100 /* RFC 5321, 4.5.3.1.8: what every server must accept */
 #define REPLY_MAX 512            /* RFC 5321, 4.5.3.1.5: octets, with its code and CRLF */
-#define REPLY_ROOM 665           /* octets: what such a reply takes in the receive buffer, with what TLS adds */
+#define REPLY_ROOM 665           /* octets that such a reply takes in the receive buffer, with what TLS adds */
 #define REPLIES_IN_FLIGHT 320    /* RECEIVE_BUFFER has room for so many */
-#define REFUSED_MESSAGES_MAX 10  /* when so many were refused and none was taken, the session ends */
+#define REFUSED_MESSAGES_MAX 10  /* when so many were refused and none was accepted, the session ends */
 
 struct transaction {
     struct message *message;
-    size_t first, last;   /* the entries of its list: first <= i < last */
-    size_t accepted;      /* how many of them the customer has taken */
-    unsigned outstanding; /* replies it still waits for */
-    bool open;            /* commands of it are still being written */
-    bool behind_end;      /* MAIL left before the reply to the end of an earlier message had come */
-    bool again;           /* and was refused for that: the same is sent again */
-    bool mail_refused;    /* MAIL failed, so nothing after it counts */
+    size_t first, last;   /* its recipients are message->list[i], first <= i < last */
+    size_t accepted;      /* recipients that the customer has accepted */
+    unsigned outstanding; /* replies that are still due */
+    bool open;            /* its commands are still being written */
+    bool behind_end;      /* when MAIL was written, replies to an earlier message were still due */
+    bool again;           /* MAIL was refused for that reason, so the same is sent again */
+    bool mail_refused;    /* so the replies after it do not count */
     bool go_ahead;        /* DATA was answered with 354 */
-    enum verdict verdict; /* on the mail, of the reply to MAIL that failed */
+    enum verdict verdict; /* of the reply to MAIL, which follows */
     struct reply reply;
 };
 
@@ -665,15 +663,15 @@ struct sender {
     struct session *s;
     bool pipelining;            /* offered, and no reply was too long for it */
     bool chunking, eight_bit, utf8, size; /* offered */
-    uint64_t size_limit;        /* 0: none told */
+    uint64_t size_limit;        /* 0: none */
     size_t mail_max, rcpt_max;  /* RFC 9422: transactions in this session, 0: any number; recipients in each */
-    bool unclean;               /* a transaction was left open on the other side: RSET before the next */
-    bool wait_at_ends;          /* the server wants no command before its reply to the end of a message */
+    bool unclean;               /* the customer has an open transaction, so RSET is sent before the next */
+    bool wait_at_ends;          /* the customer's server takes no command before its reply to the end of a message */
     bool over;                  /* no more is sent in this session; the log says why */
-    bool abandoned;             /* what no reply was taken for by now stays */
+    bool abandoned;             /* recipients without a reply stay queued */
     struct expected fifo[REPLIES_IN_FLIGHT];
     size_t oldest, count, window; /* of the FIFO; no more than window are noted there */
-    struct message *again;      /* to be sent once more, in order of arrival */
+    struct message *again;      /* messages that must be sent again, in order of arrival */
     size_t delivered, deferred, refused; /* recipients, for the log */
     size_t transactions, messages_refused;
     uint64_t octets;
@@ -722,7 +720,7 @@ static void log_fate(const struct session *s, int priority, const char *fate, co
 /* ---- The session in this state ---- */
 
 /* The session as the client: the customer's greeting, the mail that ATRN found, oldest first, and QUIT (5-b). A message
- * without a reply stays in the queue as it was. */
+ * without a reply stays queued, unchanged. */
 static void send_mail(struct session *s)
 {
     struct sender x = {.s = s, .rcpt_max = RECIPIENTS_A_TRANSACTION};
@@ -734,7 +732,7 @@ static void send_mail(struct session *s)
     while (good && !x.over && !atomic_load(&s->provider->stopping) && (m = next_message(&x)))
         good = send_message(&x, m) && take_arrived_replies(&x);
 
-    /* When the customer hears QUIT, the queue shows what it took. */
+    /* QUIT is sent after the queue has been updated with all replies. */
     answered = await_replies(&x, 0) && !s->io.broken;
     if (s->messages > 0)
         start_interval(s);
@@ -753,8 +751,8 @@ static void send_mail(struct session *s)
                   s->io.broken ? s->io.broken : "the customer does not take mail");
 }
 
-/* How many replies our receive buffer holds while nobody reads it. The size that Linux tells is twice what was asked
- * for, and the other half is for what it keeps beside the octets (socket(7)). */
+/* How many replies our receive buffer holds while we do not read. Linux reports twice the size that was set, because
+ * half is for its own overhead (socket(7)). */
 static size_t reply_window(const struct session *s)
 {
     int size = 0;
@@ -764,7 +762,7 @@ static size_t reply_window(const struct session *s)
     return window < 1 ? 1 : window < REPLIES_IN_FLIGHT ? window : REPLIES_IN_FLIGHT;
 }
 
-/* 5.3-b: the customer greets; 5.3-c: then EHLO, or HELO where EHLO is not known. */
+/* 5.3-b: the customer greets. 5.3-c: the provider says EHLO or, if EHLO is refused with 5xx, HELO. */
 static bool greet_customer(struct sender *x)
 {
     struct session *s = x->s;
@@ -798,7 +796,7 @@ static void read_capabilities(struct sender *x, const struct reply *r)
         x->rcpt_max = limit_of(limits, "RCPTMAX=", x->rcpt_max);
 }
 
-/* RFC 9422: the number after NAME= in the parameters of LIMITS; none: there is no such number. */
+/* RFC 9422: returns the number after NAME= in the parameters of LIMITS, or `none` if there is no such number. */
 static size_t limit_of(const char *limits, const char *name, size_t none)
 {
     size_t len, before = strlen(name);
@@ -811,11 +809,11 @@ static size_t limit_of(const char *limits, const char *name, size_t none)
     return none;
 }
 
-/* The message to be sent next: the one that was claimed for ATRN, then the others, then those that must be sent
- * again, once nothing is outstanding. When the walk through the queue was stopped (see claim_next), what is
- * outstanding is awaited, which gives descriptors and memory back, and the same message is tried once more. NULL:
- * that was all, or the connection is broken. It is broken when the walk cannot go on, for QUIT
- * would say that all was sent. */
+/* Returns the next message to send: the one that was claimed for ATRN, then the others. A message that must be sent
+ * again comes first, after all outstanding replies. If the walk through the queue was stopped (see claim_next),
+ * outstanding replies are awaited, which frees descriptors and memory, and the same message is tried once more. If the
+ * walk still cannot go on, the connection is broken, because QUIT would say that all was sent. Returns NULL when no
+ * message is left or the connection is broken. */
 static struct message *next_message(struct sender *x)
 {
     struct session *s = x->s;
@@ -838,7 +836,7 @@ static struct message *next_message(struct sender *x)
 
 /* ---- Commands ---- */
 
-/* The whole message, in as many transactions as its recipients need. */
+/* Sends the whole message, in as many transactions as its recipients need. */
 static bool send_message(struct sender *x, struct message *m)
 {
     struct recipient *to;
@@ -877,8 +875,8 @@ static void refuse_beforehand(struct sender *x, struct message *m)
             note_verdict(x, m, &m->list[i], REFUSED, &why);
 }
 
-/* What this customer cannot take is not sent in breach of the standard, but returned. True, and why. A header with
- * octets over 127 needs 8BITMIME only, as everybody else sees it; an address in UTF-8 needs SMTPUTF8. */
+/* True, and why: under the standards this customer cannot take the message, so it is returned. A header with octets
+ * over 127 needs only 8BITMIME, as in other mail servers; an address in UTF-8 needs SMTPUTF8. */
 static bool customer_cannot_take(const struct sender *x, const struct message *m, const char *recipient,
                                  struct reply *why)
 {
@@ -897,13 +895,12 @@ static bool customer_cannot_take(const struct sender *x, const struct message *m
     return true;
 }
 
-/* MAIL, RCPT ..., and the content: one transaction, for the next recipients, no more than the customer takes at
- * once. */
+/* Sends one transaction: MAIL, RCPT for the next recipients, as many as the customer takes at once, and the content. */
 static bool send_transaction(struct sender *x, struct transaction *t, struct recipient *to)
 {
     struct message *m = t->message;
     size_t n = 1;
-    t->behind_end = x->count > 0; /* before RSET, which is no end */
+    t->behind_end = x->count > 0; /* before RSET, which ends no message */
     if (x->unclean && x->count == 0) {
         command(x->s, "5.3-c", "RSET");
         if (!expect(x, FOR_RSET, NULL, NULL))
@@ -923,11 +920,11 @@ static bool send_transaction(struct sender *x, struct transaction *t, struct rec
         }
     } while (n++ < x->rcpt_max && (to = next_owed(m, &t->last)));
     if (x->count == 0 && (t->mail_refused || t->accepted == 0))
-        return true; /* all is answered and nobody wants it: no content */
+        return true; /* all commands are answered, and no recipient was accepted: no content */
     return x->chunking ? send_bdat(x, t) : send_data(x, t);
 }
 
-/* The next recipient that is owed the message, from entry *next on; *next is then the number after it. */
+/* Returns the next recipient that is OWED the message, from entry *next on, and sets *next to the entry after it. */
 static struct recipient *next_owed(const struct message *m, size_t *next)
 {
     while (*next < m->recipients)
@@ -936,7 +933,7 @@ static struct recipient *next_owed(const struct message *m, size_t *next)
     return NULL;
 }
 
-/* With what the customer wants to know beforehand (RFC 1870, RFC 6152, RFC 6531), when it is so. */
+/* With the parameters that the customer offers and the message needs (RFC 1870, RFC 6152, RFC 6531). */
 static void send_mail_command(struct sender *x, const struct message *m)
 {
     char size[32] = "";
@@ -954,7 +951,7 @@ static bool send_data(struct sender *x, struct transaction *t)
         return false;
     if (!t->go_ahead)
         return true;
-    /* RFC 2920, 3.1: a 354 although every RCPT failed must be honoured, with no content. */
+    /* RFC 2920, 3.1: a 354 must be honoured even if every RCPT failed. Then the message is empty. */
     if (t->accepted > 0 && !send_content(x, t, true))
         return false;
     command(x->s, "4-e", ".");
@@ -979,7 +976,7 @@ static bool send_bdat(struct sender *x, struct transaction *t)
 
 /* ---- Replies: each is for the oldest command in the FIFO ---- */
 
-/* Notes that the command just written will be answered, and waits if the rule says so. */
+/* Notes that the command just written will be answered, and waits if may_stay_outstanding() says so. */
 static bool expect(struct sender *x, enum expectation what, struct transaction *t, struct recipient *to)
 {
     struct stream *io = &x->s->io;
@@ -989,9 +986,9 @@ static bool expect(struct sender *x, enum expectation what, struct transaction *
     return await_replies(x, may_stay_outstanding(x, what));
 }
 
-/* The one rule: how many replies may be left outstanding after this command. Without PIPELINING, and once a reply was
- * too long, none. With it, DATA must be the last of its group (RFC 2920, 3.1), so there all are awaited. Otherwise we
- * write on until the window is full, and then make room for half of it. */
+/* How many replies may be outstanding after this command. Without PIPELINING, or after a reply that was too long, none.
+ * With it, DATA must be the last of its group (RFC 2920, 3.1), so all replies are awaited there. Otherwise we write on
+ * until the window is full, and then wait until half of it is free. */
 static size_t may_stay_outstanding(const struct sender *x, enum expectation what)
 {
     if (!x->pipelining || what == FOR_DATA || what == FOR_QUIT)
@@ -1001,8 +998,8 @@ static size_t may_stay_outstanding(const struct sender *x, enum expectation what
     return x->count < x->window ? x->count : x->window / 2;
 }
 
-/* Takes the replies that have arrived, without waiting. Accepted mail leaves the queue soon, so a provider that is
- * killed causes few second copies. A reply that arrives before its command has left is not believed. */
+/* Takes the replies that have arrived, without waiting. So accepted mail leaves the queue soon, and a provider that is
+ * killed causes few second copies. A reply that arrives before its command has left is not taken. */
 static bool take_arrived_replies(struct sender *x)
 {
     struct reply r;
@@ -1021,7 +1018,7 @@ static bool await_replies(struct sender *x, size_t left)
     return true;
 }
 
-/* Gives the oldest command its reply. False: the connection is of no more use. */
+/* Takes a reply for the oldest command. False: the connection is broken. */
 static bool take_reply(struct sender *x, const struct reply *r)
 {
     struct expected e = x->fifo[x->oldest];
@@ -1064,9 +1061,9 @@ static bool take_reply(struct sender *x, const struct reply *r)
     return true;
 }
 
-/* After some replies no other is believed. A server that does not know BDAT reads the content as commands, and its
+/* After some replies no other can be trusted. A server that does not know BDAT reads the content as commands, and its
  * replies to those would be taken for verdicts on mail. A 2xx in the place of 354 answers another command. 421 is the
- * last word of a server that closes (RFC 5321, 3.8). Returns the reason; NULL: it is none of these. */
+ * final reply of a server that closes (RFC 5321, 3.8). Returns the reason, or NULL for any other reply. */
 static const char *last_reply(enum expectation what, int code)
 {
     if (what == FOR_BDAT && (code == 500 || code == 502 || code == 504))
@@ -1086,8 +1083,8 @@ static const char *reply_clause(const struct sender *x)
     return clause[x->fifo[x->oldest].what];
 }
 
-/* RFC 2920, 3.1, lets MAIL follow the end of a message at once, but some servers refuse what arrives before their reply
- * to that end, with one 503 for each command. Then the sender waits there from now on, and sends the same again. */
+/* RFC 2920, 3.1, lets MAIL follow the end of a message at once. Some servers answer 503 to each command that arrives
+ * before their reply to that end. Then the sender waits there from now on, and sends the refused message again. */
 static void take_mail_reply(struct sender *x, struct transaction *t, const struct reply *r)
 {
     t->verdict = verdict_of(FOR_MAIL, r);
@@ -1119,9 +1116,9 @@ static void take_rcpt_reply(struct sender *x, struct transaction *t, struct reci
     }
 }
 
-/* The reply to DATA if it is not 354, to the last octet otherwise. A 2xx to the last octet is the moment
- * when the responsibility passes to the customer (RFC 5321, 4.2.5); if the line drops right before it
- * arrives, the customer has the message and we send it again: twice, but never not at all. */
+/* The reply to DATA if it is not 354, otherwise the reply to the last octet. With a 2xx to the last octet, the
+ * responsibility passes to the customer (RFC 5321, 4.2.5). If the connection is lost right before that reply arrives,
+ * the customer has the message, and it is sent again. It is never lost. */
 static void take_content_reply(struct sender *x, struct transaction *t, enum expectation what, const struct reply *r)
 {
     enum verdict verdict = verdict_of(what, r);
@@ -1145,10 +1142,10 @@ static enum verdict verdict_of(enum expectation what, const struct reply *r)
     return about_session(what, r->code) ? DEFERRED : reply_verdict(r);
 }
 
-/* Replies in 5xx that are about the session, not about this mail: the server wants TLS or a log-in first, does not know
- * the command, or is not ready. The mail stays. To RCPT, 503 complains about the order of commands, and 552 is how
- * servers of old say "too many recipients" (RFC 5321, 4.5.3.1.10). What is said after the last octet of DATA's content
- * is a verdict on the message, whatever its number. */
+/* Is this a 5xx about the session, not about this mail? The server wants TLS or a log-in first, does not know the
+ * command, or is not ready. Then the mail stays queued. To RCPT, 503 is about the order of commands, and 552 means "too
+ * many recipients" in old servers (RFC 5321, 4.5.3.1.10). The reply to the last octet of DATA's content is always a
+ * verdict on the message. */
 static bool about_session(enum expectation what, int code)
 {
     static const int codes[] = {500, 502, 503, 504, 521, 530, 534, 535, 538};
@@ -1160,8 +1157,8 @@ static bool about_session(enum expectation what, int code)
     return false;
 }
 
-/* The session is over. Replies that arrived before the connection broke still count. The others will not come, so the
- * recipients that they were expected for stay in the queue. */
+/* The session is over. Replies that arrived before the connection broke still count. The others will not arrive, so
+ * their recipients stay queued. */
 static void abandon(struct sender *x)
 {
     take_arrived_replies(x);
@@ -1198,7 +1195,7 @@ static void message_release(struct sender *x, struct message *m)
         message_conclude(x, m);
 }
 
-/* All transactions of this message have their replies, or the line is gone. */
+/* All transactions of this message have their replies, or the session is over. */
 static void message_conclude(struct sender *x, struct message *m)
 {
     struct session *s = x->s;
@@ -1219,7 +1216,7 @@ static void message_conclude(struct sender *x, struct message *m)
     free(m);
 }
 
-/* True: the message now stands in x->again, behind those that stand there already. */
+/* True: the message is now the last in x->again. */
 static bool must_be_sent_again(struct sender *x, struct message *m)
 {
     struct message **at = &x->again;
@@ -1246,16 +1243,16 @@ static void count_message(struct sender *x, const struct message *m)
         end_early(x, "the customer's server refused %d messages and accepted none", REFUSED_MESSAGES_MAX);
 }
 
-/* The verdict of this reply on the mail. Code 0: the reason is ours, not the customer's. */
+/* Notes and logs the verdict of this reply for a recipient. Code 0: the reason is ours, not the customer's. */
 static void note_verdict(struct sender *x, struct message *m, struct recipient *to, enum verdict verdict,
                          const struct reply *r)
 {
     char text[REFUSAL_SIZE - 4], why[REFUSAL_SIZE];
     join_lines(r, text, sizeof text);
     if (verdict == REFUSED && r->code && x->messages_refused >= REFUSED_MESSAGES_MAX && x->s->messages == 0)
-        verdict = DEFERRED; /* a server that refuses everything returns no more of the queue */
+        verdict = DEFERRED; /* if a server refuses everything, no more of the queue is returned */
     if (verdict == REFUSED && !(to->reason = message_reason(m, r->code, text)))
-        verdict = DEFERRED; /* without the reason there could be no notice */
+        verdict = DEFERRED; /* because a notice needs the reason */
     to->fate = verdict;
     x->delivered += verdict == DELIVERED;
     x->deferred += verdict == DEFERRED;
@@ -1281,7 +1278,7 @@ __attribute__((format(printf, 2, 3))) static void end_early(struct sender *x, co
     x->over = true;
 }
 
-/* One line for each recipient's fate, so that an administrator finds a mail by sender, recipient or Message-ID. */
+/* One line for each recipient's fate, so that an administrator can find mail by sender, recipient or Message-ID. */
 static void log_fate(const struct session *s, int priority, const char *fate, const struct message *m,
                      const struct recipient *to, const char *why)
 {
