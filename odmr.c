@@ -1288,14 +1288,14 @@ static void log_fate(const struct session *s, int priority, const char *fate, co
 
 /* ==== 4. The customer as the client: from the greeting to ATRN (5.1, 5.2) ============================
  *
- * Greeting, EHLO, AUTH, ATRN, each reply checked; then the roles turn. The result is an exit code of
- * sysexits(3), because a script that polls needs to know: mail, no mail, try later, or a permanent error. */
+ * Greeting, EHLO, AUTH and ATRN; each reply is checked. Then the roles are reversed. The result is an exit code of
+ * sysexits(3), because a script that polls has to distinguish mail, no mail, a temporary and a permanent error. */
 
 #define ATRN_TIMEOUT 600         /* 5.2.1-c: seconds; at least ten minutes */
 #define REPLY_TEXT 512           /* octets of a reply in the log */
 #define EXIT_NO_MAIL 1 /* the reply to ATRN was 453, or 250 and then no mail */
 
-/* After SIGTERM the customer takes the message under way, then says 421. An octet in the pipe ends a wait for a
+/* After SIGTERM the customer receives the message under way, then replies 421. An octet in the pipe ends a wait for a
  * command. A second signal ends the program at once. */
 static int stop_pipe[2] = {-1, -1};
 static volatile sig_atomic_t customer_stops;
@@ -1341,7 +1341,7 @@ static int session_with_provider(const struct customer *c, struct receiver *rece
     return code;
 }
 
-/* From the connection to the reversal (4-b): the transcript of section 6, from the customer's side. */
+/* From the greeting to the reply to ATRN (4-b): the transcript of section 6, from the customer's side. */
 static int client_dialogue(struct session *s, const struct customer *c)
 {
     struct reply r;
@@ -1405,7 +1405,7 @@ static int client_starttls(struct session *s, const struct customer *c, struct r
     return code == EX_OK ? client_ehlo(s, r) : code;
 }
 
-/* The handshake. Without --insecure the certificate must be valid, and for the host that was asked for. */
+/* The handshake. Without --insecure the certificate must be valid, and must be for the provider's host. */
 static int client_tls(struct session *s, const struct customer *c)
 {
     char host[256], port[32];
@@ -1499,7 +1499,7 @@ static int client_atrn(struct session *s, const struct customer *c, struct reply
     }
 }
 
-/* A provider without mail may answer ATRN with 250 and say QUIT right after EHLO (5.2.1-h). That is no error. */
+/* A provider without mail may answer ATRN with 250 and say QUIT right after EHLO (5.2.1-h). This is not an error. */
 int session_outcome(struct session *s, bool ended, size_t messages, size_t unwritten)
 {
     if (!ended)
@@ -1535,45 +1535,45 @@ static void stop_customer(int number)
 
 /* ==== 5. The customer as the server: SMTP into a Maildir (5.3) =======================================
  *
- * A small SMTP server that trusts no input. What it has answered 250 for is on disk. */
+ * A small SMTP server that trusts no input. When it answers a message with 250, the message is on disk. */
 
-#define BAD_COMMANDS_SERVER 100  /* the customer allows its provider more */
-#define RECIPIENTS_MAX 1000      /* what our customer takes */
-#define DOMAINS_A_MESSAGE 32     /* and in how many domains */
+#define BAD_COMMANDS_SERVER 100  /* the customer allows more than the provider does (BAD_COMMANDS) */
+#define RECIPIENTS_MAX 1000      /* that the customer accepts for a message */
+#define DOMAINS_A_MESSAGE 32     /* of these recipients, at most */
 #define LONE_DOT 3               /* octets: the dot and CRLF that end the content of DATA */
 #define TRACE_FIELDS_MAX 100     /* RFC 5321, 6.3: more Received fields mean a loop */
 #define DELIVERIES_MAX 96 /* files that go to disk together */
-#define ANSWERS_MAX 512   /* that wait for them */
+#define ANSWERS_MAX 512   /* answers that wait for these files */
 #define STORED_SIZE 512   /* octets of the domains that the summary names */
 
-/* The content of the message under way, on its way into its files. */
+/* The content of the message under way. */
 struct content {
     bool under_way;
     bool dots;  /* DATA: a lone dot ends it. BDAT: dots mean nothing */
-    bool ended; /* the lone dot came */
-    bool bare;  /* it has a CR or LF by itself */
+    bool ended; /* the lone dot has arrived */
+    bool bare;  /* the content has a CR or LF by itself */
     bool after_cr, begun, in_body;
     enum { AT_LINE_START, AFTER_DOT, IN_TEXT } state;
     size_t column, trace_fields;
     char name[32]; /* the start of this header line, to count Received fields */
     struct delivery deliveries[DOMAINS_A_MESSAGE];
-    size_t files; /* 0: they cannot be opened, or there is no recipient */
+    size_t files; /* 0: the files cannot be opened, or there is no recipient */
 };
 
 /* An answer that waits for its turn. */
 struct answer {
     char text[128];
     const char *clause;
-    size_t files; /* the promise for so many of the deliveries that wait; 0: text is the answer */
+    size_t files; /* of the waiting deliveries, so many decide the answer; 0: it is `text` */
 };
 
 struct smtp_server {
     struct session *s;
     const struct customer *c;
-    bool greeted, esmtp; /* EHLO or HELO was said; it was EHLO */
-    bool in_mail, utf8;  /* MAIL was accepted; it said SMTPUTF8 */
+    bool greeted, esmtp; /* EHLO or HELO was received; it was EHLO */
+    bool in_mail, utf8;  /* MAIL was accepted; it had SMTPUTF8 */
     bool done;           /* the session has a proper end */
-    const char *gave_up; /* why no command is obeyed any more; NULL: they are */
+    const char *gave_up; /* why no more commands are accepted; NULL: they are */
     char sender[MAILBOX_MAX + 2];
     char *recipients[RECIPIENTS_MAX], mailboxes[RECIPIENTS_MAX][MAILBOX_MAX + 2];
     size_t count, domains; /* of the recipients; of their domains */
@@ -1586,7 +1586,7 @@ struct smtp_server {
     size_t messages, unwritten; /* stored; answered with 452 */
     uint64_t octets;            /* of content */
     char stored[STORED_SIZE];   /* a,b,c: the domains that mail was stored for, as many as fit */
-    unsigned idle;              /* commands in a row that brought no mail forward */
+    unsigned idle;              /* commands in a row without a recipient or content */
 };
 
 static void receive_mail(struct smtp_server *server);
@@ -1637,7 +1637,7 @@ int take_mail_ourselves(struct session *s, const struct customer *c)
     return code;
 }
 
-/* 5.3 on the customer's side, now the server (5.3-a): a greeting line (5.3-b), then commands until QUIT. */
+/* 5.3: the customer is now the server (5.3-a). It sends a greeting (5.3-b), and then answers commands until QUIT. */
 static void receive_mail(struct smtp_server *server)
 {
     struct session *s = server->s;
@@ -1671,7 +1671,7 @@ static void receive_mail(struct smtp_server *server)
 
     if (!s->io.broken)
         store_then_answer(server);
-    deliveries_discard(server->waiting, server->waiting_count); /* they are not stored, so not promised */
+    deliveries_discard(server->waiting, server->waiting_count); /* not stored, so not answered with 250 */
     forget_transaction(server);
     stream_flush(&s->io);
     if (server->gave_up) {
@@ -1680,7 +1680,7 @@ static void receive_mail(struct smtp_server *server)
     }
 }
 
-/* One command of the provider, answered. */
+/* Answers one command of the provider. */
 static void receive_command(struct smtp_server *server)
 {
     struct session *s = server->s;
@@ -1714,7 +1714,7 @@ static void receive_command(struct smtp_server *server)
     }
 }
 
-/* Counts commands in a row that bring no mail forward. Octets of content set the count back, too. */
+/* Counts commands in a row without a recipient or content. Octets of content reset the count in read_content(). */
 static bool too_idle(struct smtp_server *server)
 {
     if (server->in_mail && verb_is(server->s, "RCPT"))
@@ -1722,7 +1722,7 @@ static bool too_idle(struct smtp_server *server)
     return !verb_is(server->s, "QUIT") && ++server->idle >= IDLE_COMMANDS;
 }
 
-/* After BAD_COMMANDS_SERVER of them the reply is 421. */
+/* After BAD_COMMANDS_SERVER bad commands the reply is 421. */
 static void bad_command(struct smtp_server *server, const char *reply)
 {
     if (++server->s->bad_commands < BAD_COMMANDS_SERVER) {
@@ -1735,7 +1735,7 @@ static void bad_command(struct smtp_server *server, const char *reply)
 
 /* ---- Commands ---- */
 
-/* EHLO, HELO. What else a new extension needs: its name in keyword_clause(), words in the ladder's notes and, for its
+/* EHLO, HELO. A new extension also needs its name in keyword_clause(), words in the ladder's notes and, if it has a
  * parameter of MAIL, a line in mail_parameters_known(). */
 static void hello_command(struct smtp_server *server)
 {
@@ -1763,7 +1763,7 @@ static void hello_command(struct smtp_server *server)
         answer(server, "RFC 9422", "250-LIMITS RCPTMAX=%d", RECIPIENTS_MAX);
         answer(server, "RFC 2034", "250-ENHANCEDSTATUSCODES");
     }
-    answer(server, "RFC 1870", "250 SIZE"); /* all that section 6 of the RFC shows */
+    answer(server, "RFC 1870", "250 SIZE"); /* the only extension in section 6 of the RFC */
 }
 
 static void mail_command(struct smtp_server *server)
@@ -1814,7 +1814,7 @@ static void rcpt_command(struct smtp_server *server)
     answer(server, "5.3-c", "250 2.1.5 OK, recipient accepted");
 }
 
-/* The reply that refuses this recipient; NULL: it is taken. */
+/* Returns the reply that refuses this recipient, or NULL if the recipient is accepted. */
 static const char *recipient_refusal(const struct smtp_server *server, const char *mailbox, const char *parameters)
 {
     const struct customer *c = server->c;
@@ -1852,7 +1852,7 @@ static void data_command(struct smtp_server *server)
     end_content(server);
 }
 
-/* RFC 3030: the octets follow in any case, so they are read before the answer, even if the answer is no. */
+/* RFC 3030: the octets follow in any case, so they are read before the answer, even if BDAT is refused. */
 static void bdat_command(struct smtp_server *server)
 {
     struct session *s = server->s;
@@ -1861,7 +1861,7 @@ static void bdat_command(struct smtp_server *server)
     bool last = end && strcasecmp(end, " LAST") == 0;
     if (!end || (!last && *end != '\0') || octets > INT64_MAX) {
         answer(server, NULL, "501 5.5.4 BDAT takes a number of octets, and LAST");
-        server->gave_up = "the provider sent BDAT without a size"; /* what follows would be taken for commands */
+        server->gave_up = "the provider sent BDAT without a size"; /* its octets would be taken for commands */
         return;
     }
 
@@ -1881,8 +1881,8 @@ static void bdat_command(struct smtp_server *server)
     }
 }
 
-/* Reads `FROM:<path> parameters`. A blank before the bracket is against RFC 5321 but in RFC 2645's own example (6-a).
- * A source route is dropped, as RFC 5321 (4.1.1.3) allows. Returns the parameters; NULL: the syntax is wrong. */
+/* Reads `FROM:<path> parameters`. RFC 5321 forbids a blank before the bracket, but RFC 2645's own example has it (6-a).
+ * A source route is dropped, as RFC 5321 (4.1.1.3) allows. Returns the parameters, or NULL if the syntax is wrong. */
 static const char *parse_path(const char *argument, const char *keyword, char *mailbox, size_t size)
 {
     size_t n = strlen(keyword);
@@ -1910,7 +1910,7 @@ static const char *parse_path(const char *argument, const char *keyword, char *m
     return end + 1;
 }
 
-/* The parameters of MAIL that our EHLO response offers; any other is refused (RFC 5321, 4.1.1.11). */
+/* Are these parameters of MAIL that our EHLO response offers? Any other is refused (RFC 5321, 4.1.1.11). */
 static bool mail_parameters_known(const char *parameters)
 {
     size_t len;
@@ -1926,8 +1926,8 @@ static bool mail_parameters_known(const char *parameters)
     return true;
 }
 
-/* RFC 5321, 4.5.1: postmaster needs no domain. The first one asked for is meant, or, after a bare ATRN, the first that
- * mail was stored for. */
+/* RFC 5321, 4.5.1: postmaster needs no domain. The mailbox is in the first domain of ATRN or, after a bare ATRN, in the
+ * first domain that mail was stored for. */
 static void complete_postmaster(struct smtp_server *server, char *mailbox, size_t size)
 {
     const char *list = server->c->domains, *domain;
@@ -1959,10 +1959,10 @@ static void forget_transaction(struct smtp_server *server)
 
 /* ---- The content of a message ----
  *
- * Line ends become LF, and DATA's dots are undone. Only CRLF ends a line: a bare CR or LF is how one peer's end of
- * message is smuggled into the middle of another's (RFC 5321, 2.3.8 and 4.1.1.4). */
+ * Line ends become LF, and the dots that DATA added are removed. Only CRLF ends a line, because an attacker can use a
+ * bare CR or LF to hide an end of message inside a message (RFC 5321, 2.3.8 and 4.1.1.4). */
 
-/* Opens the files. When there are too many open files, those that wait for the disk are stored first. */
+/* Opens the files. If too many files are open, those that wait for the disk are stored first. */
 static void begin_content(struct smtp_server *server, bool dots)
 {
     struct content *c = &server->content;
@@ -1976,7 +1976,7 @@ static void begin_content(struct smtp_server *server, bool dots)
         write_received_field(server, c->deliveries[i].file);
 }
 
-/* Who received it, how (a keyword of RFC 3848 or RFC 6531) and when (RFC 5321, 4.4). */
+/* From which peer, by which host, how (a keyword of RFC 3848 or RFC 6531) and when (RFC 5321, 4.4). */
 static void write_received_field(const struct smtp_server *server, FILE *file)
 {
     const struct session *s = server->s;
@@ -1986,7 +1986,7 @@ static void write_received_field(const struct smtp_server *server, FILE *file)
     write_date(file, "\t", time(NULL));
 }
 
-/* The name from EHLO; "unknown" if it could be other syntax in the field, a comment for example. */
+/* Returns the name from EHLO, or "unknown" if it could be other syntax in the field, for example a comment. */
 static const char *name_for_received(const char *name)
 {
     size_t literal = name[0] == '[' ? 1 + strspn(name + 1, "0123456789abcdefABCDEFIPv.:") : 0;
@@ -2020,7 +2020,7 @@ static bool read_content(struct smtp_server *server, uint64_t left)
     return true;
 }
 
-/* Takes content from the peer's octets. Returns their number: after the lone dot no more are taken. */
+/* Takes content from the peer's octets, none after the lone dot. Returns the number of octets that were taken. */
 static size_t content_take(struct content *c, const char *data, size_t len)
 {
     size_t i = 0;
@@ -2041,7 +2041,7 @@ static size_t content_take(struct content *c, const char *data, size_t len)
             c->state = c->state == AT_LINE_START ? IN_TEXT : c->state;
             i++;
         } else {
-            bool dot = c->dots && c->state == AT_LINE_START && data[i] == '.'; /* is dropped (RFC 5321, 4.5.2) */
+            bool dot = c->dots && c->state == AT_LINE_START && data[i] == '.'; /* is removed (RFC 5321, 4.5.2) */
             size_t start = i + dot;
             for (i = start; i < len && data[i] != '\r' && data[i] != '\n';)
                 i++;
@@ -2089,12 +2089,12 @@ static void content_write(struct content *c, const char *data, size_t len)
         fwrite(data, 1, len, c->deliveries[i].file);
 }
 
-/* The end of the content: the message is refused, or answered once it is on disk (4-e). If the disk is full, its files
+/* After the content, the message is refused, or it is answered when it is on disk (4-e). If the disk is full, its files
  * are removed at once, which makes room for others. */
 static void end_content(struct smtp_server *server)
 {
     struct content *c = &server->content;
-    if (!c->dots && c->state != AT_LINE_START) { /* BDAT need not end with a line end; a file does */
+    if (!c->dots && c->state != AT_LINE_START) { /* BDAT may end without a line end, a file must not */
         c->bare |= c->after_cr;
         content_line_end(c);
     }
@@ -2112,13 +2112,13 @@ static void end_content(struct smtp_server *server)
 
 /* ==== 5. The customer as the server: answers that wait for the disk ==================================
  *
- * 250 to the last octet of a message is a promise: the message is on disk (RFC 5321, 6.1). Writing takes time, and a
- * provider that pipelines has sent more meanwhile. So the server reads on as long as there is something to read.
- * Answers wait in a list, in their order, from the first promise on. Before the server would have to wait for the
- * provider, all messages received so far go to disk together, and then their answers leave. If the connection is lost
- * before that, the messages are discarded: the provider has no answer, keeps them, and sends them again.
+ * A 250 to the last octet of a message says that the message is on disk (RFC 5321, 6.1). Writing takes time, and a
+ * provider that pipelines has sent more meanwhile. So the server reads on as long as there is something to read. The
+ * answer to a message and all answers after it wait in a list, in their order. Before the server would have to wait for
+ * the provider, all messages received so far go to disk together, and then their answers are sent. If the connection is
+ * lost before that, the messages are discarded. The provider has no answer, keeps them, and sends them again.
  *
- * answer() says a reply in its turn. answer_when_stored() promises the message under way. */
+ * answer() gives a reply in its turn. answer_when_stored() gives the reply to the message under way. */
 
 static void answer_stored(struct smtp_server *server, struct delivery *d, size_t files);
 static void note_domain(struct smtp_server *server, const char *domain);
@@ -2155,8 +2155,8 @@ static void answer_when_stored(struct smtp_server *server)
     c->files = 0;
 }
 
-/* To be called before anything is read: the provider may be waiting for one of these answers, even when it has sent
- * half a command. At the end of the connection it no longer waits. */
+/* To be called before each read, because the provider may be waiting for one of these answers, even when it has sent
+ * half a command. After the end of the input it no longer waits. */
 static void before_reading(struct smtp_server *server, bool (*arrived)(struct stream *))
 {
     if (server->answer_count > 0 && !arrived(&server->s->io) && !server->s->io.ended)
