@@ -2209,7 +2209,7 @@ static const char *report_unwritten(struct smtp_server *server, const struct del
 
 /* ==== 6. SASL: each mechanism once ===================================================================
  *
- * RFC 4954's AUTH: a mechanism's messages, in base64, as challenges (334) and responses:
+ * AUTH of RFC 4954 carries a mechanism's messages in base64, as challenges (334) and responses:
  *
  *     the customer, the client                           the provider, the server
  *
@@ -2218,18 +2218,18 @@ static const char *report_unwritten(struct smtp_server *server, const struct del
  *     response                           ------------->     (as often as the mechanism needs it)
  *                                        <-------------  235, or 535
  *
- * An initial response "=" is an empty one; a response "*" cancels the exchange, and the reply is 501. Each mechanism
- * stands below once: its exchange, what both halves need, the server's half, the client's half. A new one takes these
- * two functions, a name in odmr.h, a row in the table, a case in mechanism_offered() and in mechanism_usable(), and a
- * rank in choose_mechanism() (8-b). If it shows the secret, auth_command() refuses it in the clear, and the trace hides
- * it (tells_secret, hide_response). If it needs another algorithm, fetch_algorithms() fetches that at the start. */
+ * The initial response "=" is an empty one. The response "*" cancels the exchange, and the reply is 501. For each
+ * mechanism this part has its exchange, what both halves need, the server's half and the client's half. A new one needs
+ * these two functions, a name in odmr.h, a row in the table, a case in mechanism_offered() and in mechanism_usable(),
+ * and a rank in choose_mechanism() (8-b). If it sends the secret, auth_command() must refuse it in the clear, and the
+ * trace must hide it (tells_secret, hide_response). If it needs another algorithm, fetch_algorithms() must fetch it. */
 
-#define AUTH_FAILURES 3          /* then 421 */
-#define AUTH_FAILURE_MS 1000     /* what a guess costs */
+#define AUTH_FAILURES 3          /* after so many the reply is 421 */
+#define AUTH_FAILURE_MS 1000     /* from the last response to the reply that it failed */
 #define CHALLENGE_MAX 1024
 #define NONCE_MAX 512            /* the client's half of a SCRAM nonce */
 #define SCRAM_ITERATIONS_LEAST 4096
-#define SCRAM_ITERATIONS_MOST 1000000 /* a server that asks for more only wants to keep us busy */
+#define SCRAM_ITERATIONS_MOST 1000000 /* more would be a denial of service */
 #define NOBODYS_SECRET "a secret that no account has, for names that no account has"
 
 static enum next serve_cram_md5(struct session *s, enum mechanism m, const char *initial);
@@ -2277,14 +2277,14 @@ int sasl_prove(struct session *s, const struct customer *c, enum mechanism m, st
     return mechanisms[m].prove(s, c, m, r);
 }
 
-/* ---- Base64: OpenSSL does it; what OpenSSL forgives (white space, padding anywhere) is refused first ---- */
+/* ---- Base64, by OpenSSL; what OpenSSL tolerates (white space, padding anywhere) is refused first ---- */
 
 size_t base64_encode(char *out, const void *data, size_t len)
 {
     return (size_t)EVP_EncodeBlock((unsigned char *)out, data, (int)len);
 }
 
-/* Returns the length, -1 unless text is strict base64 that fits; ended by NUL. */
+/* Returns the length without the NUL that ends out, or -1 unless text is strict base64 that fits. */
 static ssize_t base64_decode(char *out, size_t size, const char *text)
 {
     size_t len = strlen(text);
@@ -2301,9 +2301,10 @@ static ssize_t base64_decode(char *out, size_t size, const char *text)
 
 /* ---- The server's steps that all mechanisms share ---- */
 
-/* An exchange that came to nothing, because the secret is wrong (name: whose) or the customer gave it up. Either is
- * answered a second after the last response, however long that took to judge: the work of a challenge cannot be asked
- * for without end. The third ends the session. fail2ban reads this line, so the address stands before the name. */
+/* Replies to a failed exchange: the secret is wrong (name: whose), or the customer cancelled or sent a bad response.
+ * The reply leaves a second after the last response, however long the check took, so a client cannot ask for the work
+ * of a challenge without limit. The third failure ends the session. fail2ban needs the address before the name in the
+ * log. */
 static enum next exchange_failed(struct session *s, const char *name, const char *text)
 {
     struct pollfd wake = {.fd = s->io.wake_fd, .events = POLLIN};
@@ -2323,7 +2324,7 @@ static enum next exchange_failed(struct session *s, const char *name, const char
     return END;
 }
 
-/* A wrong secret and an unknown name are told the same. */
+/* A wrong secret and an unknown name have the same reply. */
 static enum next auth_failed(struct session *s, const char *name)
 {
     return exchange_failed(s, name, "535 Authentication failed");
@@ -2339,7 +2340,7 @@ static enum next auth_unavailable(struct session *s)
 static enum next auth_succeeded(struct session *s, const struct account *account, enum mechanism m)
 {
     s->account = account;
-    if (!accounts_renew(s)) { /* SIGHUP came after the challenge */
+    if (!accounts_renew(s)) { /* SIGHUP arrived after the challenge */
         s->account = NULL;
         return auth_failed(s, account->name);
     }
@@ -2348,7 +2349,7 @@ static enum next auth_succeeded(struct session *s, const struct account *account
     log_event(s, LOG_INFO, "authenticated as %s (%s, %s%s%s)", account->name, mechanism_name(m),
               s->io.tls ? SSL_get_version(s->io.tls) : "in the clear", s->io.tls ? " " : "",
               s->io.tls ? SSL_get_cipher_name(s->io.tls) : "");
-    return GO_ON; /* from here on, not before, the session counts as authenticated (5.1.2-b) */
+    return GO_ON; /* only now is the session authenticated (5.1.2-b) */
 }
 
 /* Decodes a response into s->response. False: it is not base64. */
@@ -2358,8 +2359,8 @@ static bool decode_response(struct session *s, const char *text)
     return s->response_len >= 0;
 }
 
-/* One turn of an exchange: our challenge out, the response in s->response (GO_ON). STAY: the customer cancelled, or
- * sent no base64, and has its 501. */
+/* One turn of an exchange: sends our challenge and reads the response. GO_ON: it is in s->response. STAY: the customer
+ * cancelled, or sent no base64, and has its 501. */
 static enum next sasl_turn(struct session *s, const char *challenge)
 {
     char encoded[BASE64_SIZE(CHALLENGE_MAX) + 1];
@@ -2380,8 +2381,8 @@ static enum next sasl_turn(struct session *s, const char *challenge)
     return GO_ON;
 }
 
-/* The client's first message, where the client speaks first: the initial response or, without one, the response to
- * an empty challenge. */
+/* The client's first message, if the client speaks first: the initial response or, without one, the response to an
+ * empty challenge. */
 static enum next first_response(struct session *s, const char *initial)
 {
     if (!initial)
@@ -2393,7 +2394,7 @@ static enum next first_response(struct session *s, const char *initial)
     return STAY;
 }
 
-/* ---- The client's steps that all mechanisms share: EX_OK, or the exit code ---- */
+/* ---- The client's steps that all mechanisms share; they return EX_OK or the exit code ---- */
 
 /* "*" cancels the exchange (RFC 4954, 4). */
 static int cancel_auth(struct session *s, struct reply *r, int code)
@@ -2408,7 +2409,7 @@ static int cannot_compute(const struct session *s)
     return EX_SOFTWARE;
 }
 
-/* A challenge, decoded, into s->response. */
+/* Reads a challenge and decodes it into s->response. */
 static int read_challenge(struct session *s, struct reply *r)
 {
     if (!read_reply(s, "5.1.2", r))
@@ -2423,7 +2424,7 @@ static int read_challenge(struct session *s, struct reply *r)
     return EX_OK;
 }
 
-/* The last reply: 235 or failure. */
+/* Reads the last reply: 235 or a failure. */
 static int read_outcome(struct session *s, struct reply *r)
 {
     if (!read_reply(s, "5.1.2", r))
@@ -2431,7 +2432,7 @@ static int read_outcome(struct session *s, struct reply *r)
     return r->code == 235 ? EX_OK : exit_code_refused(s, "AUTH", r, EX_NOPERM);
 }
 
-/* ---- CRAM-MD5 (5.1.2-c, RFC 2195), which every pair of provider and customer has in common ----
+/* ---- CRAM-MD5 (5.1.2-c, RFC 2195), which every provider and every customer have in common ----
  *
  *     AUTH CRAM-MD5              ------------->
  *                                <-------------  334 "<random.time@host>", never the same twice
@@ -2444,7 +2445,7 @@ static void hex_digits(char *out, const unsigned char octets[16])
         snprintf(out + 2 * i, 3, "%02x", octets[i]);
 }
 
-/* In 32 lower-case hexadecimal digits. False: OpenSSL failed. */
+/* The digest has 32 lower-case hexadecimal digits. False: OpenSSL failed. */
 static bool cram_md5_digest(char digest[33], const char *secret, const char *challenge)
 {
     unsigned char mac[16];
@@ -2466,8 +2467,8 @@ static bool cram_md5_challenge(char *out, size_t size, const char *host)
     return (size_t)snprintf(out, size, "<%s.%lld@%s>", text, (long long)time(NULL), host) < size;
 }
 
-/* An account with only a verifier has no secret to compute a digest from, so it fails. An unknown name and a wrong
- * secret take the same steps, and differ in the last comparison only. */
+/* An account with only a verifier has no secret to compute a digest from, so AUTH fails. An unknown name and a wrong
+ * secret take the same steps, and differ only in the last comparison. */
 static enum next serve_cram_md5(struct session *s, enum mechanism m, const char *initial)
 {
     char text[CHALLENGE_MAX], digest[33], *theirs;
@@ -2494,7 +2495,7 @@ static enum next serve_cram_md5(struct session *s, enum mechanism m, const char 
     if (!cram_md5_digest(digest, known ? account->secret : NOBODYS_SECRET, text))
         return auth_unavailable(s);
     if (CRYPTO_memcmp(digest, theirs, 32) == 0 && known) {
-        s->io.line_records = true; /* it may be fetchmail, which knows no other mechanism */
+        s->io.line_records = true; /* for fetchmail, which knows no other mechanism */
         return auth_succeeded(s, account, m);
     }
     return auth_failed(s, s->response);
@@ -2525,12 +2526,11 @@ static int prove_cram_md5(struct session *s, const struct customer *c, enum mech
  *     (an empty response)                       ------------->
  *                                               <-------------  235
  *
- * The server keeps StoredKey and ServerKey, with which nobody can log in. The client proves that it has ClientKey
- * without sending it. The server's signature proves that it knows the account too. Proof and signature are over
+ * The server keeps StoredKey and ServerKey, which cannot be used to log in. The client proves that it has ClientKey
+ * without sending it. The server's signature proves that it knows the account, too. Proof and signature are over
  * AuthMessage: client-first-bare, server-first and client-final without its proof, with commas between them. -PLUS adds
  * to c= what only the two ends of this TLS connection know. SMTP's success reply carries no data, so server-final is a
- * challenge, too (RFC 4954, 4). Names and secrets are UTF-8 and taken as they are: no SASLprep, so both sides must
- * write them alike. */
+ * challenge, too (RFC 4954, 4). Names and secrets are UTF-8, without SASLprep, so both sides must write them alike. */
 
 struct scram_exchange {
     bool plus;                        /* the mechanism's name ends in -PLUS */
@@ -2562,7 +2562,8 @@ bool scram_keys(struct scram_keys *k, const char *secret, const unsigned char *s
     return done;
 }
 
-/* ClientProof = ClientKey XOR ClientSignature: the client makes the one of the other, the server takes it back. */
+/* ClientProof = ClientKey XOR ClientSignature. The client makes the proof from its key, the server the key from the
+ * proof. */
 static bool scram_mask(const struct scram_keys *k, const char *auth_message, const unsigned char in[32],
                        unsigned char out[32])
 {
@@ -2574,7 +2575,7 @@ static bool scram_mask(const struct scram_keys *k, const char *auth_message, con
     return true;
 }
 
-/* The value of an attribute such as r= in a message, copied out; false: absent, or too long. */
+/* Copies the value of an attribute such as r= from a message. False: it is absent or too long. */
 static bool scram_attribute(const char *message, char name, char *out, size_t size)
 {
     while (message[0] != name || message[1] != '=') {
@@ -2593,7 +2594,7 @@ static bool nonce_valid(const char *nonce)
     return *nonce && printable(nonce, strlen(nonce)) && !strchr(nonce, ' ');
 }
 
-/* This side's half of the nonce, behind what is there. */
+/* Appends this side's half of the nonce. */
 static bool add_nonce(struct scram_exchange *e)
 {
     unsigned char random[18];
@@ -2603,8 +2604,8 @@ static bool add_nonce(struct scram_exchange *e)
     return true;
 }
 
-/* The salt and the count that keys are made with, in text. The count must be large enough to slow down an
- * eavesdropper that guesses secrets, and small enough to be computed. */
+/* Parses the salt and the iteration count of keys. The count must be large enough to slow down an eavesdropper that
+ * guesses secrets, and small enough to be computed. */
 static bool salt_and_count(struct verifier *v, const char *salt, const char *count)
 {
     char decoded[SALT_MAX + 4];
@@ -2627,7 +2628,7 @@ static bool decode_key(unsigned char key[32], const char *text)
     return true;
 }
 
-/* As RFC 5803 writes a verifier, less the scheme. */
+/* A verifier in the form of RFC 5803, without the scheme. */
 bool verifier_parse(const char *text, struct verifier *v)
 {
     char count[8], salt[BASE64_SIZE(SALT_MAX) + 1], stored[64], server[64];
@@ -2636,7 +2637,7 @@ bool verifier_parse(const char *text, struct verifier *v)
            salt_and_count(v, salt, count) && decode_key(v->keys.stored, stored) && decode_key(v->keys.server, server);
 }
 
-/* client-final without its proof, and AuthMessage. */
+/* Makes client-final without its proof, and AuthMessage. */
 static bool scram_final(struct scram_exchange *e)
 {
     char bound[sizeof e->header + EVP_MAX_MD_SIZE], encoded[BASE64_SIZE(sizeof bound) + 1];
@@ -2649,7 +2650,7 @@ static bool scram_final(struct scram_exchange *e)
                sizeof e->auth_message;
 }
 
-/* server-final, which only a server that knows the account can compute. */
+/* Makes server-final, which only a server that knows the account can compute. */
 static bool server_final(const struct scram_exchange *e, const struct verifier *v, char final[64])
 {
     unsigned char signature[32];
@@ -2662,10 +2663,10 @@ static bool server_final(const struct scram_exchange *e, const struct verifier *
 
 /* ---- SCRAM, the server's half ---- */
 
-/* The keys that a name's proof is checked against. An unknown name gets a salt too, the same one as long as the
- * accounts file stays as it is, and a secret that nobody has; so the client cannot tell. Every call costs one PBKDF2,
- * of as many rounds as most of the file's verifiers have. (What can be told: verifiers of another count, and from a
- * provider with another file, or once the file has changed, a verifier's salt, which stays, from the others.) */
+/* The keys to check a name's proof with. An unknown name gets a secret that no account has, and a salt that is the same
+ * as long as the accounts file is, so a client cannot recognise it. Every call costs one PBKDF2, with the iteration
+ * count of most verifiers in the file. A client can still recognise a verifier with another count. At a provider with
+ * another file, or after a change of the file, a verifier has the same salt as before, and other names do not. */
 static bool keys_for(struct session *s, const char *name, struct verifier *v)
 {
     const struct account *account = account_find(s->accounts, name);
@@ -2681,9 +2682,9 @@ static bool keys_for(struct session *s, const char *name, struct verifier *v)
                       v->iterations);
 }
 
-/* RFC 5802, 6: what the client says of channel binding. p: it uses it; n: it cannot; y: it can, but thinks
- * that we cannot. Inside TLS we offered it, so a y there means that an attacker took it out of our offer: a
- * downgrade. */
+/* RFC 5802, 6: the client's flag for channel binding. p: the client uses it. n: the client cannot use it. y: the client
+ * can, but thinks that we cannot. Inside TLS we offered it, so y means a downgrade: an attacker removed it from our
+ * offer. */
 static bool scram_flag_right(struct session *s, struct scram_exchange *e, const char *flag)
 {
     if (strncmp(flag, "p=", 2) == 0 && e->plus) {
@@ -2693,7 +2694,7 @@ static bool scram_flag_right(struct session *s, struct scram_exchange *e, const 
     return !e->plus && (strcmp(flag, "n") == 0 || (strcmp(flag, "y") == 0 && !s->io.tls));
 }
 
-/* "=2C" and "=3D" in a name stand for a comma and an equals sign; no other "=" may stand there. */
+/* "=2C" and "=3D" in a name stand for a comma and an equals sign; no other "=" is allowed. */
 static bool scram_name(char *name)
 {
     char *to = name;
@@ -2728,7 +2729,7 @@ static bool take_client_first(struct session *s, struct scram_exchange *e)
         return false;
     if (*identity && (strncmp(identity, "a=", 2) != 0 || !scram_name(identity + 2) ||
                       strcmp(identity + 2, e->name) != 0))
-        return false; /* to act for another account is not offered */
+        return false; /* acting for another account is not supported */
     return scram_flag_right(s, e, flag);
 }
 
@@ -2740,7 +2741,7 @@ static bool make_server_first(struct scram_exchange *e, const struct verifier *v
                                             v->iterations) < sizeof e->server_first;
 }
 
-/* client-final: c= and r= must be what they have to be (extensions may follow), and the proof must be made of the
+/* client-final: c= and r= must have the expected values (extensions may follow), and the proof must be made with the
  * right secret. False: OpenSSL failed, which says nothing about the secret. */
 static bool take_client_final(struct session *s, struct scram_exchange *e, const struct verifier *v, bool *right)
 {
@@ -2796,7 +2797,7 @@ static enum next serve_scram(struct session *s, enum mechanism m, const char *in
 
 /* ---- SCRAM, the client's half ---- */
 
-/* A name as SCRAM writes it: "=" and "," would end it. */
+/* Writes a name as SCRAM does, where "=" and "," must be escaped. */
 static void scram_escape(char *out, const char *name)
 {
     for (; *name; name++)
@@ -2804,8 +2805,8 @@ static void scram_escape(char *out, const char *name)
     *out = '\0';
 }
 
-/* client-first. Its GS2 header says what we think of channel binding (RFC 5802, 6): p, we bind; y, we would, but were
- * not offered it, and if it was then an attacker took it away; n, we cannot, or were told not to. */
+/* client-first. Its GS2 header has our flag for channel binding (RFC 5802, 6). p: we use it. y: we could, but received
+ * no offer; if there was one, an attacker removed it. n: there is no TLS, or we do not use the offer. */
 static bool make_client_first(struct session *s, const struct customer *c, struct scram_exchange *e, bool plus_offered)
 {
     const char *type = s->io.tls && SSL_version(s->io.tls) >= TLS1_3_VERSION ? "tls-exporter" : "tls-server-end-point";
@@ -2822,8 +2823,8 @@ static bool make_client_first(struct session *s, const struct customer *c, struc
     return (size_t)snprintf(e->bare, sizeof e->bare, "n=%s,r=%s", name, e->nonce) < sizeof e->bare;
 }
 
-/* server-first must be fit to answer: our nonce with something behind it, or the challenge could be an old one; a salt;
- * a count, once. */
+/* server-first must have our nonce, followed by the server's half, because otherwise it could be an old challenge. It
+ * must also have a salt and one count. */
 static bool take_server_first(struct scram_exchange *e, const char *challenge, struct verifier *v)
 {
     char nonce[CHALLENGE_MAX], salt[BASE64_SIZE(SALT_MAX) + 1], count[8], again[CHALLENGE_MAX];
@@ -2838,7 +2839,7 @@ static bool take_server_first(struct scram_exchange *e, const char *challenge, s
     return (size_t)snprintf(e->server_first, sizeof e->server_first, "%s", challenge) < sizeof e->server_first;
 }
 
-/* client-final. */
+/* client-final, with its proof. */
 static bool make_client_final(const struct customer *c, struct scram_exchange *e, struct verifier *v, char *out,
                               size_t size)
 {
@@ -2879,7 +2880,7 @@ static int prove_scram(struct session *s, const struct customer *c, enum mechani
         return code;
     if (!server_final(&e, &v, final))
         return r->code == 334 ? cancel_auth(s, r, cannot_compute(s)) : cannot_compute(s);
-    if (r->code == 235 || strcspn(s->response, ",") != strlen(final) || /* extensions may stand behind a comma */
+    if (r->code == 235 || strcspn(s->response, ",") != strlen(final) || /* extensions may follow a comma */
         CRYPTO_memcmp(s->response, final, strlen(final)) != 0) {
         log_event(s, LOG_ERR,
                   "%s did not prove that it knows the secret: it may be an impostor; no ATRN sent", s->peer);
@@ -2892,10 +2893,10 @@ static int prove_scram(struct session *s, const struct customer *c, enum mechani
 
 /* ---- EXTERNAL (RFC 4422, appendix A) ----
  *
- *     AUTH EXTERNAL = or a name  ------------->     the certificate of the TLS handshake says who the client is
+ *     AUTH EXTERNAL = or a name  ------------->     the certificate of the TLS handshake names the client
  *                                <-------------  235 */
 
-/* The account is the one that the certificate names and, if the client gives a name, that this is too. */
+/* The certificate must name the account. If the client gives a name, it must be the same. */
 static enum next serve_external(struct session *s, enum mechanism m, const char *initial)
 {
     const struct account *account = NULL;
@@ -2927,7 +2928,7 @@ static int prove_external(struct session *s, const struct customer *c, enum mech
     return read_outcome(s, r);
 }
 
-/* ---- PLAIN (RFC 4616): the secret itself, so only inside TLS, and not in the trace ----
+/* ---- PLAIN (RFC 4616) sends the secret itself, so it needs TLS, and the trace does not show it ----
  *
  *     AUTH PLAIN response        ------------->     [authorization identity] NUL name NUL secret
  *                                <-------------  235 */
@@ -2975,17 +2976,17 @@ static int prove_plain(struct session *s, const struct customer *c, enum mechani
 
 /* ==== 7. Failure notices =============================================================================
  *
- * 4-e: who has accepted mail owns it until it is delivered or its sender has been told. What the customer
- * refuses for good is returned: one notice (RFC 3461 to 3464) for all recipients of a message that were
- * refused in this session. It is handed to the site's own MTA; only when that has taken it, the recipients
- * leave the queue. Mail from the null sender is a notice itself, and nobody is told about that: it is set
- * aside in the folder .Undeliverable of its domain, for a person to see.
+ * 4-e: a server that has accepted mail is responsible for it until it is delivered or its sender has been told. If the
+ * customer refuses recipients with 5xx, the message is returned: one notice (RFC 3461 to 3464) lists all recipients
+ * that were refused in this session. The notice goes to the site's own MTA (--sendmail), and only after that has
+ * accepted it are the recipients struck out. Mail from the null sender is a notice itself, so no notice is sent for it.
+ * It is set aside in the folder .Undeliverable of its domain, for the administrator.
  */
 
 #define TEXT_LINE 998            /* RFC 5322, 2.1.1: octets of a line without CRLF */
 #define NOTICE_HEADER_MAX 65536  /* octets of a returned header */
 
-/* A file without a name, which no program that is run inherits: tmpfile(3) would leave a moment for that. */
+/* A file without a name. Programs that we run do not inherit it; with tmpfile(3) they could, for a moment. */
 static FILE *scratch_file(void)
 {
     char path[] = P_tmpdir "/odmr-XXXXXX";
@@ -2998,7 +2999,7 @@ static FILE *scratch_file(void)
     return file;
 }
 
-/* RFC 3463: the enhanced code that the reply starts with, or the little that its first digit tells. */
+/* RFC 3463: the enhanced code that the reply starts with or, without one, the class from the first digit. */
 static void write_status(FILE *out, const struct reason *reason)
 {
     const char *text = reason->ours ? reason->text : reason->text + 4;
@@ -3033,7 +3034,7 @@ static void write_plain_words(FILE *out, const struct session *s, const struct r
     fprintf(out, "  <%s>\n      %s\n\n", to->address, text);
 }
 
-/* Calls the writer for each refused recipient: the human part and the machine's part list the same. */
+/* Calls the writer for each refused recipient. The parts for people and for programs list the same recipients. */
 static void for_each_refused(FILE *out, const struct session *s, const struct message *m,
                              void (*write_one)(FILE *, const struct session *, const struct recipient *))
 {
@@ -3042,9 +3043,9 @@ static void for_each_refused(FILE *out, const struct session *s, const struct me
             write_one(out, s, &m->list[i]);
 }
 
-/* The header of what is returned, not its body (RFC 3461, 6.3 lets us choose). It is text when it leaves, whatever it
- * was: lines of at most 998 octets (RFC 5322, 2.1.1), no control characters, nothing over 127 that is not UTF-8. False:
- * it cannot be read now. */
+/* Writes the header of the returned message, not its body (RFC 3461, 6.3, allows both). The output is text, whatever
+ * the input is: lines of at most 998 octets (RFC 5322, 2.1.1), no control characters, no octets over 127 but UTF-8.
+ * False: the file cannot be read now. */
 static bool write_original_header(FILE *out, const struct message *m)
 {
     struct line_reader r = {.of = m, .next_read = m->start};
@@ -3070,7 +3071,7 @@ static void write_notice_top(FILE *out, const char *host, const struct message *
             utf8 ? "global-" : "", boundary, utf8 ? "Content-Transfer-Encoding: 8bit\n" : "");
 }
 
-/* multipart/report (RFC 6522): for a person, for a program, and what it was about. */
+/* multipart/report (RFC 6522): a part for people, a part for programs, and the header of the message. */
 static bool write_notice(FILE *out, const char *host, const struct session *s, const struct message *m)
 {
     bool utf8 = m->utf8_header || m->utf8_address; /* then RFC 6533's types */
@@ -3099,8 +3100,8 @@ static bool write_notice(FILE *out, const char *host, const struct session *s, c
     return done && fflush(out) == 0 && !ferror(out);
 }
 
-/* Runs sendmail, without a shell; true: it has taken the notice. If it hangs, it is waited for once in a session: the
- * other refused messages stay queued, so a shutdown does not wait for each of them. */
+/* Runs sendmail, without a shell. True: sendmail has accepted the notice. If sendmail hangs, a session waits for it
+ * only once, so that a shutdown does not wait for each refused message. The others stay queued. */
 static bool hand_over_notice(const struct provider *p, FILE *notice, const struct message *m, struct session *s)
 {
     char *const argv[] = {(char *)p->sendmail, "-i", "-f", "<>", "--", (char *)m->sender, NULL};
@@ -3122,7 +3123,7 @@ static bool hand_over_notice(const struct provider *p, FILE *notice, const struc
     return status == 0;
 }
 
-/* The sender is told, or, where there is none, the message set aside. */
+/* Sends a notice to the sender or, if there is none, sets the message aside. False: the message stays queued. */
 static bool return_refused(const struct provider *p, struct session *s, const struct message *m)
 {
     FILE *notice;
@@ -3152,7 +3153,7 @@ static bool return_refused(const struct provider *p, struct session *s, const st
     return done;
 }
 
-/* If the provider is killed in between, the message is sent again; it is never lost. */
+/* If the provider is killed before the file is changed, the message is sent again. It is never lost. */
 bool update_queue(const struct provider *p, struct session *s, struct message *m)
 {
     size_t count[VERDICTS] = {0};
