@@ -1,8 +1,8 @@
 /* odmr: On-Demand Mail Relay (RFC 2645), provider and customer.
  *
  * Read odmr.h first; it lists the parts. Then read this file from top to bottom. Parts 1 to 5 are the protocol, in the
- * order of time. There a function stands before the functions that it calls, and their prototypes stand before it.
- * Parts 6 to 15 support the protocol. There a function stands after the functions that it calls.
+ * order of time. There a function comes before the functions that it calls, after their prototypes. Parts 6 to 15
+ * support the protocol. There a function comes after the functions that it calls.
  *
  * A mark such as (5.2.1-f) names a requirement of the RFC. RFC2645.txt lists them all, each with the function that
  * keeps it and the test that checks it. The code that keeps it passes the mark to the trace: grep for "5.2.1-f". */
@@ -1073,7 +1073,7 @@ static const char *last_reply(enum expectation what, int code)
     return code == 421 ? "the customer closes the service (421)" : NULL;
 }
 
-/* Where the reply to the oldest command stands in RFC 2645. */
+/* The requirement of RFC 2645 that the reply to the oldest command belongs to. */
 static const char *reply_clause(const struct sender *x)
 {
     static const char *const clause[] = {
@@ -1179,7 +1179,7 @@ static void abandon(struct sender *x)
     }
 }
 
-/* ---- What becomes of a message when its replies are in ---- */
+/* ---- The fate of a message after its replies ---- */
 
 static void transaction_release(struct sender *x, struct transaction *t)
 {
