@@ -3188,13 +3188,13 @@ bool update_queue(const struct provider *p, struct session *s, struct message *m
 
 /* ==== 8. The queue: the envelope =====================================================================
  *
- * A queued message is an RFC 5322 message below a block of header fields that the last delivery agent
- * wrote: Return-Path, Delivered-To, X-Original-To, Envelope-To, Delivery-Date, in any order, and nothing
- * else. That block is its envelope. It is read once, when the message is claimed, into an array of
- * recipients. Each entry knows where the @ of its address is in the file, because a recipient is struck out
- * there once he is served or the sender was told: the @ becomes "=". An address without @ is no recipient. */
+ * A queued message is an RFC 5322 message below a block of header fields that the last delivery agent wrote:
+ * Return-Path, Delivered-To, X-Original-To, Envelope-To and Delivery-Date, in any order, and no others. That block is
+ * the envelope. It is read once, when the message is claimed, into an array of recipients. Each entry stores where the
+ * @ of its address is in the file. When a recipient is delivered or returned, this @ is overwritten with "=", which
+ * strikes the recipient out. An address without @ is not a recipient. */
 
-#define ENVELOPE_RECIPIENTS_MAX 100000 /* of one file in the queue: a hundred octets of memory each */
+#define ENVELOPE_RECIPIENTS_MAX 100000 /* of one file in the queue; each takes about 100 octets of memory */
 
 static const struct {
     const char *name;
@@ -3220,7 +3220,7 @@ static enum claim message_hold(struct message *m, const char *why)
     return HELD;
 }
 
-/* It may be a good message: that this machine has no memory or its disk no answer must never hold it. */
+/* Lack of memory or a disk error is no fault of the message, so the message is never held because of it. */
 static enum claim message_trouble(struct message *m, const char *why)
 {
     m->trouble = why;
@@ -3260,8 +3260,8 @@ bool next_line(struct line_reader *r)
     return true;
 }
 
-/* Cuts the next address out of a field's value: up to a comma that is not quoted, without the angle
- * brackets and the blanks around it. Returns where it starts in the value; NULL when nothing is left. */
+/* Copies the next address from a field's value. The address ends at a comma outside quotes; blanks and angle brackets
+ * around it are left out. Returns where it starts in the value, or NULL when none is left. */
 static const char *cut_address(const char **rest, char *address, size_t size)
 {
     const char *start = *rest + strspn(*rest, " \t,"), *p = start, *end;
@@ -3295,8 +3295,8 @@ static void forget_recipients(struct message *m)
     m->recipients = 0;
 }
 
-/* Delivered-To counts before Envelope-To, and that before X-Original-To: what a lesser field named is forgotten when a
- * better one appears, even if all its recipients are struck out. */
+/* Delivered-To takes precedence over Envelope-To, and Envelope-To over X-Original-To. When a field of higher precedence
+ * appears, the recipients of the other field are dropped, even if all the new ones are struck out. */
 static enum claim add_recipient(struct message *m, enum field field, const char *address, off_t start)
 {
     const char *domain = mailbox_domain(address);
@@ -3338,7 +3338,7 @@ static enum claim take_addresses(struct message *m, const struct line_reader *r,
     return result;
 }
 
-/* The lines of the block. It ends before a second Return-Path, which belongs to an earlier hop. */
+/* Reads the lines of the block. A second Return-Path is outside the block, because an earlier hop wrote it. */
 static enum claim take_lines(struct message *m)
 {
     struct line_reader r = {.of = m};
@@ -3361,7 +3361,7 @@ static enum claim take_lines(struct message *m)
     return r.failed ? message_trouble(m, "the file cannot be read") : result;
 }
 
-/* An order of mailboxes; 0: they are equal. Local parts are compared as written, domains in any case of letters. */
+/* Orders mailboxes; returns 0 if they are equal. Case matters in local parts, but not in domains. */
 static int compare_mailboxes(const struct recipient *a, const struct recipient *b)
 {
     int order = strcasecmp(a->address, b->address);
@@ -3375,7 +3375,7 @@ static int by_mailbox(const void *left, const void *right)
     return order ? order : a < b ? -1 : 1;
 }
 
-/* The same mailbox twice is one recipient. False: out of memory. */
+/* If a mailbox appears twice, it is one recipient. False: out of memory. */
 static bool find_repeated(struct message *m)
 {
     struct recipient **sorted = malloc(m->recipients * sizeof *sorted), *first;
@@ -3397,7 +3397,7 @@ static bool find_repeated(struct message *m)
     return true;
 }
 
-/* Is each of them a mailbox, and which belong to this domain? */
+/* Checks that each recipient is a mailbox, and marks those of other domains. */
 static enum claim sort_out_recipients(struct message *m)
 {
     size_t domain_len = strcspn(m->path, "/"), ours = 0;
@@ -3448,14 +3448,13 @@ const struct reason *message_reason(struct message *m, int code, const char *tex
 
 /* ==== 8. The queue: Maildirs, messages, claims =======================================================
  *
- * DIR/<domain>/{new,cur,tmp}. Whoever delivers writes into tmp and renames into new; a message that is
- * there is complete, and only its claim's holder changes it, to strike out recipients. That is all the
- * locking that reading needs. What must not happen
- * is that two sessions send the same message: so it is claimed with flock(2) on its own file. A claim
- * needs no clean-up, for it dies with its holder, be that a session, a process or a machine. */
+ * The queue is DIR/<domain>/{new,cur,tmp}. A delivery agent writes into tmp and renames into new. A message in new is
+ * therefore complete, and reading needs no lock. Only the holder of a message's claim changes the file, to strike out
+ * recipients. Two sessions must not send the same message, so a session claims the message with flock(2) on its file.
+ * A claim needs no clean-up, because it ends with its holder: a session, a process or a machine. */
 
-#define MESSAGE_TOP 65536        /* so much of a message is kept in memory until it is sent */
-#define FIRST_SECOND 100000000   /* 1973: a file's name that starts with less is no Maildir's */
+#define MESSAGE_TOP 65536        /* octets of a message that are kept in memory until it is sent */
+#define FIRST_SECOND 100000000   /* 1973: a file name that starts with a smaller number is not a Maildir name */
 #define LAST_SECOND 9999999999   /* 2286 */
 #define TMP_AGE (36 * 3600)      /* seconds: Maildir's rule for files in tmp */
 
@@ -3468,10 +3467,10 @@ static bool sync_directory(int queue, const char *path)
     return done;
 }
 
-static atomic_uint names_given; /* in this process: the part of a name that no clock makes unique */
+static atomic_uint names_given; /* by this process; the number tells names of the same microsecond apart */
 
-/* A name that no other file in any Maildir has: the time, its microseconds, the process, a number, 64 random bits, the
- * host. Two hosts, or two containers of one, can agree in all but the random bits. */
+/* Makes a name that no other file in any Maildir has: the time, its microseconds, the process, a number, 64 random
+ * bits, the host. Two hosts, or two containers of one host, can differ in the random bits alone. */
 static void unique_name(char *out, size_t size)
 {
     struct timespec t;
@@ -3487,8 +3486,8 @@ static void unique_name(char *out, size_t size)
              atomic_fetch_add(&names_given, 1), (unsigned long long)random, host);
 }
 
-/* A Maildir's directories, those that are missing, on disk like the mail that will be in them. maildir is a
- * domain, or a folder of one. */
+/* Makes the missing directories of a Maildir and flushes them to disk, as the mail in them will be. maildir is a
+ * domain, or a folder of a domain. */
 static bool maildir_make(int queue, const char *maildir)
 {
     static const char *const box[] = {"", "/tmp", "/new", "/cur"};
@@ -3507,8 +3506,8 @@ static bool maildir_make(int queue, const char *maildir)
     return !made || (sync_directory(queue, maildir) && sync_directory(queue, parent));
 }
 
-/* A Maildir name starts with the second of delivery; most writers add its microseconds behind an M (or,
- * Exim, an H). Other names, those with a number that can be no such second among them, get the time of the file. */
+/* A Maildir name starts with the second of delivery. Most writers add the microseconds after an M; Exim writes an H. If
+ * a name does not start with a plausible second, the file's time of modification is used. */
 static void arrival_of(struct queued *q, int dir, const char *name)
 {
     char *end;
@@ -3561,8 +3560,8 @@ static bool backlog_add(struct backlog *b, int dir, const char *domain, const ch
     return true;
 }
 
-/* One of a Maildir's two boxes, new or cur. A directory that is not there holds no mail; one that cannot
- * be read is a reason to try later, never to say that there is none. */
+/* Lists one of a Maildir's two boxes, new or cur. A missing directory holds no mail. False: the directory cannot be
+ * read, so the customer must try later and must not be told that there is no mail. */
 static bool list_box(struct backlog *b, int queue, const char *domain, const char *box)
 {
     char path[MAILDIR_PATH + sizeof "/cur"];
@@ -3623,7 +3622,7 @@ bool backlog_read(struct backlog *b, const struct session *s, int queue, const c
             complete = false;
             if (file_system_gone(problem))
                 domains = NULL;
-            break; /* the other box would most likely say the same */
+            break; /* the other box would most likely fail in the same way */
         }
     }
     if (b->count > 1)
@@ -3657,7 +3656,7 @@ void backlog_free(struct backlog *b)
     *b = (struct backlog){.queue = -1};
 }
 
-/* ---- All domains; and what was never finished ---- */
+/* ---- All domains, and unfinished files ---- */
 
 bool for_each_name(int queue, bool all, bool (*visit)(void *context, int queue, const char *name), void *context)
 {
@@ -3682,7 +3681,7 @@ bool for_each_domain(int queue, bool (*visit)(void *context, int queue, const ch
     return for_each_name(queue, false, visit, context);
 }
 
-/* Is this a Maildir, and not just a directory that has a tmp in it? */
+/* Is this a Maildir, and not just a directory with a tmp in it? */
 static bool is_maildir(int queue, const char *maildir)
 {
     struct stat st;
@@ -3695,7 +3694,7 @@ static bool is_maildir(int queue, const char *maildir)
     return true;
 }
 
-/* Maildir: a file in tmp that was not touched for 36 hours belongs to a writer that died. */
+/* Removes the files in tmp that were not touched for 36 hours: by Maildir's rule, their delivery has failed. */
 static void clean_tmp(int queue, const char *maildir)
 {
     char path[MAILDIR_PATH];
@@ -3727,12 +3726,12 @@ bool clean_domain(void *context, int queue, const char *domain)
     return true;
 }
 
-/* ---- One message: claim, look through, send, take out ----
+/* ---- One message: claim, scan, send, remove ----
  *
- * Its content is read twice. Most mail is short: of a claimed message the top, which for most is all of it, is read
- * once and kept until it is sent. */
+ * The content is read twice, to scan it and to send it. The top of a claimed message is therefore read from the file
+ * once and kept in memory until it is sent. Most messages are so short that the top is the whole message. */
 
-/* If there is no memory for it, or it cannot be read, the top is empty, and everything is read from the file. */
+/* If there is no memory for the top, or if it cannot be read, the top is empty and all octets come from the file. */
 static void message_keep_top(struct message *m)
 {
     size_t size = m->size < MESSAGE_TOP ? (size_t)m->size : MESSAGE_TOP;
@@ -3760,7 +3759,7 @@ ssize_t message_octets(const struct message *m, char *data, size_t size, off_t a
     return (ssize_t)size;
 }
 
-/* Notes the state that must not have changed when the last octet leaves, or the file is struck out or removed. */
+/* Stores the state that must be the same when the last octet is sent and when the file is marked or removed. */
 static void message_note_state(struct message *m, const struct stat *st)
 {
     m->size = st->st_size;
@@ -3770,7 +3769,7 @@ static void message_note_state(struct message *m, const struct stat *st)
     m->changed = st->st_ctim;
 }
 
-/* ESTALE, on a network file system: another host has removed the file between our look at the directory and now. */
+/* ESTALE: on a network file system, another host has removed the file since this host read the directory. */
 enum claim message_open(struct message *m, int queue, const char *path, int access)
 {
     struct stat st;
@@ -3798,8 +3797,8 @@ enum claim message_read(struct message *m)
     return envelope_read(m);
 }
 
-/* Takes the Message-ID out of a line of the header; its value may stand on the line after its name. *named: that
- * line is this one. */
+/* Takes the Message-ID from a line of the header. The value may be on the line after the name. *named: the line belongs
+ * to the Message-ID field. */
 static void note_message_id(struct message *m, const char *line, bool *named)
 {
     if (strncasecmp(line, "Message-ID:", 11) == 0) {
@@ -3813,8 +3812,8 @@ static void note_message_id(struct message *m, const char *line, bool *named)
         snprintf(m->id, sizeof m->id, "%.*s", (int)strcspn(line, " \t"), line);
 }
 
-/* What the header tells: the Message-ID, and whether its octets over 127, if it has any, are UTF-8, so that SMTPUTF8
- * (RFC 6531) describes it. False: it could not be read. */
+/* Reads the header for the Message-ID and for octets over 127. If there are any and they are valid UTF-8, the message
+ * is one for SMTPUTF8 (RFC 6531). False: the header could not be read. */
 static bool scan_header(struct message *m)
 {
     struct line_reader r = {.of = m, .next_read = m->start};
@@ -3829,14 +3828,14 @@ static bool scan_header(struct message *m)
     return !r.failed;
 }
 
-/* What there is in some octets of content. */
+/* Counts of the line ends in the content. */
 struct tally {
     uint64_t cr, lf, crlf;
-    unsigned char all; /* every octet, or-ed: is there one over 127? */
+    unsigned char all; /* all octets or-ed: over 127 if one of them is */
 };
 
-/* In pieces so short that an octet can hold the count: then the compiler counts 16 or 32 of them at a time. The
- * last piece is filled up with what counts as nothing. */
+/* Counts in pieces so short that an octet can hold the count of one. The compiler can then count 16 or 32 octets at a
+ * time. The last piece is filled up with zeros, which change no count. */
 static void count_octets(struct tally *t, char data[COPY_SIZE], size_t len)
 {
     enum { PIECE = 128 };
@@ -3856,9 +3855,9 @@ static void count_octets(struct tally *t, char data[COPY_SIZE], size_t len)
     }
 }
 
-/* Reads the content once before it is sent: BDAT, SIZE and 8BITMIME must be told beforehand. A line ends
- * with LF, CRLF or a stray CR and leaves with CRLF, so: octets that are neither, plus two a line. False: it could not
- * be read, or it grows or shrinks; errno. */
+/* Reads the content once before it is sent, because BDAT, SIZE and 8BITMIME are sent before the content. In the file a
+ * line ends with LF, CRLF or a stray CR; on the wire it ends with CRLF. The size is therefore the octets that are
+ * neither CR nor LF, plus two for each line. False: the content cannot be read, or its length changes; see errno. */
 static bool message_scan(struct message *m)
 {
     char data[COPY_SIZE];
@@ -3879,7 +3878,7 @@ static bool message_scan(struct message *m)
     m->wire_size += last != '\n' && last != '\r' ? 2 : 0;
     m->lf_only = t.cr == 0;
     m->eight_bit = t.all > 127;
-    if (n == 0 && at != m->size) { /* somebody is still writing it, in new, where it should be whole */
+    if (n == 0 && at != m->size) { /* a program still writes to it, although it is in new */
         errno = EBUSY;
         return false;
     }
@@ -3888,10 +3887,9 @@ static bool message_scan(struct message *m)
 
 enum name_leads { HERE, ELSEWHERE, NOWHERE, UNKNOWN };
 
-/* Where does the message's name lead now? The look-up that counts goes through the directory opened afresh: on
- * network file systems only that asks the server, while the path may still be answered from what this host knew
- * before. *dir is that directory, -1 if it could not be opened; the caller closes it. here: the state of the open
- * file. UNKNOWN: errno. */
+/* Where does the message's name lead now? The directory is opened again for this look-up. On a network file system only
+ * that asks the server; a look-up of the whole path may be answered from this host's cache. *dir is the directory, or
+ * -1 if it could not be opened; the caller closes it. *here is the state of the open file. UNKNOWN: see errno. */
 static enum name_leads look_up(const struct message *m, int *dir, struct stat *here)
 {
     char box[MAILDIR_PATH];
@@ -3905,8 +3903,8 @@ static enum name_leads look_up(const struct message *m, int *dir, struct stat *h
     return there.st_nlink > 0 && there.st_nlink == here->st_nlink ? HERE : ELSEWHERE;
 }
 
-/* Claims a file that is open. Another session may have finished with it between our open and our lock, so the name
- * must still lead to it then. */
+/* Claims an open file. Another session may have removed the file after it was opened here and before it was locked, so
+ * the name is looked up again. */
 static enum claim claim_file(struct message *m)
 {
     struct stat st;
@@ -3918,7 +3916,7 @@ static enum claim claim_file(struct message *m)
     }
     where = look_up(m, &dir, &st);
     if (where == HERE)
-        message_note_state(m, &st); /* the last session may have struck out recipients */
+        message_note_state(m, &st); /* another session may have struck out recipients */
     else if (where == UNKNOWN)
         message_trouble(m, "its name cannot be looked up");
     if (dir >= 0)
@@ -3928,7 +3926,7 @@ static enum claim claim_file(struct message *m)
 
 enum claim message_claim(struct message *m, int queue, const char *path)
 {
-    enum claim result = message_open(m, queue, path, O_RDWR); /* NFS grants no exclusive lock to a reader */
+    enum claim result = message_open(m, queue, path, O_RDWR); /* NFS needs write access for an exclusive lock */
     if (result == CLAIMED)
         result = claim_file(m);
     if (result != CLAIMED)
@@ -3943,7 +3941,7 @@ enum claim message_claim(struct message *m, int queue, const char *path)
 void message_close(struct message *m)
 {
     if (m->fd >= 0)
-        close(m->fd); /* and with it goes the claim */
+        close(m->fd); /* this ends the claim */
     m->fd = -1;
     message_forget_top(m);
     forget_recipients(m);
@@ -3956,16 +3954,16 @@ void message_close(struct message *m)
     }
 }
 
-/* Where content stands on its way out, from one part of it to the next. */
+/* The state of the conversion to wire form, from one part of the content to the next. */
 struct wire {
-    bool dots;        /* one that starts a line is doubled, as DATA wants it (RFC 5321, 4.5.2) */
-    bool lf_only;     /* there is no CR to look for */
-    uint64_t doubled; /* how many were: they are no part of the content */
+    bool dots;        /* a dot that starts a line is doubled, as DATA requires (RFC 5321, 4.5.2) */
+    bool lf_only;     /* the content has no CR */
+    uint64_t doubled; /* dots that were added, which are not part of the content */
     enum { LINE_START, IN_LINE, AFTER_CR } state;
 };
 
-/* The first such octet at or behind p, or the end. The caller keeps what was found last, NULL at first: it is not
- * looked for again while it is still ahead, for between two LFs there may be many CRs, or none at all. */
+/* Returns the first such octet at or after p, or the end. *found keeps the last result; it is NULL at first. While that
+ * result is not before p, nothing is searched again, because there may be many CRs between two LFs, or none. */
 static const char *next_octet(int octet, const char *p, const char *end, const char **found)
 {
     if (!*found || *found < p) {
@@ -3975,15 +3973,15 @@ static const char *next_octet(int octet, const char *p, const char *end, const c
     return *found;
 }
 
-/* Part of the content in the form in which it leaves, its lines ended by CRLF, whether by LF, CRLF or a stray CR
- * before. No octet becomes more than two, so that is the room there must be in out. Returns how many they are. */
+/* Converts a part of the content to wire form: a line that ends with LF, CRLF or a stray CR ends with CRLF in out. An
+ * octet becomes at most two, so out needs room for twice the part. Returns the number of octets in out. */
 static size_t wire_form(struct wire *w, char *out, const char *part, size_t len)
 {
     const char *p = part, *end = part + len, *lf = NULL, *cr = w->lf_only ? end : NULL;
     char *start = out;
     while (p < end) {
         const char *line_end;
-        if (w->state == AFTER_CR && *p == '\n') { /* the CRLF for this line has left already */
+        if (w->state == AFTER_CR && *p == '\n') { /* the CR has already become CRLF */
             w->state = LINE_START;
             p++;
             continue;
@@ -4008,8 +4006,8 @@ static size_t wire_form(struct wire *w, char *out, const char *part, size_t len)
     return (size_t)(out - start);
 }
 
-/* A message in the queue changes only when this program strikes out recipients. If another program has written into
- * it, the scan no longer describes it. */
+/* A message in the queue changes only when this program strikes out recipients. If another program has written into the
+ * file, the result of the scan is no longer valid. */
 static bool unchanged(const struct message *m, const struct stat *now)
 {
     return now->st_size == m->size && now->st_mtim.tv_sec == m->arrived.tv_sec &&
@@ -4017,8 +4015,8 @@ static bool unchanged(const struct message *m, const struct stat *now)
            now->st_ctim.tv_nsec == m->changed.tv_nsec;
 }
 
-/* The next octets of the content, none behind what was scanned. -1: they cannot be read; or these would be the last,
- * and the file is not what it was: then they must not leave, because with BDAT the last octet ends a message. */
+/* Reads the next octets of the content, up to the end that the scan has found. -1: they cannot be read, or they are the
+ * last and the file has changed. They must not be sent then, because with BDAT the last octet ends a message. */
 static ssize_t scanned_octets(const struct message *m, char data[COPY_SIZE], off_t at)
 {
     struct stat now;
@@ -4029,8 +4027,8 @@ static ssize_t scanned_octets(const struct message *m, char data[COPY_SIZE], off
     return n;
 }
 
-/* The lone dot behind DATA's content is left to the caller. False when this is not what message_scan() saw: then
- * the caller must break the connection, not end the message. */
+/* The caller sends the lone dot that ends the content of DATA. False: the content could not be read, or it is not what
+ * message_scan() has read. The caller must then break the connection instead of ending the message. */
 bool message_send(const struct message *m, struct stream *to, bool dots)
 {
     _Static_assert(COPY_SIZE % WIRE_PART == 0, "no part starts behind the buffer");
@@ -4057,7 +4055,7 @@ bool message_send(const struct message *m, struct stream *to, bool dots)
     return sent - w.doubled == m->wire_size;
 }
 
-/* The refused recipients, above the unchanged content; with the message's time of arrival. */
+/* Writes an envelope of the refused recipients and the unchanged content. The copy has the same time of arrival. */
 static bool write_refused(const struct message *m, FILE *out)
 {
     struct timespec times[2] = {{.tv_nsec = UTIME_OMIT}, m->arrived};
@@ -4087,16 +4085,16 @@ bool message_set_aside(const struct message *m)
         deliveries_discard(&d, 1);
         return false;
     }
-    snprintf(path, sizeof path, "%s/maildirfolder", folder); /* Maildir++: what makes it a folder */
+    snprintf(path, sizeof path, "%s/maildirfolder", folder); /* Maildir++: this file marks a folder */
     fd = openat(m->queue, path, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
     if (fd >= 0)
         close(fd);
     return true;
 }
 
-/* Is the file in the queue still the one that is claimed, as it was when it was scanned? Results as of
- * message_remove(); UPDATED with *dir -1: the name is gone. Between this look and what is done next another program
- * could still replace the file, because no system call looks and removes at once. */
+/* Is the file in the queue still the one that is claimed, and unchanged since the scan? Results as of message_remove().
+ * UPDATED with *dir -1: the name no longer exists. After this check another program can still replace the file before
+ * the caller changes it, because no system call checks and removes in one step. */
 static enum update still_the_same(struct message *m, int *dir)
 {
     struct stat now;
@@ -4116,8 +4114,8 @@ static enum update still_the_same(struct message *m, int *dir)
     }
 }
 
-/* qmail marks its recipients in the same way. It needs no space, and the file keeps its inode and so the claim. After a
- * crash in the middle, the recipients that are not yet struck out get the message again. */
+/* qmail marks recipients in the same way. The marks need no disk space, and the file keeps its inode and so the claim.
+ * If the provider crashes here, the recipients that are not yet struck out get the message again. */
 static bool write_marks(struct message *m)
 {
     struct timespec times[2] = {{.tv_nsec = UTIME_OMIT}, m->arrived};
@@ -4127,7 +4125,7 @@ static bool write_marks(struct message *m)
         if ((as->fate == DELIVERED || as->fate == RETURNED) && pwrite(m->fd, "=", 1, r->at) != 1)
             return false;
     }
-    futimens(m->fd, times); /* only its owner may: in another user's file the marks count all the same */
+    futimens(m->fd, times); /* fails if another user owns the file; the marks are valid all the same */
     if (fsync(m->fd) < 0 || fstat(m->fd, &st) < 0)
         return false;
     message_note_state(m, &st);
@@ -4151,8 +4149,8 @@ enum update message_remove(struct message *m)
 {
     int dir;
     enum update result = still_the_same(m, &dir);
-    /* The directory is not flushed to disk: if the power fails before it is, the message is there again, and is sent a
-     * second time, which is never a loss. */
+    /* The directory is not flushed to disk. If the power fails before the kernel writes it, the message is in the queue
+     * again and is sent a second time. It is never lost. */
     if (result == UPDATED && dir >= 0 && unlinkat(dir, strrchr(m->path, '/') + 1, 0) < 0 && errno != ENOENT) {
         m->problem = errno;
         result = FAILED;
@@ -4164,13 +4162,13 @@ enum update message_remove(struct message *m)
 
 /* ==== 8. The queue: delivery into a Maildir ==========================================================
  *
- * Used by the customer and by enqueue, which write what the provider reads: the envelope on top, then
- * the message. A delivery is one file in tmp; it becomes mail when it is on disk and renamed into new,
- * and the directory that says so is on disk too (RFC 5321, 6.1: what was accepted must not be lost). */
+ * The customer and enqueue write the form that the provider reads: the envelope, then the message. A delivery is one
+ * file in tmp. It becomes mail when the file is flushed to disk, renamed into new, and the directory is flushed too.
+ * RFC 5321, 6.1, requires this: mail that was accepted must not be lost. */
 
 #define DELIVERY_PATH 448 /* octets of domain/new/name */
 
-/* All files of a message share the fate of the first: they become mail together, or none does. */
+/* The first file keeps the result for all files of a message, because all of them become mail or none does. */
 static struct delivery *first_of_message(struct delivery *d)
 {
     while (d->same_message)
@@ -4178,7 +4176,7 @@ static struct delivery *first_of_message(struct delivery *d)
     return d;
 }
 
-/* For `return`: false, with the first reason beside it. */
+/* For `return`: stores the first reason of a failure and returns false. */
 static bool delivery_failed(struct delivery *d)
 {
     struct delivery *first = first_of_message(d);
@@ -4261,7 +4259,7 @@ bool deliveries_written(struct delivery *d, size_t count)
     return count > 0;
 }
 
-/* Puts the content on disk and closes the file. */
+/* Flushes the content to disk and closes the file. */
 static void delivery_sync(struct delivery *d)
 {
     if (delivery_written(d) && fsync(fileno(d->file)) < 0)
@@ -4281,7 +4279,7 @@ static void delivery_publish(struct delivery *d)
         delivery_failed(d);
 }
 
-/* Puts the directory of the last of these on disk. Once is enough for all files in it. */
+/* Flushes the directory of d[last] to disk, unless this was done for another file in it. */
 static void box_sync(struct delivery *d, size_t last)
 {
     char box[DELIVERY_PATH];
@@ -4296,7 +4294,7 @@ static void box_sync(struct delivery *d, size_t last)
 bool deliveries_store(struct delivery *d, size_t count)
 {
     bool all = true;
-    for (size_t i = 0; i < count; i++) /* Linux starts to write all of them before the first is waited for */
+    for (size_t i = 0; i < count; i++) /* Linux starts to write all files before the first fsync() waits */
         if (delivery_written(&d[i]))
             posix_fadvise(fileno(d[i].file), 0, 0, POSIX_FADV_DONTNEED);
     for (size_t i = 0; i < count; i++)
