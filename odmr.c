@@ -4313,9 +4313,9 @@ bool deliveries_store(struct delivery *d, size_t count)
 
 /* ==== 9. Handing the session on: --smtp and --exec ===================================================
  *
- * The receiver, the customer's own mail server, speaks SMTP. So its connection and the provider's are joined, and every
- * octet passes unchanged. The relay follows the dialogue for the trace, for the count of messages and to recognise a
- * proper end. If the provider takes the receiver's STARTTLS, the rest is hidden from it. */
+ * The receiver is the customer's own mail server and speaks SMTP. Its connection and the provider's are therefore
+ * joined, and every octet passes unchanged. The relay follows the dialogue for the trace, for the count of messages and
+ * to recognise a proper end. If the provider uses the receiver's STARTTLS, the relay cannot see the rest. */
 
 #define FINAL_REPLY_TIMEOUT 600  /* RFC 5321, 4.5.3.2.6: seconds for the reply to the last octet of a message */
 #define PASSING_MAX 1024         /* replies that the relay of --smtp and --exec can await */
@@ -4326,7 +4326,7 @@ enum awaited { ANY_REPLY, DATA_REPLY, CONTENT_REPLY, STARTTLS_REPLY, QUIT_REPLY 
 struct relay {
     struct session *s;
     struct stream *from[2]; /* the provider's stream and the receiver's */
-    bool over[2];           /* nothing more comes from it, and the other side was told */
+    bool over[2];           /* this side sends nothing more, and its end was passed on */
     enum side first_over;
 
     char line[2][COMMAND_LINE + 1]; /* the line under way from each side */
@@ -4336,8 +4336,8 @@ struct relay {
     bool in_mail;
     bool hidden;            /* the two speak TLS with each other from here on */
     bool quit;              /* QUIT was answered */
-    struct content data;    /* what follows DATA: without files, to find its end */
-    uint64_t octets, chunk; /* octets of it so far; of a BDAT still to come */
+    struct content data;    /* what follows DATA; no file is written, only its end is found */
+    uint64_t octets, chunk; /* octets of data so far; octets of a BDAT still to come */
     size_t messages;
     uint64_t passed; /* octets from the provider to the receiver */
 };
@@ -4347,7 +4347,7 @@ static void join_streams(struct relay *r);
 static bool pass_on(struct relay *r, enum side side);
 static void follow(struct relay *r, enum side side, const char *data, size_t len);
 
-/* If the receiver has gone since its greeting, or has said 421, it is reached again before anything is passed on. */
+/* If the receiver has closed the connection or sent 421 since its greeting, it is connected or started again first. */
 int hand_session_on(struct session *s, const struct customer *c, struct receiver *receiver)
 {
     if (stream_ready(&receiver->session->io)) {
@@ -4372,12 +4372,12 @@ static void pass_reply(struct session *s, const struct reply *r)
 static int relay_mail(struct session *s, struct receiver *receiver)
 {
     struct relay *r = must_alloc(calloc(1, sizeof *r));
-    struct session *gone; /* to be named if the session had no proper end */
+    struct session *gone; /* the side to report if the session had no proper end */
     int code;
     r->s = s;
     r->from[PROVIDER] = &s->io;
     r->from[CUSTOMER] = &receiver->session->io;
-    pass_reply(s, &receiver->greeting); /* it came before ATRN was sent; now it is the customer's first line (5.3-b) */
+    pass_reply(s, &receiver->greeting); /* read before ATRN was sent; now it is the customer's first line (5.3-b) */
     join_streams(r);
 
     gone = r->first_over == PROVIDER ? s : receiver->session;
@@ -4393,8 +4393,8 @@ static int relay_mail(struct session *s, struct receiver *receiver)
     return code;
 }
 
-/* Waits until something arrives or a signal comes. The reply to the last octet of a message has FINAL_REPLY_TIMEOUT
- * and, if the dialogue is hidden, so has everything. False: since then both sides have been silent too long. */
+/* Waits for input or a signal. The time-out is at least FINAL_REPLY_TIMEOUT for the reply to the last octet of a
+ * message and, if the dialogue is hidden, for all input. False: both sides have been silent for too long since then. */
 static bool wait_for_either(const struct relay *r, int64_t since)
 {
     struct pollfd p[3] = {[2] = {.fd = customer_stops ? -1 : stop_pipe[0], .events = POLLIN}};
@@ -4433,8 +4433,8 @@ static void join_streams(struct relay *r)
     }
 }
 
-/* Passes on what has arrived from one side, then its end: the other side may still send its replies. If the receiver
- * takes no more, the provider's side is over too. False: there was nothing. */
+/* Passes on what has arrived from one side, and then its end. The other side may still send its replies. If writing to
+ * the receiver fails, the provider's side is over too. False: nothing has arrived. */
 static bool pass_on(struct relay *r, enum side side)
 {
     struct stream *from = r->from[side], *to = r->from[other_side(side)];
@@ -4467,7 +4467,7 @@ static void await_reply(struct relay *r, enum awaited what)
         r->awaited[(r->oldest + r->count++) % PASSING_MAX] = what;
 }
 
-/* Where the reply to the oldest command stands; of a reply to EHLO, where its keyword stands. */
+/* Returns the clause of the reply to the oldest command or, in a reply to EHLO, the clause of the keyword. */
 static const char *awaited_clause(const struct relay *r, const char *line)
 {
     static const char *const clause[] = {[ANY_REPLY] = "5.3-c,4-e", [DATA_REPLY] = "5.3-c,4-e", [CONTENT_REPLY] = "4-e",
@@ -4522,7 +4522,7 @@ static void follow_reply(struct relay *r, const char *line)
     r->quit |= what == QUIT_REPLY;
 }
 
-/* Octets of DATA. Returns how many of them belong to the content, its lone dot included. */
+/* Follows the octets after DATA. Returns how many of them belong to the content, including the lone dot. */
 static size_t follow_data(struct relay *r, const char *data, size_t len)
 {
     size_t taken = content_take(&r->data, data, len);
@@ -4569,8 +4569,8 @@ static void follow(struct relay *r, enum side side, const char *data, size_t len
 
 /* ---- The receiver ---- */
 
-/* Starts COMMAND with one end of a socket pair as its standard input and output; the other end is returned.
- * Its buffer must hold all the replies that a provider leaves unread while it writes; see the sender. */
+/* Starts COMMAND with one end of a socket pair as its standard input and output. Returns the other end, or -1. The
+ * buffer must hold all the replies that a provider leaves unread while it writes; see part 3. */
 static int start_receiver(const char *command, pid_t *pid)
 {
     char *const argv[] = {"/bin/sh", "-c", (char *)command, NULL};
