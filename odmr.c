@@ -4615,9 +4615,9 @@ void leave_receiver(const struct customer *c, struct receiver *receiver)
 
 /* ==== 10. Accounts ===================================================================================
  *
- * One line a customer: name:domain[,domain...]:secret. The file is read whole, at start and at SIGHUP;
- * sessions hold a share in the table they use, so a new one can replace it at any time. AUTH and ATRN
- * look into the newest. */
+ * The accounts file has one line for each customer: name:domain[,domain...]:secret. The provider reads the whole file
+ * at the start and at SIGHUP. Sessions hold a share in the table that they use, so a new table can replace it at any
+ * time. AUTH and ATRN use the newest table. */
 
 #define ACCOUNTS_STEP 64
 
@@ -4670,7 +4670,7 @@ bool domain_in_list(const char *list, const char *domain, size_t len)
     return false;
 }
 
-/* Equal domains in the order in which they stand in the list. */
+/* Orders domains; equal ones keep their order in the list. */
 static int by_domain(const void *left, const void *right)
 {
     const char *a = *(char *const *)left, *b = *(char *const *)right;
@@ -4719,7 +4719,8 @@ static int by_iterations(const void *left, const void *right)
     return a->iterations - b->iterations;
 }
 
-/* The count that most verifiers have, the least of several: it is what any unknown name costs. Sorts the list. */
+/* Returns the iterations that most verifiers have; if counts are equally frequent, the lowest. SCRAM names this count
+ * to a client whose name has no verifier. Sorts the list. */
 static int common_iterations(struct accounts *all)
 {
     size_t most = 0, run = 0;
@@ -4741,14 +4742,14 @@ const struct account *account_find(const struct accounts *all, const char *name)
     return all->count ? bsearch(&wanted, all->list, all->count, sizeof wanted, by_name) : NULL;
 }
 
-/* The account's verifier, if it has no secret but that. */
+/* True, with the verifier in *v, if the account has a verifier instead of a secret. */
 bool account_verifier(const struct account *a, struct verifier *v)
 {
     size_t n = strlen(SCRAM_SCHEME);
     return a && strncmp(a->secret, SCRAM_SCHEME, n) == 0 && verifier_parse(a->secret + n, v);
 }
 
-/* Takes one line apart; returns what is wrong with it, or NULL. */
+/* Parses one line. Returns what is wrong with it, or NULL. */
 static const char *account_parse(struct accounts *all, char *line, size_t number)
 {
     char *domains = strchr(line, ':');
@@ -4804,7 +4805,7 @@ static struct accounts *accounts_read(FILE *file, const char *path, char *why, s
         if (!wrong && line[0] != '\0' && line[0] != '#')
             wrong = account_parse(all, line, number);
     }
-    if (!wrong && !feof(file)) /* getline() can fail for want of memory, too */
+    if (!wrong && !feof(file)) /* getline() also fails when memory is short */
         wrong = "cannot be read to its end";
     if (!wrong && all->count > 0) {
         all->iterations = common_iterations(all);
@@ -4825,8 +4826,8 @@ static struct accounts *accounts_read(FILE *file, const char *path, char *why, s
     return NULL;
 }
 
-/* What the salts of names without a verifier are made from. It lasts as long as the file, as the verifiers' salts do.
- * It is not made from the secrets: anybody can ask for a salt, and could then try out secrets without asking again. */
+/* Makes the key for the salts of names without a verifier. The key lasts as long as the file, as the verifiers' salts
+ * do. It is not made from the secrets, because any client can ask for a salt and could then test secrets offline. */
 static bool accounts_key(struct accounts *all, const struct stat *st)
 {
     char text[96];
@@ -4866,12 +4867,12 @@ struct accounts *accounts_load(const char *path, char *why, size_t why_size)
 
 /* ==== 11. Lines and replies ==========================================================================
  *
- * The dialogue is made of lines, ours and theirs. send_text() and read_line() are the only way they
- * come and go, so the trace sees each. A reply is validated before it is believed. */
+ * The dialogue consists of lines. send_text() sends all of them and read_line() reads all of them, so the trace can
+ * show each. A reply is validated before it is used. */
 
-#define REPLY_LINE 2046          /* RFC 5321, 4.5.3.1.5 says 512 with CRLF; some servers say more */
+#define REPLY_LINE 2046          /* RFC 5321, 4.5.3.1.5 says 512 with CRLF; some servers send more */
 #define REPLY_LINES 128          /* no reply needs more lines */
-#define REPLY_TIMEOUT 600        /* seconds: at most so long for a whole reply once its first line is there */
+#define REPLY_TIMEOUT 600        /* seconds, at most, from the first line of a reply to its last */
 
 void address_text(char *out, size_t size, const struct sockaddr_storage *a, socklen_t len)
 {
@@ -4892,7 +4893,7 @@ struct session *session_new(int fd, enum side self, int timeout, const char *nam
     struct session *s = malloc(sizeof *s);
     if (!s)
         return NULL;
-    memset(s, 0, offsetof(struct session, io)); /* the buffers behind are left alone: untouched, they cost nothing */
+    memset(s, 0, offsetof(struct session, io)); /* not the buffers: untouched pages take no memory */
     stream_init(&s->io, fd, timeout);
     s->number = atomic_fetch_add(&numbers[self], 1) + 1;
     s->self = self;
@@ -4953,8 +4954,8 @@ bool read_line(struct session *s)
     return stream_read_line(&s->io, s->line, sizeof s->line, &s->line_len);
 }
 
-/* Splits a command in place: s->line is left with the verb, s->argument is what stands behind the first
- * blank, or NULL. Blanks at the end are forgiven (RFC 5321, 4.1.1), but ATRN's syntax knows none. */
+/* Splits a command in place. s->line keeps the verb, and s->argument is the text after the first blank, or NULL. Blanks
+ * at the end are removed (RFC 5321, 4.1.1), except from ATRN, whose syntax does not allow them. */
 void split_command(struct session *s)
 {
     char *blank = strchr(s->line, ' ');
@@ -4994,8 +4995,8 @@ const char *keyword_clause(const char *line)
     return NULL;
 }
 
-/* The lines of a reply. Its first has our patience; then the rest has what is left of it, and no more than
- * REPLY_TIMEOUT: a reply that comes line by line is not waited for without end. */
+/* Reads the lines of a reply. The first line has the whole time-out. All others together have the rest of it, and no
+ * more than REPLY_TIMEOUT, because a peer could otherwise send a reply line by line without end. */
 static bool read_reply_lines(struct session *s, const char *clause, struct reply *r, bool ehlo)
 {
     size_t used = 0;
@@ -5033,7 +5034,7 @@ static bool read_reply_lines(struct session *s, const char *clause, struct reply
     return false;
 }
 
-/* When a reply fails to come, what comes later could be the rest of it, and is not read. */
+/* If the reply is not complete, all later input is ignored, because it could be the rest of this reply. */
 static bool read_whole_reply(struct session *s, const char *clause, struct reply *r, bool ehlo)
 {
     int64_t deadline = s->io.deadline;
@@ -5044,8 +5045,8 @@ static bool read_whole_reply(struct session *s, const char *clause, struct reply
     return complete;
 }
 
-/* What a reply answers has left before: one that lies here already, from a peer that did not wait for the command, is
- * not believed while the command, or a message, has not gone out and perhaps never will. */
+/* Sends what is buffered before a reply is read. A peer may have sent a reply without waiting for the command. That
+ * reply must not count while the command or the message is unsent. False: it cannot be sent. */
 static bool command_has_left(struct session *s, struct reply *r)
 {
     r->code = 0;
@@ -5103,7 +5104,7 @@ enum verdict reply_verdict(const struct reply *r)
     return r->code < 300 ? DELIVERED : r->code < 500 ? DEFERRED : REFUSED;
 }
 
-/* Behind the keyword in the first line behind `line` that starts with it; NULL: there is none. */
+/* Finds the first line after `line` that starts with the keyword. Returns the text after the keyword, or NULL. */
 static const char *next_keyword(const char *line, const char *keyword)
 {
     size_t n = strlen(keyword);
@@ -5151,8 +5152,8 @@ bool list_has(const char *list, const char *wanted)
 
 /* ==== 11. Addresses and domains ======================================================================
  *
- * What may be named in ATRN, in an envelope and in a path. A domain that passed domain_valid() has no
- * slash, no dot at either end and no empty label, so it is safe as the name of a directory. */
+ * What ATRN, an envelope and a path may name. A domain that has passed domain_valid() has no slash, no dot at either
+ * end and no empty label, so it is safe as the name of a directory. */
 
 #define LABEL_MAX 63             /* RFC 1035, 2.3.4 */
 
@@ -5198,7 +5199,7 @@ void lower_case(char *text)
         *text = (char)tolower((unsigned char)*text);
 }
 
-/* Where the domain of a mailbox begins: behind the last @ that is not quoted. */
+/* Returns the domain of a mailbox, which begins after the last @ outside quotes. */
 const char *mailbox_domain(const char *mailbox)
 {
     const char *at = NULL;
@@ -5227,8 +5228,8 @@ size_t utf8_prefix(const char *text, size_t len)
     return at;
 }
 
-/* The length of the part before the @ (RFC 5321, 4.1.2), which is a quoted string, or atoms and dots. Real senders
- * write two dots in a row, so dots may stand anywhere. 0: it is neither. */
+/* Returns the length of the local part (RFC 5321, 4.1.2), which is a quoted string, or atoms and dots. Dots are allowed
+ * anywhere, because real senders write two dots in a row. Returns 0 if it is neither. */
 static size_t local_part(const char *text)
 {
     size_t n = 0;
@@ -5259,7 +5260,7 @@ static bool address_literal_valid(const char *text)
            (strncasecmp(address, "IPv6:", 5) == 0 && inet_pton(AF_INET6, address + 5, octets) == 1);
 }
 
-/* The part after the @. More is allowed in a sender's domain, because it is only passed on. */
+/* Checks the part after the @. A sender's domain may have more forms, because it is only passed on. */
 static bool mailbox_domain_valid(const char *domain, bool sender)
 {
     char before = '.';
