@@ -5301,25 +5301,25 @@ void write_date(FILE *out, const char *before, time_t when)
 
 /* ==== 12. The stream =================================================================================
  *
- * Buffered bytes over one connected socket, in the clear or through TLS. To every other
- * part a stream blocks: reading waits for the peer, writing waits for room. Three things are known only here:
+ * A stream is one connected socket with buffers, in the clear or through TLS. For every other part a stream blocks:
+ * reading waits for the peer, and writing waits for room. Three things are done only here:
  *
- *   - Waiting. socket_wait() is the one place where a thread waits for its peer, with its patience, its
- *     deadline and the pipe that says "the server is shutting down".
- *   - OpenSSL's I/O. TLS reads and writes the socket through the same two functions as everybody else
- *     (a BIO of our own), so half a TLS record is waited for just like half a line. What counts as input is
- *     application data: octets of TLS that carry none are taken in and are no reason to read.
- *   - Why a connection is of no more use. The first reason is kept in `broken`, in words; from then on
- *     every call fails at once, so callers may check once, at the end of what they do.
+ *   - Waiting. Reading and writing wait for the peer only in socket_wait(), which knows the time-out, the deadline
+ *     and the pipe that reports a shutdown.
+ *   - OpenSSL's I/O. Through a BIO of our own, TLS uses the same two functions of the socket as plain text does. A
+ *     thread therefore waits for half a TLS record as it does for half a line. Only application data counts as input.
+ *     TLS records without any are read, but they do not make the stream ready.
+ *   - The reason why a connection has failed. The first reason is kept in `broken`, as text. From then on every call
+ *     fails at once, so a caller may check once, at the end of its work.
  *
- * Whatever was written is flushed before any wait for input: two peers never wait for each other. */
+ * All output is flushed before any wait for input, so two peers never wait for each other. */
 
-#define ENDLESS_LINE (64 << 20)  /* a peer that sends so much without a line end is not one of ours */
-#define EMPTY_RECORDS 16         /* of TLS, without application data, that are taken in one after the other */
-#define LINGER_READS 64          /* of what is thrown away before TLS */
-#define LINGER_MS 1000           /* when closing: so long in all we read on, and throw away what comes */
-#define PATIENCE_OCTETS 16384    /* a peer that has taken so many has its whole time for the next */
-#define TLS_OUT (STREAM_OUT + 4096) /* as TLS records, 16 kB each */
+#define ENDLESS_LINE (64 << 20)  /* octets without a line end; then the connection is broken */
+#define EMPTY_RECORDS 16         /* TLS records without application data that are read one after the other */
+#define LINGER_READS 64          /* reads of input that is discarded before TLS */
+#define LINGER_MS 1000           /* when closing, the longest time for which input is still read and discarded */
+#define PATIENCE_OCTETS 16384    /* when the peer has taken so many octets, its time-out restarts */
+#define TLS_OUT (STREAM_OUT + 4096) /* room for STREAM_OUT as TLS records of 16 kB each */
 
 static const char closed_by_peer[] = "the peer closed the connection";
 
@@ -5352,7 +5352,7 @@ void stream_break(struct stream *s, const char *why)
         s->broken = why;
 }
 
-/* How long the operation that starts now may take: the patience for one wait, cut by the deadline. */
+/* Starts the time-out of the operation that begins now; the deadline may shorten it. */
 static void set_patience(struct stream *s)
 {
     s->sent = 0;
@@ -5377,15 +5377,15 @@ static bool out_of_time(struct stream *s)
     return true;
 }
 
-/* Octets that have left us and that the peer's TCP has not taken yet: Linux buffers up to 4 MB of them. */
+/* Returns the octets that were sent and that the peer's TCP has not taken yet. Linux buffers up to 4 MB of them. */
 static int octets_on_the_way(const struct stream *s)
 {
     int octets;
     return ioctl(s->fd, SIOCOUTQ, &octets) < 0 ? 0 : octets;
 }
 
-/* A peer that reads slowly makes progress, although nothing can be written and no reply is due yet: as long as its TCP
- * takes PATIENCE_OCTETS within our patience, it has its whole time again. */
+/* A peer that reads slowly makes progress, although nothing can be written and no reply is due yet. If its TCP takes
+ * PATIENCE_OCTETS within the time-out, the time-out restarts. */
 static bool socket_wait(struct stream *s, short events)
 {
     struct pollfd p[2] = {{.fd = s->fd, .events = events}, {.fd = s->wake_fd, .events = POLLIN}};
@@ -5420,10 +5420,10 @@ static bool socket_wait(struct stream *s, short events)
     }
 }
 
-/* The two functions that touch the socket. The descriptor blocks; MSG_DONTWAIT makes the kernel give what it
- * has, or take what it has room for, so that the waiting stays in socket_wait(). */
+/* The two functions that read and write the socket. The descriptor blocks, but with MSG_DONTWAIT the kernel gives what
+ * it has, or takes what it has room for, and returns at once. All waiting is done in socket_wait(). */
 
-/* What has arrived; never waits. -1: nothing has (s->dry), or nothing more will (s->ended). */
+/* Reads what has arrived; never waits. -1: nothing has arrived (s->dry), or nothing more will arrive (s->ended). */
 static ssize_t socket_read(struct stream *s, void *data, size_t size)
 {
     ssize_t n;
@@ -5444,7 +5444,7 @@ static ssize_t socket_write(struct stream *s, const void *data, size_t size)
         socket_wait(s, POLLOUT);
     if (n < 0)
         stream_break(s, "the connection was lost");
-    else if ((s->sent += (size_t)n) >= PATIENCE_OCTETS) /* it does read */
+    else if ((s->sent += (size_t)n) >= PATIENCE_OCTETS) /* the peer reads */
         set_patience(s);
     return n;
 }
@@ -5461,7 +5461,7 @@ static int tls_bio_read(BIO *bio, char *data, int size)
     return (int)n;
 }
 
-/* OpenSSL does not learn of a failure: s->broken stops all writing then, and what has arrived can still be read. */
+/* A failure is not reported to OpenSSL, so what has arrived can still be read. s->broken stops all further writing. */
 static int tls_bio_write(BIO *bio, const char *data, int size)
 {
     ssize_t n = socket_write(BIO_get_data(bio), data, (size_t)size);
@@ -5474,8 +5474,8 @@ static long tls_bio_control(BIO *bio, int command, long number, void *pointer)
     return command == BIO_CTRL_FLUSH; /* nothing is kept back, so there is nothing to flush */
 }
 
-/* Made with the first of our contexts. Not with the first session: what fails once under pthread_once() has
- * failed for good, and that moment's lack of memory would be the end of TLS. */
+/* Made with the first of our contexts. If the first session made it under pthread_once(), a single failure for lack of
+ * memory would disable TLS for good. */
 static BIO_METHOD *tls_bio_method;
 
 static bool make_tls_bio_method(void)
@@ -5491,7 +5491,7 @@ static bool make_tls_bio_method(void)
     return true;
 }
 
-/* What is written passes a buffer of the library, so that all the records of one flush leave together. */
+/* Output passes through a buffer of OpenSSL, so that all the records of one flush are sent together. */
 static bool set_tls_bios(SSL *tls, struct stream *s)
 {
     BIO *bio = BIO_new(tls_bio_method), *gathered = BIO_new(BIO_f_buffer());
@@ -5507,7 +5507,7 @@ static bool set_tls_bios(SSL *tls, struct stream *s)
     return true;
 }
 
-/* The name or address that the certificate must be for. */
+/* Sets the name or address that the certificate must be for. */
 static bool expect_name(SSL *tls, const char *host)
 {
     unsigned char address[16];
@@ -5525,7 +5525,7 @@ SSL *stream_offer_tls(struct stream *s, SSL_CTX *context, const char *host)
     return NULL;
 }
 
-/* Why SSL_read() or a handshake returned no success. True: the peer has to say more first. */
+/* Finds out why SSL_read() or a handshake did not succeed. True: more input from the peer is needed. */
 static bool tls_wants_more(struct stream *s, int returned)
 {
     int error = SSL_get_error(s->tls, returned);
@@ -5557,11 +5557,11 @@ bool stream_start_tls(struct stream *s, SSL *tls, const char *host)
     return !s->broken;
 }
 
-/* The application data of the next record; never waits. -1: there is none (yet). Not every record carries some: a key
- * update or a session ticket does not, and a peer that sends nothing else must not keep us here. */
+/* Reads the application data of the next record; never waits. -1: there is none (yet). Some records carry none, for
+ * example a key update or a session ticket. A peer that sends nothing else must not keep the thread here. */
 static ssize_t encrypted_read(struct stream *s, void *data, size_t size)
 {
-    int64_t until = s->until; /* a key update is answered, which must not renew our patience */
+    int64_t until = s->until; /* the answer to a key update must not restart the time-out */
     int n, records = 0;
     do {
         ERR_clear_error();
@@ -5601,7 +5601,7 @@ bool stream_flush(struct stream *s)
             at += (size_t)n;
     }
     if (s->tls)
-        (void)BIO_flush(SSL_get_wbio(s->tls)); /* if that fails, socket_write() has said why */
+        (void)BIO_flush(SSL_get_wbio(s->tls)); /* if that fails, socket_write() has set s->broken */
     s->gone += !s->tls || !s->broken ? at : 0;
     s->spoke = true;
     s->out_end = 0;
@@ -5681,8 +5681,8 @@ bool stream_has_line(struct stream *s)
     return stream_line_at(s, 0, &line) > 0;
 }
 
-/* RFC 3207, 4.2: what was said in the clear is of no worth. Octets that somebody put behind STARTTLS are
- * thrown away, those we have read and those that are still in the socket, and never obeyed. */
+/* RFC 3207, 4.2: what was sent in the clear cannot be trusted. Input received after STARTTLS is therefore discarded,
+ * from the buffer and from the socket, and commands in it are never executed. */
 bool stream_discard_input(struct stream *s)
 {
     bool some = false;
@@ -5693,7 +5693,7 @@ bool stream_discard_input(struct stream *s)
     return some;
 }
 
-/* Nothing that lies here or still comes is read. */
+/* Ends the input of a broken stream: octets that are buffered or still arrive are not read. */
 void stream_end_input(struct stream *s)
 {
     s->in_at = s->in_end = 0;
@@ -5701,14 +5701,14 @@ void stream_end_input(struct stream *s)
         s->ended = s->broken;
 }
 
-/* Called with the input buffer empty: flushes what we owe the peer, then waits for what it has to say. */
+/* Called with the input buffer empty. Flushes all output, then waits for input. */
 static bool stream_fill(struct stream *s)
 {
     int64_t until = s->until;
     if (s->out_end > 0 && !stream_flush(s))
         return false;
     s->until = until;
-    if (s->broken || out_of_time(s)) /* a peer that never pauses is never waited for, but its time ends all the same */
+    if (s->broken || out_of_time(s)) /* a peer that never pauses is never waited for, so its time is checked here */
         return false;
     while (!stream_take_in(s)) {
         if (s->ended)
@@ -5736,8 +5736,8 @@ void stream_skip(struct stream *s, size_t len)
     s->in_at += len;
 }
 
-/* The patience is for the whole line: a peer that sends an octet a minute gets no more of it. The content of a message
- * is read by stream_peek(), where it begins anew with each octet, for a line may be slow. */
+/* The time-out is for the whole line: a peer that sends an octet a minute does not extend it. The content of a message
+ * is read by stream_peek(), where each octet restarts the time-out, because a network may be slow. */
 bool stream_read_line(struct stream *s, char *line, size_t size, size_t *len)
 {
     size_t total = 0, kept = 0;
@@ -5778,9 +5778,9 @@ void stream_end(struct stream *s)
     shutdown(s->fd, SHUT_WR);
 }
 
-/* A close() with unread input makes the kernel send a reset, which can overtake our last reply (a 421,
- * say). So: say that we are done, then throw away what still comes, for LINGER_MS in all. A peer that said
- * QUIT says no more, and is not waited for, nor is any when this server is shutting down. */
+/* If input is unread at close(), the kernel sends a reset, which can overtake our last reply, for example a 421. So the
+ * end of our output is sent first, and then all input is discarded for at most LINGER_MS. There is no wait after QUIT,
+ * because the peer sends nothing more, and none when this server is shutting down. */
 void stream_close(struct stream *s)
 {
     int64_t until = now_ms() + LINGER_MS;
@@ -5799,11 +5799,11 @@ void stream_close(struct stream *s)
 
 /* ==== 12. TLS, and connecting ========================================================================
  *
- * Who we are and whom we believe: certificates, keys, authorities. The handshake and the octets are the
- * stream's affair. TLS 1.2 and up; no sessions are kept, for each connection is one of its own. */
+ * The certificates and keys that this program shows, and the authorities that it trusts. The handshake is in the part
+ * above. TLS 1.2 is the least. No TLS sessions are kept, because connections do not depend on each other. */
 
-/* Why OpenSSL does not take what an option names: its own words ("system lib") do not tell. wanted: what the file must
- * have in it; path NULL: it is about no file. */
+/* Says why OpenSSL rejects the file of an option, because its own text ("system lib") does not. wanted: what the file
+ * must contain. path is NULL if no file is concerned. */
 static void explain_tls(char *why, size_t size, const char *option, const char *path, const char *wanted)
 {
     const char *reason = ERR_reason_error_string(ERR_peek_last_error());
@@ -5831,15 +5831,15 @@ static void explain_tls(char *why, size_t size, const char *option, const char *
     ERR_clear_error();
 }
 
-/* A key that is encrypted cannot be used: nobody sits there to be asked for its pass phrase. */
+/* An encrypted key cannot be used, because there is no user who could enter its pass phrase. */
 static int no_pass_phrase(char *buffer, int size, int writing, void *context)
 {
     (void)buffer, (void)size, (void)writing, (void)context;
     return -1;
 }
 
-/* SSLKEYLOGFILE, as browsers and curl know it: the secrets of each TLS session go to that file, and Wireshark shows
- * what was said. For one's own desk: whoever can read the file can read the mail. */
+/* SSLKEYLOGFILE works as in browsers and curl: the secrets of each TLS session are written to that file, and Wireshark
+ * can then decrypt the session. Use it for experiments only, because a reader of the file can read the mail. */
 static int key_log = -1;
 
 static void log_key(const SSL *tls, const char *secret)
@@ -5884,15 +5884,15 @@ static SSL_CTX *tls_context(const SSL_METHOD *method, const char *cert, const ch
         SSL_CTX_set_mode(context, SSL_MODE_RELEASE_BUFFERS);
         if (key_log >= 0)
             SSL_CTX_set_keylog_callback(context, log_key);
-        SSL_CTX_clear_mode(context, SSL_MODE_AUTO_RETRY); /* encrypted_read() looks at the time between records */
+        SSL_CTX_clear_mode(context, SSL_MODE_AUTO_RETRY); /* encrypted_read() counts empty records */
         return context;
     }
     SSL_CTX_free(context);
     return NULL;
 }
 
-/* A client's certificate is asked for, and one that does not verify does no harm: its owner may still log
- * in otherwise. Whether it verified is asked again where it counts, in certificate_verified(). */
+/* The provider requests a client certificate. If it does not verify, the customer may still log in without it.
+ * Verification failures are checked later, in certificate_verified(). */
 static int let_pass(int verified, X509_STORE_CTX *store)
 {
     (void)verified, (void)store;
@@ -5942,8 +5942,8 @@ bool certificate_verified(SSL *tls)
     return verified;
 }
 
-/* The names a certificate gives its owner: each DNS name and e-mail address of subjectAltName, or, where
- * there is none, the subject's CN. Returns the index-th, allocated by OpenSSL; NULL: no more of them. */
+/* A certificate names its owner by each DNS name and e-mail address of subjectAltName or, if there is none, by the
+ * subject's CN. Returns the index-th name, allocated by OpenSSL, or NULL if there are no more. */
 char *certificate_name(X509 *certificate, int index)
 {
     GENERAL_NAMES *alternatives = X509_get_ext_d2i(certificate, NID_subject_alt_name, NULL, NULL);
@@ -5959,14 +5959,14 @@ char *certificate_name(X509 *certificate, int index)
     if (found == 0 && index == 0 && (at = X509_NAME_get_index_by_NID(subject, NID_commonName, -1)) >= 0)
         text = X509_NAME_ENTRY_get_data(X509_NAME_get_entry(subject, at));
     if (text && ASN1_STRING_to_UTF8(&name, text) != (int)strlen((char *)(name ? name : (unsigned char *)"")) && name) {
-        OPENSSL_free(name); /* a NUL octet inside: a name that pretends to be another */
+        OPENSSL_free(name); /* a NUL octet in it: as a string it would be another name */
         name = NULL;
     }
     GENERAL_NAMES_free(alternatives);
     return (char *)name;
 }
 
-/* RFC 5929, 4.1: the hash of the server's certificate, by its signature's hash, SHA-256 for the old ones. */
+/* RFC 5929, 4.1: the server's certificate, hashed as for its signature, but with SHA-256 instead of MD5 or SHA-1. */
 static size_t bind_to_certificate(SSL *tls, bool server, unsigned char *out)
 {
     X509 *certificate = server ? SSL_get_certificate(tls) : SSL_get1_peer_certificate(tls);
@@ -5985,7 +5985,7 @@ static size_t bind_to_certificate(SSL *tls, bool server, unsigned char *out)
     return len;
 }
 
-/* RFC 9266: 32 octets that only the two ends of this very connection can know. */
+/* RFC 9266: 32 octets that only the two ends of this connection can know. */
 static size_t bind_to_exporter(SSL *tls, unsigned char *out)
 {
     static const char label[] = "EXPORTER-Channel-Binding";
@@ -6027,7 +6027,7 @@ bool split_host_port(const char *text, const char *default_port, char *host, siz
     return true;
 }
 
-/* For `return`: no socket. */
+/* For `return`: logs why there is no socket, and returns -1. */
 static int not_connected(const char *where, const char *why, int *code, int exit_code)
 {
     log_event(NULL, LOG_ERR, "%s: %s", where, why);
@@ -6052,7 +6052,7 @@ int connect_to(const char *where, const char *default_port, int timeout, int *co
     for (struct addrinfo *a = list; a && fd < 0; a = a->ai_next) {
         fd = socket(a->ai_family, a->ai_socktype | SOCK_CLOEXEC, a->ai_protocol);
         if (fd < 0) {
-            problem = problem ? problem : errno; /* what connect() said of another address tells more */
+            problem = problem ? problem : errno; /* the error of connect() for another address says more */
             continue;
         }
         setsockopt(fd, SOL_SOCKET, SO_SNDTIMEO, &limit, sizeof limit); /* bounds connect() */
