@@ -6072,16 +6072,16 @@ int connect_to(const char *where, const char *default_port, int timeout, int *co
 
 /* ==== 13. Log and trace ==============================================================================
  *
- * One event, one line, one write to standard error, so that the lines of many threads never mix.
- * Whatever a peer sent may be in a line, so every line of the log and the trace is escaped here, as a
- * whole: a terminal never sees a control character that came from the network. */
+ * One event is one line and one write to standard error, so that the lines of several threads never mix. A line may
+ * contain anything that a peer has sent. Every line of the log and the trace is therefore escaped here as a whole, and
+ * no control character from the network reaches a terminal. */
 
 #define PROGRESS_WIDTH 60
 #define PROGRESS_MS 200          /* between two lines of progress */
 #define LADDER_DECODED 512       /* octets; a longer challenge or response is not decoded */
-#define LADDER_LEAST 60          /* columns: narrower terminals have lines that wrap */
+#define LADDER_LEAST 60          /* columns; on narrower terminals lines wrap */
 #define LADDER_MOST 140
-#define LADDER_MARGINS 40        /* what is not an arrow's text */
+#define LADDER_MARGINS 40        /* columns beside the text of an arrow */
 
 void escape(char *out, size_t size, const char *text)
 {
@@ -6113,8 +6113,8 @@ struct tm local_time(time_t when)
     return tm;
 }
 
-/* The form of the log's lines: as they are for the customer and the tools; the provider's with the time (RFC 3339), or
- * with the priority that the journal of systemd reads (sd-daemon(3)). */
+/* The form of a log line. The customer and the tools write it plain. The provider puts the time (RFC 3339) in front or,
+ * for the journal of systemd, the priority (sd-daemon(3)). */
 static enum { PLAIN_LINES, TIMED_LINES, JOURNAL_LINES } log_form;
 
 void log_start(void)
@@ -6127,7 +6127,7 @@ void log_start(void)
     log_form = journal && strcmp(journal, ours) == 0 ? JOURNAL_LINES : TIMED_LINES;
 }
 
-/* The customer's line of progress stands on the terminal, without a line end; the next line takes its place. */
+/* The customer's line of progress is on the terminal, without a line end; the next line replaces it. */
 static atomic_bool progress_shown;
 
 static void clear_progress(void)
@@ -6191,12 +6191,12 @@ const char *plural(uint64_t count)
 
 /* ---- The ladder: the same dialogue as a picture ----
  *
- * The customer on the left, the provider on the right, an arrow for each line; at the margin the clause that
- * asks for it, and why in a few words. The function that sends or reads a line tells the clause. A line below an arrow
- * shows what its base64 says. With PIPELINING a number joins a reply to its command. */
+ * The customer is on the left, the provider on the right, with an arrow for each line. The margin has the clause that
+ * requires the line, and why in a few words. The function that sends or reads a line passes the clause. A line below an
+ * arrow shows its decoded base64. With PIPELINING a number joins a reply to its command. */
 
-/* A row a requirement, and more where its lines differ. reply 0: a command; 2, 4, 5: any reply of that kind. If starts
- * is given, the line must begin so, a reply's behind its code. The first row that fits is taken. */
+/* One row for each requirement, or several if its lines differ. reply 0: a command; 2, 4, 5: any reply of that kind. If
+ * starts is not NULL, the line must begin with it, a reply after its code. The first row that fits is used. */
 static const struct note {
     const char *clause;
     int reply;
@@ -6264,10 +6264,10 @@ static const struct note {
 static const struct note other_replies[] = {
     {"", 2, NULL, "accepted"}, {"", 4, NULL, "not now"}, {"", 5, NULL, "refused"}, {0}};
 
-/* Where the ladder goes: demo's to standard output. NULL: standard error. */
+/* The file that the ladder is written to: standard output in the demo. NULL: standard error. */
 static FILE *ladder_file;
 
-/* For the demo: draw no line before the reversed state; how often the customer waited before it. */
+/* For the demo: draw no line before the reversed state; how often the customer waited before that state. */
 static bool ladder_from_reversal;
 static unsigned long ladder_waits;
 
@@ -6276,10 +6276,10 @@ static FILE *ladder_out(void)
     return ladder_file ? ladder_file : stderr;
 }
 
-/* Escape sequences for a terminal that wants them; else nothing. */
+/* Returns the escape sequence if the ladder goes to a terminal and NO_COLOR is not set, else "". */
 static const char *colour(const char *code)
 {
-    static atomic_int wanted = -1; /* 1, 0; -1: nobody has looked */
+    static atomic_int wanted = -1; /* 1, 0; -1: not known yet */
     if (atomic_load(&wanted) < 0)
         atomic_store(&wanted, isatty(fileno(ladder_out())) && !getenv("NO_COLOR"));
     return atomic_load(&wanted) ? code : "";
@@ -6298,7 +6298,7 @@ static int ladder_width(void)
     return width < LADDER_LEAST ? LADDER_LEAST : width > LADDER_MOST ? LADDER_MOST : width;
 }
 
-/* Once in the life of the program. */
+/* Shown once in a run of the program. */
 static void ladder_legend(void)
 {
     static atomic_bool shown;
@@ -6315,7 +6315,7 @@ static void ladder_mark_tls(struct session *s)
             SSL_get_version(s->io.tls), colour("\033[0m"));
 }
 
-/* Is it the clause told, or in the section told? A reply may fall under one of several: "5.3-c,4-e". */
+/* Is the clause the one told, or in the section told? A list names the alternatives for a reply: "5.3-c,4-e". */
 static bool clause_told(const char *told, const char *clause)
 {
     for (;; told++) {
@@ -6328,7 +6328,7 @@ static bool clause_told(const char *told, const char *clause)
     }
 }
 
-/* The note on a line; a command that is only read has no clause told, so it is found by its verb. */
+/* Finds the note on a line. A command that this side only reads has no clause told, so its verb decides. */
 static const struct note *find_note(const struct note *n, const char *told, int reply, const char *text)
 {
     const char *words = reply && strlen(text) > 4 ? text + 4 : text;
@@ -6340,7 +6340,7 @@ static const struct note *find_note(const struct note *n, const char *told, int 
     return NULL;
 }
 
-/* --step: tells what comes next, and goes on at Return. */
+/* --step: shows what comes next, and waits for Return. */
 static void wait_for_return(struct session *s, enum side who, const char *text, const char *words)
 {
     FILE *out = ladder_out();
@@ -6359,15 +6359,15 @@ static void wait_for_return(struct session *s, enum side who, const char *text, 
             fputc('\n', out);
         fflush(out);
         if (first == 'q')
-            raise(SIGTERM); /* which tidies up */
+            raise(SIGTERM); /* which removes the scratch directory */
         if (first != '?')
             return;
         fputs("    Return: the next command. q: quit. ?: this help.\n", out);
     }
 }
 
-/* The number of the command that this line is, or that it answers; replies come in the order of the commands. 0: none.
- * EHLO is the first, and has none, because PIPELINING is not known yet. */
+/* Returns the number of the command that the line is or replies to, because replies come in the order of the commands.
+ * 0: no number. EHLO, the first command, has none, because PIPELINING is not known yet. */
 static int ladder_number(struct session *s, bool command, const char *text)
 {
     bool final = !command && isdigit((unsigned char)*text) && strlen(text) >= 3 && text[3] != '-';
@@ -6388,8 +6388,8 @@ static int ladder_number(struct session *s, bool command, const char *text)
     return s->numbered && (command || final) && number > 1 ? (int)(number % 1000) : 0;
 }
 
-/* What an exchange of AUTH says, by its form. Of the customer only what is known to hold no secret is shown: *shown
- * octets. */
+/* Names a message of an AUTH exchange by its form. Of the customer's messages only a part that cannot contain a secret
+ * is shown: the first *shown octets. */
 static const char *sasl_message_name(enum side who, const char *text, bool external, size_t *shown)
 {
     const char *proof = strstr(text, ",p="), *digest = strrchr(text, ' ');
@@ -6411,7 +6411,7 @@ static const char *sasl_message_name(enum side who, const char *text, bool exter
     return "response";
 }
 
-/* Below the arrow of a challenge or a response: what its base64 says, on as many lines as it needs. */
+/* Below the arrow of a challenge or a response: its decoded base64, on as many lines as it needs. */
 static void ladder_decode(const struct session *s, enum side who, const char *clause, const char *text, int width)
 {
     char plain[LADDER_DECODED], line[4 * sizeof plain + 64];
@@ -6443,7 +6443,7 @@ static void ladder_decode(const struct session *s, enum side who, const char *cl
         fprintf(ladder_out(), "      %s%.*s\n", at == line ? "" : "  ", (int)part, at);
 }
 
-/* Not inline, because trace_line() would then need the room for this on the stack of each session that is not drawn. */
+/* Not inline, because trace_line() would then need the stack for this in each session, even if it draws nothing. */
 __attribute__((noinline))
 static void ladder_line(struct session *s, enum side who, const char *clause, const char *text)
 {
@@ -6509,7 +6509,7 @@ static void ladder_state(struct session *s)
     funlockfile(out);
 }
 
-/* P: is the provider's line and C: the customer's, whichever of the two writes the trace. */
+/* P: marks the provider's lines and C: the customer's, in the traces of both sides. */
 void trace_line(struct session *s, enum side who, const char *clause, const char *fmt, ...)
 {
     char plain[LOG_LINE], safe[LOG_LINE * 2];
@@ -6564,10 +6564,10 @@ void show_summary(const struct session *s, const char *what, size_t messages, ui
 
 /* ==== 13. Programs ===================================================================================
  *
- * What is run besides us: sendmail for notices, --exec's command. No shell stands between unless it was
- * asked for, and nothing that a peer sent is ever a part of a command but an address behind "--". */
+ * This program runs sendmail for notices, and the command of --exec. There is no shell, except for --exec. Of all that
+ * a peer sends only an address can be part of a command, and it comes after "--". */
 
-#define KILL_AFTER_MS 5000       /* a program that we end has so long between SIGTERM and SIGKILL */
+#define KILL_AFTER_MS 5000       /* when a program is ended, the time from SIGTERM to SIGKILL */
 
 int start_program(char *const argv[], int in, int out, pid_t *pid)
 {
@@ -6577,7 +6577,7 @@ int start_program(char *const argv[], int in, int out, pid_t *pid)
     int problem;
     sigemptyset(&none);
     sigfillset(&reset);
-    sigdelset(&reset, SIGHUP); /* nohup is meant for the program too, a shell's & as well */
+    sigdelset(&reset, SIGHUP); /* nohup and a shell's & apply to the program too */
     sigdelset(&reset, SIGINT);
     sigdelset(&reset, SIGQUIT);
     posix_spawnattr_init(&attributes);
@@ -6588,7 +6588,7 @@ int start_program(char *const argv[], int in, int out, pid_t *pid)
     problem = in >= 0 ? posix_spawn_file_actions_adddup2(&actions, in, STDIN_FILENO) : 0;
     if (!problem && out >= 0)
         problem = posix_spawn_file_actions_adddup2(&actions, out, STDOUT_FILENO);
-    if (!problem) /* or it would read and write something else than what we have for it */
+    if (!problem) /* else it would not have the input and output meant for it */
         problem = posix_spawnp(pid, argv[0], &actions, &attributes, argv, environ);
     posix_spawn_file_actions_destroy(&actions);
     posix_spawnattr_destroy(&attributes);
@@ -6602,7 +6602,7 @@ int finish_program(pid_t pid, int seconds)
     bool ended = false;
     for (;;) {
         ended = ended || waitpid(pid, &status, WNOHANG) != 0;
-        if (ended && (told == 0 || kill(-pid, 0) < 0)) /* its children may live on, unless we had to end it */
+        if (ended && (told == 0 || kill(-pid, 0) < 0)) /* if it was ended here, its children are ended too */
             break;
         if (now_ms() >= until) {
             if (told == SIGKILL)
