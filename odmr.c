@@ -6619,12 +6619,12 @@ int finish_program(pid_t pid, int seconds)
 
 /* ==== 14. The caretaker ==============================================================================
  *
- * A thread that looks through the queue now and then: debris goes, and so does what nobody has collected
- * for --max-age days, back to its sender. It never delivers anything: 4-d, that is done on request only. */
+ * The caretaker is a thread that scans the queue every hour. It removes unfinished files. It returns messages that no
+ * customer has collected for --max-age days to their senders. It never delivers mail: only ATRN does (4-d). */
 
-#define CARE_INTERVAL 3600       /* seconds between two looks through the queue */
+#define CARE_INTERVAL 3600       /* seconds between two scans of the queue */
 
-/* Returns one message, if it is too old and no session has claimed it. False: no other need be tried now. */
+/* Returns one message that is too old, unless a session has claimed it. False: the others are not tried now. */
 static bool expire_message(struct provider *p, const char *path)
 {
     char why[REFUSAL_SIZE];
@@ -6638,14 +6638,14 @@ static bool expire_message(struct provider *p, const char *path)
                 m.list[i].fate = REFUSED;
                 log_fate(NULL, LOG_NOTICE, "expired", &m, &m.list[i], why);
             }
-        go_on = update_queue(p, NULL, &m) && now_ms() - began < NOTICE_TIMEOUT * 1000; /* or sendmail hangs */
+        go_on = update_queue(p, NULL, &m) && now_ms() - began < NOTICE_TIMEOUT * 1000; /* else sendmail hangs */
     }
     message_close(&m);
     return go_on;
 }
 
-/* A clock that is years ahead when the provider starts makes everything too old at once. So when even the newest
- * message is, the first look returns nothing: the next one, an hour later, does. */
+/* If the clock is years ahead when the provider starts, all mail seems too old. If even the newest message of a domain
+ * is too old, the first scan therefore returns nothing. The next scan, an hour later, does. */
 static void expire_domain(struct provider *p, struct backlog *b, const char *domain)
 {
     int64_t oldest = time(NULL) - (int64_t)p->max_age * 86400;
@@ -6687,15 +6687,15 @@ static void *caretaker(void *argument)
 
 /* ==== 14. The listener ===============================================================================
  *
- * One thread accepts, one thread a connection serves. Threads share what struct provider names as shared,
- * under its lock or as an atomic, and nothing else. Signals come to the accepting thread alone, and only between
- * two connections: no other thread is ever interrupted by one. */
+ * One thread accepts connections, and each connection has a thread that serves it. Threads share only what struct
+ * provider marks as shared, under its lock or as an atomic. Signals are delivered to the accepting thread alone, and
+ * only between two connections. No other thread is ever interrupted by a signal. */
 
 #define LISTEN_BACKLOG 1024
 #define ACCEPT_PAUSE_MS 100
-#define REFUSALS_MS 5000         /* one line of the log for the connections refused in so long */
-#define THREAD_STACK (1 << 20)  /* octets; only what is touched is used */
-#define CERTIFICATE_DAYS 14      /* a certificate that expires in less is warned of */
+#define REFUSALS_MS 5000         /* for so long after one logged refusal, others are only counted */
+#define THREAD_STACK (1 << 20)  /* octets; only touched pages take memory */
+#define CERTIFICATE_DAYS 14      /* the log warns of a certificate that expires sooner */
 
 static volatile sig_atomic_t told_to_stop, told_to_reload, told_to_report;
 
@@ -6709,7 +6709,7 @@ static void on_signal(int number)
         told_to_stop = 1;
 }
 
-/* From here on they are held back, in this thread and in those it starts, except in serve(). */
+/* From here on these signals are blocked, except in serve(), in this thread and in the threads that it starts. */
 static void catch_signals(void)
 {
     static const int numbers[] = {SIGTERM, SIGINT, SIGHUP, SIGUSR1};
@@ -6724,7 +6724,7 @@ static void catch_signals(void)
     pthread_sigmask(SIG_BLOCK, &held, NULL);
 }
 
-/* A second one of these ends the program: at once, even if it has come already. */
+/* From here on a second SIGTERM or SIGINT ends the program at once, even if it has arrived before. */
 static void release_signals(void)
 {
     sigset_t held;
@@ -6754,12 +6754,12 @@ static void listen_on_address(struct provider *p, const struct addrinfo *a, cons
     if (p->socket_count == LISTENERS_MAX)
         die(EX_USAGE, "%s: cannot listen: more than %d sockets", where, LISTENERS_MAX);
     setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &(int){1}, sizeof(int));
-    setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &(int){RECEIVE_BUFFER}, sizeof(int)); /* see the sender */
+    setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &(int){RECEIVE_BUFFER}, sizeof(int)); /* see part 3 */
     if (a->ai_family == AF_INET6)
         setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &(int){1}, sizeof(int));
     if (bind(fd, a->ai_addr, a->ai_addrlen) < 0 || listen(fd, LISTEN_BACKLOG) < 0)
         die(EX_OSERR, "%s: cannot listen: %s", where, strerror(errno));
-    fcntl(fd, F_SETFL, O_NONBLOCK); /* accept() must not wait for a connection that went away meanwhile */
+    fcntl(fd, F_SETFL, O_NONBLOCK); /* accept() must not wait if the connection was lost meanwhile */
     p->socket_tls[p->socket_count] = tls;
     p->sockets[p->socket_count++] = fd;
 }
@@ -6789,7 +6789,7 @@ static bool is_ipv4(const unsigned char address[16])
     return memcmp(address, ipv4_mapped, sizeof ipv4_mapped) == 0;
 }
 
-/* ADDR or ADDR/BITS; an IPv4 address is kept as its IPv6 form, so that there is one comparison. */
+/* Parses ADDR or ADDR/BITS. An IPv4 address is stored in its IPv6 form, so that one comparison is enough. */
 bool network_parse(struct network *n, const char *text)
 {
     char address[64];
@@ -6821,7 +6821,7 @@ static void address_bytes(unsigned char out[16], const struct sockaddr_storage *
         memcpy(out, &((const struct sockaddr_in6 *)a)->sin6_addr, 16);
 }
 
-/* A prefix too short to be one of IPv4 in its IPv6 form is of IPv6 alone: ::/0 has no IPv4 address. */
+/* A prefix of less than 96 bits has IPv6 addresses only, so no IPv4 address is in ::/0. */
 static bool network_has(const struct network *n, const unsigned char address[16])
 {
     int whole = n->bits / 8, rest = n->bits % 8;
@@ -6829,7 +6829,7 @@ static bool network_has(const struct network *n, const unsigned char address[16]
            (rest == 0 || (n->address[whole] ^ address[whole]) >> (8 - rest) == 0);
 }
 
-/* 8-a: access by address; it comes before AUTH and never instead of it. */
+/* 8-a: access by address is checked before AUTH. It supplements AUTH and does not replace it. */
 static bool address_allowed(const struct provider *p, const unsigned char address[16])
 {
     for (size_t i = 0; i < p->allow_count; i++)
@@ -6855,7 +6855,7 @@ static void session_free(struct session *s)
     free(s);
 }
 
-/* The last that is done for a session: from here on the process may end, and OpenSSL with it. */
+/* The last step of a session. After it the process may end, and OpenSSL with it. */
 static void session_over(struct provider *p)
 {
     pthread_mutex_lock(&p->lock);
@@ -6870,16 +6870,16 @@ static void *session_thread(void *argument)
     struct provider *p = s->provider;
     provider_session(s);
     session_free(s);
-    OPENSSL_thread_stop(); /* what it keeps for a thread it would else give back only when the thread has ended */
+    OPENSSL_thread_stop(); /* else OpenSSL frees a thread's data only after the thread has ended */
     session_over(p);
     return NULL;
 }
 
-/* Takes the session into the list, unless there are too many already; says why not. */
+/* Adds the session to the list. Returns NULL, or why not if there are too many sessions. */
 static const char *session_admit(struct provider *p, struct session *s)
 {
     const char *why = NULL;
-    struct network here = {.bits = is_ipv4(s->address) ? 128 : 64}; /* of IPv6, one customer may have a whole /64 */
+    struct network here = {.bits = is_ipv4(s->address) ? 128 : 64}; /* with IPv6, one customer may have a /64 */
     size_t from_here = 0;
     memcpy(here.address, s->address, sizeof here.address);
     pthread_mutex_lock(&p->lock);
@@ -6901,8 +6901,8 @@ static const char *session_admit(struct provider *p, struct session *s)
     return why;
 }
 
-/* Whether the log has a line for a connection that is refused: the first has, those of the next seconds are counted, so
- * that a flood of them does not fill the disk. For the accepting thread alone. */
+/* Is this refused connection logged? The first one is. Those of the next seconds are only counted, so that a flood of
+ * connections does not fill the disk. Only the accepting thread calls this. */
 static bool refusal_shown(struct provider *p)
 {
     if (now_ms() < p->refusals_until) {
@@ -6921,7 +6921,7 @@ static void report_refusals(struct provider *p)
     p->refusals = 0;
 }
 
-/* The reply to a connection that gets no thread. Never waits, so not for a TLS handshake either. */
+/* Replies to a connection that is turned away, and closes it. Never waits, so there is no reply over implicit TLS. */
 static void turn_away(struct provider *p, int fd, const struct session *s, bool tls_at_once, const char *code,
                       const char *why)
 {
@@ -6945,7 +6945,7 @@ static void start_session(struct provider *p, int fd, const struct sockaddr_stor
         turn_away(p, fd, NULL, tls_at_once, "421", "out of memory, closing connection");
         return;
     }
-    address_text(s->peer, sizeof s->peer, address, len); /* the connection may be gone already, and with it this */
+    address_text(s->peer, sizeof s->peer, address, len); /* getpeername() fails if the connection is lost already */
     address_bytes(s->address, address);
     s->provider = p;
     s->tls_at_once = tls_at_once;
@@ -6979,7 +6979,7 @@ static void accept_session(struct provider *p, size_t i)
 
 /* ---- Start, reload, stop ---- */
 
-/* A handshake with ourselves, in memory, at most of that version; 0: the latest. */
+/* A TLS handshake of this program with itself, in memory, with at most that version; 0: the latest. */
 static bool tls_rehearsed(SSL_CTX *context, int version)
 {
     SSL_CTX *other = SSL_CTX_new(TLS_client_method());
@@ -7004,8 +7004,8 @@ static bool tls_rehearsed(SSL_CTX *context, int version)
     return done;
 }
 
-/* OpenSSL fetches an algorithm when it is first used, and one that could not be had then, for want of memory in some
- * session, is gone until the program starts again. So all of them are used once before there are sessions. */
+/* OpenSSL fetches an algorithm when it is first used. If that fails in a session, for lack of memory, the algorithm is
+ * missing until the program starts again. So all of them are used once before there are sessions. */
 static void fetch_algorithms(const struct provider *p)
 {
     struct scram_keys keys;
@@ -7018,10 +7018,10 @@ static void fetch_algorithms(const struct provider *p)
     if (p->tls_context && !tls_rehearsed(p->tls_context, 0))
         log_event(NULL, LOG_ERR, "%s: a TLS handshake with it fails, and so it will with customers", p->cert);
     if (p->tls_context)
-        tls_rehearsed(p->tls_context, TLS1_2_VERSION); /* which the system's configuration may forbid */
+        tls_rehearsed(p->tls_context, TLS1_2_VERSION); /* may fail: the system's configuration can forbid it */
 }
 
-/* Both or nothing: a provider with new accounts and an old certificate would puzzle its owner. */
+/* Loads both or neither, because new accounts with an old certificate would confuse the administrator. */
 static bool load_configuration(struct provider *p, struct accounts **accounts, SSL_CTX **tls, char *why, size_t size)
 {
     *tls = NULL;
@@ -7035,7 +7035,7 @@ static bool load_configuration(struct provider *p, struct accounts **accounts, S
     return false;
 }
 
-/* What would surprise later. */
+/* Warns of what will make log-ins fail. */
 static void warn_of_configuration(const struct provider *p, const struct accounts *accounts, SSL_CTX *tls)
 {
     const X509 *certificate = tls ? SSL_CTX_get0_certificate(tls) : NULL;
@@ -7061,7 +7061,7 @@ static void reload(struct provider *p)
         log_event(NULL, LOG_ERR, "reload failed: %s; the old accounts and certificates stay in use", why);
         return;
     }
-    if (accounts->count == 0 && p->accounts->count > 0) { /* more likely it is being written than meant */
+    if (accounts->count == 0 && p->accounts->count > 0) { /* it is probably being written, not emptied */
         log_event(NULL, LOG_ERR, "reload failed: %s (--accounts) has no account; the old accounts and certificates "
                                  "stay in use", p->accounts_path);
         accounts_release(accounts);
@@ -7080,14 +7080,14 @@ static void reload(struct provider *p)
     SSL_CTX_free(old_tls);
 }
 
-/* SIGUSR1: who is here. What a session changes while this reads it is atomic; it leaves the list before it is freed. */
+/* SIGUSR1: logs all sessions. What a session changes meanwhile is atomic, and it leaves the list before it is freed. */
 static void report_sessions(struct provider *p)
 {
     static const char *const name[] = {"initial", "authenticated", "reversed"};
     pthread_mutex_lock(&p->lock);
     log_event(NULL, LOG_NOTICE, "%zu session%s", p->session_count, plural(p->session_count));
     for (const struct session *s = p->sessions; s; s = s->next) {
-        enum state state = s->state; /* first, since a session has its account before it enters the next state */
+        enum state state = s->state; /* read first: a session has its account before it enters the next state */
         const struct account *account = s->account;
         size_t messages = s->messages;
         log_event(s, LOG_NOTICE, "%s, %s%s, %s state, %zu message%s so far", s->peer,
@@ -7108,7 +7108,7 @@ static void drop_privileges(const char *user)
         die(EX_SOFTWARE, "--user %s: the privileges did not go away", user);
 }
 
-/* --user: what this user will need, now and at SIGHUP. Says what is missing and what helps, and ends the program. */
+/* --user: checks what this user needs now and at SIGHUP. If access is missing, says what helps and ends the program. */
 static bool check_domain_access(void *context, int queue, const char *domain)
 {
     static const char *const part[] = {"", "/new", "/cur", "/tmp"};
@@ -7136,7 +7136,7 @@ static void check_access(struct provider *p)
             strerror(errno), p->user, p->queue_path);
 }
 
-/* As many descriptors as we may have: each session holds one, each message on its way another. */
+/* Raises the limit as far as allowed, because each session has a descriptor open and each message under way another. */
 static void raise_descriptor_limit(void)
 {
     struct rlimit limit;
@@ -7146,12 +7146,12 @@ static void raise_descriptor_limit(void)
     }
 }
 
-/* After the first SIGTERM: sessions that wait for a command wake up by the pipe, the others finish the
- * message under way. A second signal ends the program at once; what was not acknowledged stays queued. */
+/* After the first SIGTERM or SIGINT the pipe wakes up sessions that wait for a command. The others finish the message
+ * under way. A second signal ends the program at once; mail that was not acknowledged stays queued. */
 static void stop_sessions(struct provider *p, int wake_fd)
 {
     atomic_store(&p->stopping, true);
-    close(wake_fd); /* the writing end: the reading one, which every session watches, now reports it */
+    close(wake_fd); /* the writing end; the reading end, which every session watches, is readable now */
     release_signals();
     pthread_mutex_lock(&p->lock);
     log_event(NULL, LOG_NOTICE, "stopping; %zu session%s to end", p->session_count, plural(p->session_count));
@@ -7161,8 +7161,8 @@ static void stop_sessions(struct provider *p, int wake_fd)
     log_event(NULL, LOG_NOTICE, "stopped");
 }
 
-/* What SIGHUP and SIGUSR1 ask for is done here. ppoll() delivers no signal while a connection waits, so those that have
- * come are let in first. False: SIGTERM or SIGINT has come. */
+/* Does what SIGHUP and SIGUSR1 request. ppoll() delivers no signal while a connection waits, so the pending signals are
+ * delivered here first. False: SIGTERM or SIGINT has arrived. */
 static bool heed_signals(struct provider *p)
 {
     sigset_t none, held;
