@@ -7251,7 +7251,7 @@ int provider_run(struct provider *p)
 
 /* ==== 15. The tools ==================================================================================
  *
- * enqueue puts a message into the queue, queue shows what waits, demo runs a whole session here. */
+ * enqueue puts a message into the queue, queue shows what is in it, account prints a line for the accounts file. */
 
 #define SECRET_LONGEST (SECRET_MAX - 2)
 
@@ -7264,8 +7264,8 @@ int open_queue(const char *dir, bool make)
     return fd;
 }
 
-/* What is made in a queue must belong to its owner, or the provider, which runs as that user, could not read it. So
- * root becomes that user; then a link that the owner has put into the queue cannot lead root elsewhere, either. */
+/* Files in a queue must belong to the queue's owner, because the provider runs as that user and must read them. So root
+ * becomes that user. A link that the owner has put into the queue then cannot lead root elsewhere. */
 static void become_owner(int queue, const char *path)
 {
     struct stat st = {.st_uid = 0};
@@ -7277,10 +7277,10 @@ static void become_owner(int queue, const char *path)
                          "that user or as root", path);
 }
 
-/* The message on standard input, once for each delivery. A From_ line (mbox's) on top is dropped, as an
- * MTA's pipe may write one; "From :" is a header field (RFC 5322, 4.5.2). If the message itself starts with a
- * field of our envelope, written by an earlier hop, or with a blank, which would continue ours, a Received field
- * goes between: what a sender wrote must never be taken for part of the envelope. */
+/* Copies the message on standard input into each delivery. A From_ line (mbox) on top is dropped, because a mail
+ * server's pipe may write one; "From :" is a header field (RFC 5322, 4.5.2). The message may start with an envelope
+ * field of an earlier hop, or with a blank, which would continue our envelope. A Received field is then put in between,
+ * because what a sender wrote must never become part of the envelope. */
 static bool copy_message(FILE *in, struct delivery *d, size_t count, const char *name)
 {
     char data[COPY_SIZE];
@@ -7325,7 +7325,7 @@ struct domain_summary {
     int64_t oldest;
 };
 
-/* The envelope of held mail, as far as it can be read: every address in it, whatever it is. */
+/* Lists the envelope of a held message as far as it can be read: every address in it, valid or not. */
 static void list_envelope(const struct message *m)
 {
     struct line_reader r = {.of = m};
@@ -7367,7 +7367,7 @@ static void list_message(const struct message *m, int64_t second)
     }
 }
 
-/* A row without figures, for what no ATRN can name and for what cannot be read. */
+/* A row without figures, for a name that is not the directory of a domain or cannot be read. */
 static void show_oddity(const char *name, const char *why)
 {
     char safe[4 * NAME_MAX + 1];
@@ -7375,7 +7375,7 @@ static void show_oddity(const char *name, const char *why)
     printf("%-30s %9s %11s  %-19s %5s  %s\n", safe, "-", "-", "-", "-", why);
 }
 
-/* Has one of these accounts access to it? */
+/* Has one of these accounts access to the domain? */
 static bool has_account(const struct accounts *accounts, const char *domain)
 {
     for (size_t i = 0; i < accounts->count; i++)
@@ -7408,7 +7408,7 @@ static bool summarize_domain(int queue, const char *domain, bool list, const cha
                 m.held = m.fd < 0 ? "this user cannot open it" : m.trouble;
             if (pass == 0) {
                 sum.messages += got == CLAIMED;
-                sum.held += m.held != NULL; /* what is neither has just gone */
+                sum.held += m.held != NULL; /* a message that is neither was just removed */
                 sum.octets += got == CLAIMED ? (uint64_t)m.size : 0;
             } else if (got == CLAIMED || m.held) {
                 list_message(&m, b.list[i].second);
@@ -7490,7 +7490,7 @@ int show_queue(int queue, char **domains, size_t count, bool list, const struct 
 
 /* ---- account ---- */
 
-/* The first line of a file, all of it or nothing. NULL, or why it cannot be the secret. */
+/* Reads the first line of a file; a line that does not fit is an error. Returns NULL, or why it is not a secret. */
 static const char *read_secret_line(FILE *file, char secret[SECRET_MAX])
 {
     size_t n = 0;
@@ -7508,7 +7508,7 @@ static const char *read_secret_line(FILE *file, char secret[SECRET_MAX])
     return n == 0 ? "it is empty" : NULL;
 }
 
-/* One line from standard input; on a terminal it is asked for and not shown. */
+/* Reads one line from standard input. On a terminal it shows a prompt, and hides what is typed. */
 static void ask_secret(const char *prompt, char secret[SECRET_MAX])
 {
     struct termios shown, hidden;
@@ -7529,7 +7529,7 @@ static void ask_secret(const char *prompt, char secret[SECRET_MAX])
         die(EX_DATAERR, "account: not a secret: %s", wrong);
 }
 
-/* RFC 5803's form: what a server needs, and nobody can log in with. */
+/* RFC 5803's form: a server needs no more than this to check a log-in. It cannot be used to log in. */
 static bool print_verifier(const char *secret)
 {
     unsigned char salt[16];
@@ -7565,8 +7565,8 @@ int print_account(const char *name, const char *domains, bool scram)
 
 /* ==== 15. The demo ===================================================================================
  *
- * A provider, a customer and the line between them, threads of this process, over real sockets, with a queue
- * made for the occasion. The customer's side draws the ladder. */
+ * A provider, a customer and the line between them are threads of this process. They use real sockets and a scratch
+ * queue. The customer's side draws the ladder. */
 
 #define DEMO_TIMEOUT 30
 #define DEMO_DELAY 20 /* ms, of the line in each direction */
@@ -7637,7 +7637,7 @@ static struct accounts *demo_accounts(void)
     return must_alloc(all);
 }
 
-/* For --tls: one certificate for both sides, good for an hour. NULL: OpenSSL could not. */
+/* For --tls: makes one certificate for both sides, valid for an hour. Returns NULL if OpenSSL fails. */
 static X509 *demo_certificate(EVP_PKEY *key)
 {
     X509 *certificate = must_alloc(X509_new());
@@ -7663,7 +7663,7 @@ static X509 *demo_certificate(EVP_PKEY *key)
     return NULL;
 }
 
-/* Both contexts show that certificate, and both believe it. */
+/* Both contexts show that certificate, and both trust it. */
 static void demo_tls(struct provider *p, struct customer *c)
 {
     char why[256] = "OpenSSL";
@@ -7694,7 +7694,7 @@ static void demo_remove(void)
         finish_program(pid, DEMO_TIMEOUT);
 }
 
-/* Interrupted, the program becomes the one that tidies up: that much may be done in a signal handler. */
+/* On a signal this program becomes rm, which removes the scratch directory. A signal handler may call execv(). */
 static void demo_interrupted(int number)
 {
     (void)number;
@@ -7702,7 +7702,7 @@ static void demo_interrupted(int number)
     _exit(EX_OSERR);
 }
 
-/* What takes the notices here: a script that keeps the last one. */
+/* Writes the sendmail of the demo, a script that keeps the last notice. */
 static void demo_sendmail(const char *path)
 {
     int fd = open(path, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0700);
@@ -7750,15 +7750,15 @@ static void demo_show(const char *title, int queue)
     backlog_free(&b);
 }
 
-/* The line between the two delays what it carries. On a line without delay a reply can be there before the sender looks
- * for it, and the round trips could not be counted. */
+/* The line between the two delays what it carries. Without the delay a reply could arrive before the sender looks for
+ * it, and the round trips could not be counted. */
 struct demo_line {
     const struct provider *p; /* listens at its first socket; the line at the second */
     enum demo_fault fault;    /* of the line: FAIL_CUT and FAIL_LOST_REPLY, in the second message */
     int to_customer, to_provider;
     bool content;             /* the provider sends the octets of a message */
     int messages;             /* of which DATA was seen */
-    atomic_bool reply_is_lost; /* the next one */
+    atomic_bool reply_is_lost; /* the next reply is */
 };
 
 static bool demo_ends_with(const char *data, size_t len, const char *end)
@@ -7767,7 +7767,7 @@ static bool demo_ends_with(const char *data, size_t len, const char *end)
 }
 
 /* Looks at what the provider sends. True: the line is cut after the first *len octets of it. Each command waits for its
- * reply, so a command or a content ends where the octets end. */
+ * reply, so the octets end where a command or a message ends. */
 static bool demo_line_cut(struct demo_line *line, const char *data, size_t *len)
 {
     if (line->content && line->fault == FAIL_CUT && line->messages == 2) {
@@ -7836,7 +7836,7 @@ static void *demo_line_thread(void *argument)
     return NULL;
 }
 
-/* One session, drawn. Returns the customer's exit code; *waits: the sender's. */
+/* Runs and draws one session. Returns the customer's exit code. *waits: how often the sender waited. */
 static int demo_session(struct provider *p, struct customer *c, enum demo_fault fault, unsigned long *waits)
 {
     struct demo_provider side = {p, 0};
@@ -7910,7 +7910,7 @@ static void demo_end(struct provider *p, struct customer *c)
     close(c->queue);
 }
 
-/* One way; the first that is shown is shown in full. */
+/* Shows one way; only the first one is shown in full. */
 static int demo_way(const struct demo *d, int way, bool first, unsigned long *waits)
 {
     struct provider p;
@@ -7937,7 +7937,7 @@ static int demo_way(const struct demo *d, int way, bool first, unsigned long *wa
     return code;
 }
 
-/* Each of the ways that were asked for. */
+/* Shows each of the ways that the options select. */
 static int demo_each_way(const struct demo *d)
 {
     unsigned long waits[DEMO_WAYS] = {0};
@@ -7956,7 +7956,7 @@ static int demo_each_way(const struct demo *d)
 
 /* ---- The demo: sessions that fail ---- */
 
-/* A row a fault: its name for --fail, what happens, the customer's exit code, and what that means. */
+/* One row for each fault: its name for --fail, what happens, what that means, and the customer's exit code. */
 static const struct demo_failure {
     const char *name, *title, *meaning;
     int code;
@@ -8061,7 +8061,7 @@ int demo(const struct demo *d)
 
 /* ==== 15. Options and main =========================================================================== */
 
-#define POLL_MOST 3600           /* seconds between two --polls that the provider does not let in */
+#define POLL_MOST 3600           /* seconds: the longest pause of --poll after a failed log-in */
 #define MAX_AGE_MOST 36500       /* days */
 #define QUEUE_DIR "/var/spool/odmr"
 #define OPTIONS_MAX 32
@@ -8074,7 +8074,7 @@ struct command {
     const char *ending; /* of its --help */
 };
 
-/* An option of a command: how it is written, how --help explains it, and what becomes of its value. */
+/* An option of a command: how it is written, how --help explains it, and what is done with its value. */
 struct choice {
     const char *name;
     char letter;          /* 0: none */
@@ -8121,7 +8121,7 @@ static void show_help(const struct command *c, const struct choice *options)
     finish_help();
 }
 
-/* Gives the options on the command line to their rows, and leaves optind at the first argument. */
+/* Passes each option on the command line to its row, and leaves optind at the first argument. */
 static void take_options(const struct command *c, const struct choice *options, int argc, char **argv)
 {
     struct option longs[OPTIONS_MAX + 2] = {{"help", no_argument, NULL, 'h'}};
@@ -8183,7 +8183,7 @@ static void take_number(const struct choice *o, const char *value)
     *(int *)o->where = (int)number;
 }
 
-/* A name is sent in greetings: it must not be able to break a line. */
+/* The name is sent in greetings, so it must not be able to break a line. */
 static void take_name(const struct choice *o, const char *value)
 {
     if (*value == '\0' || strlen(value) > DOMAIN_MAX || !printable(value, strlen(value)) || strchr(value, ' '))
@@ -8241,7 +8241,7 @@ static void take_network(const struct choice *o, const char *value)
         die(EX_USAGE, "--allow %s: not ADDR or ADDR/BITS", value);
 }
 
-/* The host's name, as good as the system knows it. */
+/* The host's name as the system has it, else localhost. */
 static const char *host_name(void)
 {
     static char name[DOMAIN_MAX + 1];
@@ -8310,8 +8310,8 @@ static int main_provider(const struct command *command, int argc, char **argv)
     return provider_run(&p);
 }
 
-/* The secret never stands on a command line: it is a file's first line, or comes in the environment,
- * from which it is taken out so that --exec's program does not inherit it. */
+/* The secret is never on the command line. It is the first line of a file, or it is in the environment. There it is
+ * removed, so that the program of --exec does not inherit it. */
 static void read_secret(struct customer *c, const char *path)
 {
     static char secret[SECRET_MAX];
@@ -8320,7 +8320,7 @@ static void read_secret(struct customer *c, const char *path)
     struct stat st;
     FILE *file;
     if (!path && !variable && c->cert)
-        return; /* the certificate says who we are */
+        return; /* the certificate names the customer */
     if (!path && !variable)
         die(EX_USAGE, "customer: no secret: give --secret-file, or the variable ODMR_SECRET");
     if (path)
@@ -8340,7 +8340,7 @@ static void read_secret(struct customer *c, const char *path)
         die(secret[0] ? EX_DATAERR : EX_NOINPUT, "customer: the secret in %s: %s", name, wrong);
     fclose(file);
     if (variable)
-        OPENSSL_cleanse(variable, strlen(variable)); /* or /proc would still show it */
+        OPENSSL_cleanse(variable, strlen(variable)); /* else /proc would still show it */
     unsetenv("ODMR_SECRET");
     c->secret = secret;
 }
@@ -8359,8 +8359,8 @@ static const char *join_domains(char **domains, int count)
     return list;
 }
 
-/* What will never change ends it; after a log-in that failed it waits longer and longer, so that it does not look like
- * an attack. */
+/* An error that will not go away ends the polling. After each failed log-in the pause is longer, so that the attempts
+ * do not look like an attack. */
 static int poll_provider(const struct customer *c, int interval)
 {
     struct sigaction stop = {.sa_handler = stop_customer, .sa_flags = (int)SA_RESETHAND};
@@ -8509,7 +8509,7 @@ static int main_queue(const struct command *command, int argc, char **argv)
     for (int i = optind; i < argc; i++) {
         if (!domain_valid(argv[i], strlen(argv[i])))
             die(EX_USAGE, "queue: %s: not a domain", argv[i]);
-        lower_case(argv[i]); /* as the directory is */
+        lower_case(argv[i]); /* as the directories are */
     }
     queue = open_queue(path, false);
     if (queue < 0)
@@ -8624,10 +8624,10 @@ static void list_commands(void)
     finish_help();
 }
 
-/* Signals as this program needs them, whatever the parent process has left: with SIGCHLD ignored waitpid(2) would lose
- * the exit code of sendmail, with SIGTERM blocked nothing could be stopped. A reader that is gone and a file that may
- * not grow are errors of write(2). SIGHUP, SIGINT and SIGQUIT stay ignored if they are: nohup and a shell's & mean
- * that. */
+/* Sets the signals as this program needs them, whatever the parent process has left. If SIGCHLD were ignored,
+ * waitpid(2) would lose the exit code of sendmail. If SIGTERM were blocked, nothing could be stopped. A lost reader and
+ * a file at its size limit are errors of write(2). If SIGHUP, SIGINT or SIGQUIT is ignored, it stays so, because
+ * nohup and a shell's & need that. */
 static void set_signals(void)
 {
     static const int plain[] = {SIGCHLD, SIGTERM, SIGALRM, SIGUSR1, SIGUSR2};
@@ -8640,7 +8640,8 @@ static void set_signals(void)
     sigprocmask(SIG_SETMASK, &none, NULL);
 }
 
-/* The first connection must not become what the log is written to. Opened the wrong way round, they fail as before. */
+/* If standard error is closed, the first connection would get its descriptor, and the log would be written there. So
+ * /dev/null is opened for each closed stream, in the wrong mode: reading or writing it fails as before. */
 static void reserve_standard_streams(void)
 {
     for (int fd = STDIN_FILENO; fd <= STDERR_FILENO; fd++)
