@@ -3321,7 +3321,7 @@ static enum claim add_recipient(struct message *m, enum field field, const char 
     return CLAIMED;
 }
 
-/* The addresses in a line of the envelope. */
+/* Takes the addresses from a line of the envelope. */
 static enum claim take_addresses(struct message *m, const struct line_reader *r, enum field field, const char *value)
 {
     char address[sizeof r->line];
@@ -4719,8 +4719,8 @@ static int by_iterations(const void *left, const void *right)
     return a->iterations - b->iterations;
 }
 
-/* Returns the iterations that most verifiers have; if counts are equally frequent, the lowest. SCRAM names this count
- * to a client whose name has no verifier. Sorts the list. */
+/* Returns the iteration count that most verifiers have; if several are equally frequent, the lowest. A client whose
+ * name has no verifier gets this count too. Sorts the list. */
 static int common_iterations(struct accounts *all)
 {
     size_t most = 0, run = 0;
@@ -5309,8 +5309,8 @@ void write_date(FILE *out, const char *before, time_t when)
  *   - OpenSSL's I/O. Through a BIO of our own, TLS uses the same two functions of the socket as plain text does. A
  *     thread therefore waits for half a TLS record as it does for half a line. Only application data counts as input.
  *     TLS records without any are read, but they do not make the stream ready.
- *   - The reason why a connection has failed. The first reason is kept in `broken`, as text. From then on every call
- *     fails at once, so a caller may check once, at the end of its work.
+ *   - The reason why a connection has failed. The first reason is kept in `broken`, as text. From then on nothing is
+ *     sent and no call waits, so a caller may check once, at the end of its work. What has arrived can still be read.
  *
  * All output is flushed before any wait for input, so two peers never wait for each other. */
 
@@ -5377,7 +5377,7 @@ static bool out_of_time(struct stream *s)
     return true;
 }
 
-/* Returns the octets that were sent and that the peer's TCP has not taken yet. Linux buffers up to 4 MB of them. */
+/* The number of octets that were sent and that the peer's TCP has not taken yet. Linux buffers up to 4 MB of them. */
 static int octets_on_the_way(const struct stream *s)
 {
     int octets;
@@ -5421,7 +5421,7 @@ static bool socket_wait(struct stream *s, short events)
 }
 
 /* The two functions that read and write the socket. The descriptor blocks, but with MSG_DONTWAIT the kernel gives what
- * it has, or takes what it has room for, and returns at once. All waiting is done in socket_wait(). */
+ * it has, or takes what it has room for, and returns at once. Only socket_wait() waits. */
 
 /* Reads what has arrived; never waits. -1: nothing has arrived (s->dry), or nothing more will arrive (s->ended). */
 static ssize_t socket_read(struct stream *s, void *data, size_t size)
@@ -5799,8 +5799,8 @@ void stream_close(struct stream *s)
 
 /* ==== 12. TLS, and connecting ========================================================================
  *
- * The certificates and keys that this program shows, and the authorities that it trusts. The handshake is in the part
- * above. TLS 1.2 is the least. No TLS sessions are kept, because connections do not depend on each other. */
+ * The certificates and keys that this program uses, and the authorities that it trusts. The stream does the handshake.
+ * TLS 1.2 is the oldest version allowed. No TLS sessions are kept, because connections do not depend on each other. */
 
 /* Says why OpenSSL rejects the file of an option, because its own text ("system lib") does not. wanted: what the file
  * must contain. path is NULL if no file is concerned. */
@@ -6645,7 +6645,7 @@ static bool expire_message(struct provider *p, const char *path)
 }
 
 /* If the clock is years ahead when the provider starts, all mail seems too old. If even the newest message of a domain
- * is too old, the first scan therefore returns nothing. The next scan, an hour later, does. */
+ * is too old, the first scan therefore leaves them queued. The next scan, an hour later, returns them. */
 static void expire_domain(struct provider *p, struct backlog *b, const char *domain)
 {
     int64_t oldest = time(NULL) - (int64_t)p->max_age * 86400;
@@ -7758,7 +7758,7 @@ struct demo_line {
     int to_customer, to_provider;
     bool content;             /* the provider sends the octets of a message */
     int messages;             /* of which DATA was seen */
-    atomic_bool reply_is_lost; /* the next reply is */
+    atomic_bool reply_is_lost; /* applies to the next reply */
 };
 
 static bool demo_ends_with(const char *data, size_t len, const char *end)
