@@ -33,6 +33,7 @@ PATIENCE=${PATIENCE:-20}   # seconds any one thing may take
 # What functions pass to each other without an argument has a name in capitals. A test sets these, often for one call:
 #   ODMR JOBS PATIENCE        the program under test; tests at a time; seconds any one thing may take
 #   OVER_TLS                  if not empty, sessions with the provider and the scripted provider go over TLS
+#   UNTRACED                  if not empty, provider and run start our programs without --trace
 #   AROUND                    the command that provider puts before the program, as in AROUND=(prlimit --nofile=30)
 #   LETTER                    if not empty, the subject of the message that put writes; put_letter sets it
 #   OFFER ANSWERS             what take_mail offers in its EHLO response, and what it replies instead of yes
@@ -43,6 +44,7 @@ PATIENCE=${PATIENCE:-20}   # seconds any one thing may take
 #   WANTED SEEN TO_COME       the dialogue as expected and as seen, and what of it is still to come
 #   PROVIDER LOG N_PROVIDERS  process and log of the latest provider; how many there have been
 #   PORT TLS_PORT PORTS       its port, that of implicit TLS, and all ports that the last log looked at has named
+#   N_TRACES                  how many traces of customers this shell has written
 #   N_GOT ENVELOPE ACCEPTED   of take_mail: messages taken; the envelope and accepted recipients of the present one
 #   CONTENT LACKING FAULT     of content, lacking_capabilities and fault: the result
 #   RESPONSE CRAM_SHELL       of cram_response: the response; the shell whose process computes it
@@ -111,12 +113,22 @@ counted() {
     [ "$n" = "$1" ]
 }
 
-# run CODE COMMAND...: runs the program and checks its exit code; output in $T/out and $T/err.
+# run CODE COMMAND...: runs the program and checks its exit code; output in $T/out and $T/err. A customer of ours writes
+# a trace, which lawful_sessions checks when the test is over. It stays out of $T/err unless the test asks for it.
 run() {
     local wanted=$1 code=0
     shift
-    "$@" > "$T/out" 2> "$T/err" || code=$?
+    if [[ "$1 ${2:-}" == "$ODMR customer" && -z ${UNTRACED:-}${ODMR_MUTANT:-} ]]; then run_traced "$@"
+    else "$@" > "$T/out" 2> "$T/err"; fi || code=$?
     [ "$code" = "$wanted" ] || { cat "$T/out" "$T/err" >&2; fail "exit $code, not $wanted, from: $*"; }
+}
+run_traced() {
+    local code=0 trace=$T/.customer.$BASHPID.${N_TRACES:=0} hidden='^\[[0-9]+\] (--|[PC]:) '
+    N_TRACES=$((N_TRACES + 1))
+    if [[ " $* " == *' --trace'* ]]; then hidden='^$'; else set -- "$1" "$2" --trace "${@:3}"; fi
+    "$@" > "$T/out" 2> "$trace" || code=$?
+    grep -vE "$hidden" "$trace" > "$T/err"
+    return "$code"
 }
 
 # in_a_network COMMAND...: in a network of its own, with nothing in it but 127.0.0.1 and ::1.
@@ -147,15 +159,15 @@ accounts() {
 }
 
 AROUND=() # what runs it
-# provider [OPTION...]: starts one on a free port, queue in $T/queue; sets PORT and PROVIDER. In the tests of RFC 2645's
-# requirements it writes a trace, which is looked at in the end (providers_are_lawful).
+# provider [OPTION...]: starts one on a free port, queue in $T/queue; sets PORT and PROVIDER. It writes a trace into its
+# log, which lawful_sessions checks when the test is over.
 provider() {
     local log=$T/provider${N_PROVIDERS:=0}.log sendmail=$T/sendmail option sockets=0
     N_PROVIDERS=$((N_PROVIDERS + 1))
     [ -d "$T/queue" ] || mkdir "$T/queue"
     [ -f "$T/accounts" ] || accounts
     [[ " $* " != *' --user nobody '* ]] || chown nobody "$T/accounts"
-    [[ ! ${T##*/} =~ ^t_[4-8][0-9.]*-[a-z]_ || " $*" == *' --trace'* ]] || set -- --trace "$@"
+    [[ -n ${UNTRACED:-}${ODMR_MUTANT:-} || " $*" == *' --trace'* ]] || set -- --trace "$@"
     if [ -n "${OVER_TLS:-}" ]; then
         [ -f "$T/server.pem" ] || authority
         [[ " $* " != *' --user nobody '* ]] || chown nobody "$T/server.pem"
@@ -210,14 +222,12 @@ over() {
 }
 settled() { over 0; }
 
-# lawful SIDE FILE...: what this side does in these traces is a run that the protocol allows.
-lawful() { "$here/.ci/legal" "--$1" "${@:2}" >&2 || fail "the $1 departs from the protocol"; }
-# The same of each provider of this test that was started with --trace.
-providers_are_lawful() {
-    local log
-    for log in "$T"/provider*.log; do
-        ! grep -qs -m 1 '^\[[0-9]*\] -- initial state' "$log" || lawful provider "$log"
-    done
+# What our side does in the traces of this test is a run that the protocol allows. The peer may depart from it.
+lawful_sessions() {
+    local log files=()
+    for log in "$T"/provider*.log; do [ ! -e "$log" ] || files+=(--provider "$log"); done
+    for log in "$T"/.customer.*; do [ ! -e "$log" ] || files+=(--customer "$log"); done
+    [ ${#files[@]} = 0 ] || "$here/.ci/legal" "${files[@]}" >&2 || fail 'our side departs from the protocol'
 }
 
 stop_provider() { kill "$PROVIDER"; wait "$PROVIDER"; equal $? 0 "exit of the provider"; }
@@ -503,7 +513,6 @@ customer() {
     shift
     if [ -n "${OVER_TLS:-}" ]; then set -- --tls --ca "$T/ca.crt" "${@/127.0.0.1:$PORT/127.0.0.1:$TLS_PORT}"; fi
     ODMR_SECRET=tanstaaf run "$code" "$ODMR" customer -u example.org -q "$T/mail" -n example.org "$@"
-    [[ " $* " != *' --trace '* ]] || lawful customer "$T/err"
 }
 
 # at_ATRN [OFFER]: login, ATRN, greeting and the response to EHLO; the provider's first MAIL is what comes next.
@@ -857,7 +866,7 @@ t_4-a_port_366() {
     needs_namespaces -n "a network with a free port 366"
     mkdir "$T/queue"; accounts
     put_letter one 1.a a@example.edu eva@example.org
-    export -f customer run fail
+    export -f customer run run_traced fail
     export T ODMR PATIENCE
     in_a_network bash -u -c '
         timeout "$PATIENCE" "$ODMR" provider -q "$T/queue" -a "$T/accounts" 2> "$T/log" & provider=$!
@@ -5472,7 +5481,7 @@ t_ageing() {
 # Every line of the provider's log starts with the local time and its offset, or with a priority if JOURNAL_STREAM
 # names standard error, as systemd sets it.
 t_log_lines_have_time_or_priority() {
-    local log
+    local log UNTRACED=yes
     export TZ=XYZ-5:30
     provider
     dial; expect '^220 '; hang_up
@@ -7663,6 +7672,27 @@ END
     has "$T/report" '^  C: QUIT$'
     ! ( dial; ask NOOP '^250 ' ) 2> "$T/report" || fail 'it did not fail'
     has "$T/report" '^> P: (like ^250 )  *P: 220 example.net '
+}
+
+# When a test is over, its traces are checked: what our provider or our customer did must be allowed by the protocol.
+# not with: SANITIZE, OVER_TLS
+t_suite_checks_the_traces_of_each_test() {
+    local where
+    put_letter one 1.a a@example.edu eva@example.org
+    provider
+    customer 0 "127.0.0.1:$PORT"
+    hasnt "$T/err" '^\[1\] '
+    stop_provider
+    mkdir "$T/provider" "$T/customer"
+    sed 's/ P: 250 OK now .*/ P: 550 no/' "$LOG" > "$T/provider/provider0.log"
+    sed 's/ C: 221 / C: 354 /' "$T"/.customer.* > "$T/customer/.customer.1"
+    for where in provider customer; do
+        ! ( T=$T/$where lawful_sessions ) 2> "$T/$where/report" || fail "a $where that departs is not found"
+    done
+    has "$T/provider/report" '\[1\] provider: 7-a: ATRN is answered 550$'
+    has "$T/customer/report" '\[1\] customer: RFC 5321: 354 is no reply to QUIT$'
+    ( lawful_sessions ) 2> "$T/report" || fail 'the traces are not as they should be'
+    has "$T/report" '^2 sessions, all lawful$'
 }
 
 # --help prints the head of this file, and an argument that names no test is reported.
@@ -10394,7 +10424,7 @@ run_one() {
         export TEST=$BASHPID TEST_SKIPPED=$T/skipped
         trap 'exit 77' USR1
         trap 'for p in "${STARTED[@]}"; do kill -9 "$p" 2> /dev/null; done; wait 2> /dev/null' EXIT
-        cd "$T" && "$1" && providers_are_lawful
+        cd "$T" && "$1" && lawful_sessions
     ) > "$T/.output" 2>&1 < /dev/null
     code=$?
     [ $code = 0 ] || chattr -R -a "$T" 2> /dev/null # or the directory could not be removed
