@@ -15,7 +15,8 @@
  *   SESSIONS           customers of one account; each has a connection and a thread of the provider
  *   MESSAGES           in the queue at the start, each for RECIPIENTS
  *   POLLS              how often each customer connects; 0: without end
- *   FAULTS             how often the line of the first customer is cut or one of its sides is killed and started again
+ *   FAULTS             how often the line of the first customer is cut, one of its sides is killed and started again,
+ *                      or the provider's machine loses power after it has removed a file
  *   OFFERS             what the customer's EHLO offers, any of: 1 nothing, 2 PIPELINING, 4 CHUNKING too
  *   VERDICTS           what the customer says to RCPT and to the last octet, any of: 1 2xx, 2 4xx, 4 5xx
  *   REPLIES_IN_FLIGHT  as in odmr.c: the most replies that the sender leaves outstanding
@@ -28,8 +29,7 @@
  *
  * Not modelled: octets and line ends, TLS, the steps of a SASL exchange, time-outs (a wait ends when the peer answers
  * or closes, or the line is cut), replies to MAIL other than 250, a disk that fails, other programs in the queue,
- * --interval, --max-age, and a power failure of the provider (its kill leaves the kernel running, so a file that it has
- * removed is gone). The customer forgets the transaction when BDAT is refused for want of recipients. */
+ * --interval, --max-age. The customer forgets the transaction when BDAT is refused for want of recipients. */
 
 #ifndef SESSIONS
 #define SESSIONS 1
@@ -105,6 +105,10 @@ mtype = { END_OF_MESSAGE, NO_MORE_MAIL };   /* steps of the sender that write no
 
 bool file[MESSAGES];                /* the name is in the provider's queue */
 byte owed[MESSAGES];                /* its recipients that are not struck out, as bits */
+byte unflushed;                     /* messages that were removed, as bits; on disk they may still be there */
+#ifdef MUTANT_STRIKE_OUT_WITHOUT_FSYNC
+byte owed_on_disk[MESSAGES];        /* 0: as in owed */
+#endif
 byte claimed[MESSAGES];             /* flock(2) on the file, by session + 1; 0: nobody. It ends with its holder */
 byte copies[MESSAGES * RECIPIENTS]; /* in a customer's Maildir, and flushed */
 bool told[MESSAGES * RECIPIENTS];   /* the sender has a failure notice */
@@ -138,7 +142,7 @@ byte requested[SESSIONS];           /* the domains of its last ATRN, as they cam
 byte turns[SESSIONS];               /* how often its roles have turned */
 byte sending[MESSAGES];             /* the session that sends it + 1 */
 byte reply_due[MESSAGES];           /* the session + 1 that has sent the last octet and has not acted on the reply */
-byte excuses[MESSAGES];             /* faults that came while a reply was due */
+byte excuses[MESSAGES];             /* faults that came while a reply was due, or that undid the removal */
 
 /* 4-e: for each recipient a message is in the queue, or at the customer, or its sender has been told. */
 #define has_a_place(m, r) ((file[m] && (owed[m] & bit(r))) || copies[entry(m, r)] > 0 || told[entry(m, r)])
@@ -150,7 +154,7 @@ inline nothing_is_lost(c)
     i = 0
 }
 
-/* One copy; another only for each fault that came while the reply was on its way. */
+/* One copy; another only for each fault that came while the reply was on its way, or that undid the removal. */
 #define copies_are_excused(m, r) (copies[entry(m, r)] <= 1 + excuses[m])
 
 /* At MAIL: AUTH and ATRN have succeeded, the domain is the account's (5.2.1-e) and was asked for (5.2.1-a), and no
@@ -299,8 +303,14 @@ inline message_conclude()
     }
     d_step {
         if
-        :: served && !left -> file[ready] = false /* message_remove() */
-        :: served && left -> owed[ready] = left   /* message_strike_out(): flushed, and the claim stays */
+        :: served && !left -> /* message_remove(): the directory is not flushed */
+            file[ready] = false;
+            unflushed = unflushed | bit(ready)
+        :: served && left -> /* message_strike_out(): flushed, and the claim stays */
+#ifdef MUTANT_STRIKE_OUT_WITHOUT_FSYNC
+            owed_on_disk[ready] = owed[ready];
+#endif
+            owed[ready] = left
         :: else -> skip
         fi;
         nothing_is_lost(ready)
@@ -837,9 +847,38 @@ inline line_is_lost(c)
     }
 }
 
+/* All sessions and claims of the provider end. A removal that was not flushed is undone, or it is on disk, because the
+ * kernel flushes by itself at times. */
+inline provider_loses_power()
+{
+    for (n : 0 .. MESSAGES - 1) {
+        if
+        :: unflushed & bit(n) ->
+            file[n] = true;
+            excuses[n] = excuses[n] + (reply_due[n] -> 0 : 1) /* the lost line excuses the reply */
+#ifdef MUTANT_STRIKE_OUT_WITHOUT_FSYNC
+        :: owed_on_disk[n] -> owed[n] = owed_on_disk[n]
+#endif
+        :: true -> skip
+        fi;
+        claimed[n] = 0; sending[n] = 0
+    }
+    unflushed = 0;
+    for (n : 0 .. SESSIONS - 1) {
+        line_is_lost(n);
+        provider_killed[n] = connected[n]
+    }
+    n = 0
+}
+#ifdef MUTANT_STRIKE_OUT_WITHOUT_FSYNC
+#define power_matters() (unflushed || owed_on_disk[0])
+#else
+#define power_matters() unflushed /* else the failure ends sessions only, as a kill does */
+#endif
+
 init
 {
-    byte i, faults;
+    byte i, n, faults;
     atomic {
         for (i : 0 .. MESSAGES - 1) {
             file[i] = true;
@@ -875,6 +914,10 @@ end_faults:
             }
             i = 0;
             provider_killed[0] = true
+        }
+    :: atomic { faults > 0 && power_matters() -> /* a power failure of the provider */
+            faults--;
+            provider_loses_power()
         }
     :: atomic { faults > 0 && !customer_closed[0] && !customer_killed[0] -> /* a power failure of the customer */
             faults--;
