@@ -6568,6 +6568,22 @@ t_stale_look_ups() {
         ! grep -h 'ended early' "$T"/provider*.log || fail "$stale: a session was broken off"
     done
 }
+
+# If another session removes a file between openat() and flock(2) and the path still has its old attributes, nothing is
+# sent.
+# not with: SANITIZE
+t_removed_before_the_claim() {
+    local session
+    run 0 make -s -C "$here" build/stale.so
+    put_letter one 1.a a@example.edu eva@example.org
+    AROUND=(env STALE=overtaken LD_PRELOAD="$here/build/stale.so")
+    provider
+    ( login; ask ATRN '^453 ' ) & session=$!; STARTED+=("$session")
+    is_open() { find "/proc/$PROVIDER/fd" -lname '*/1.a' | grep -q .; }
+    until_true is_open
+    rm "$T/queue/example.org/new/1.a"
+    wait "$session" || fail 'the file was removed, and the reply to ATRN is not 453'
+}
 # Six sessions of a customer that defers some recipients; the recipients that have the message are in $T/sN.got.
 receives_some() {
     local n=$1 i

@@ -2,6 +2,7 @@
  *
  *   STALE=attributes   fstatat() by a path with a slash says what openat() of that path saw before, as NFS does while
  *                      its cache is warm; flock() waits up to 20 ms, so that another session may be faster meanwhile
+ *   STALE=overtaken    the same, but flock() waits until another session has removed the file, 10 s at most
  *   STALE=estale       a file that has been removed answers fstat() with ESTALE, and flock() with ENOENT
  *   STALE=gone         each file of a message answers openat() with ENOTCONN: the mount is gone */
 
@@ -80,7 +81,7 @@ int openat(int dir, const char *path, int flags, ...)
 int fstatat(int dir, const char *path, struct stat *st, int flags)
 {
     size_t i = SEEN_MAX;
-    if (mode("attributes") && is_message(path)) {
+    if ((mode("attributes") || mode("overtaken")) && is_message(path)) {
         pthread_mutex_lock(&lock);
         i = find(path);
         if (i < seen_count)
@@ -94,12 +95,12 @@ int fstatat(int dir, const char *path, struct stat *st, int flags)
 static bool removed(int fd)
 {
     struct stat st;
-    return mode("estale") && REAL(fstat)(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_nlink == 0;
+    return REAL(fstat)(fd, &st) == 0 && S_ISREG(st.st_mode) && st.st_nlink == 0;
 }
 
 int fstat(int fd, struct stat *st)
 {
-    if (removed(fd)) {
+    if (mode("estale") && removed(fd)) {
         errno = ESTALE;
         return -1;
     }
@@ -110,7 +111,9 @@ int flock(int fd, int operation)
 {
     if (mode("attributes") || mode("estale"))
         poll(NULL, 0, rand() % 20);
-    if (removed(fd)) {
+    for (int i = 0; mode("overtaken") && !removed(fd) && i < 1000; i++)
+        poll(NULL, 0, 10);
+    if (mode("estale") && removed(fd)) {
         errno = ENOENT;
         return -1;
     }
