@@ -269,9 +269,8 @@ owed() { sed -n 's/^Delivered-To: \(.*@.*\)$/\1/p' "$T/queue/example.org/new/$1"
 
 # ---- The protocol by hand, over bash's /dev/tcp ----
 #
-# A mismatch fails the test in all of these words. The judge has words of its own, in the third person, with which a
-# mismatch is a departure of the judged program: hears for hear, asks for ask, answers for expect, turns for turn,
-# logs_in for login, leaves for hang_up, receives for take_mail.
+# A mismatch fails the test in all of these functions. Those of the judge, with which a mismatch is something to report,
+# begin with judge_.
 
 dial() {
     exec {LINE}<> "/dev/tcp/127.0.0.1/${1:-$PORT}" || fail "cannot connect"
@@ -7569,10 +7568,10 @@ poll \$ODMR_HOST with proto odmr service \$ODMR_PORT auth cram-md5 \${PATIENT_FO
 RC
 FETCHMAILHOME=. exec fetchmail -f rc --pidfile pid --nosyslog
 END
-    judged 0 --customer "sh $T/fetch" --atrn-wait 2
+    run_judge 0 --customer "sh $T/fetch" --atrn-wait 2
     has "$T/out" '1 pass, 0 fail, 1 not observable. Prose: 13 pass, 0 fail, 2 not observable'
     has "$T/out" '^5\.1\.2-f .*EXTERNAL alone was on offer, and it said "AUTH CRAM-MD5"$'
-    judged 1 --customer "PATIENT_FOR=5 sh $T/fetch" --atrn-wait 15 --only 5.2.1-c
+    run_judge 1 --customer "PATIENT_FOR=5 sh $T/fetch" --atrn-wait 15 --only 5.2.1-c
     has "$T/out" '^5\.2\.1-c  MUST      fail           ATRN had no answer yet, and after .* s came: the end of the'
     echo 'poll localhost with proto odmr: user a' > "$T/rc"; chmod 600 "$T/rc"
     run 0 fetchmail -f "$T/rc" -V
@@ -7877,6 +7876,16 @@ END
 #   departs TEXT          it does not, and this was seen
 #   not_observable TEXT   it cannot be seen from here, or something else came in between
 #
+# What a row says and hears is in functions that begin with judge_. Those of the same name without it belong to the
+# tests, where a mismatch fails the test. For the judge the name says what a mismatch means:
+#
+#   judge_ask LINE CODES        the row departs, because the reply is what is judged
+#   judge_get_past LINE CODES   the row is not observable, because the reply is only on the way to what is judged
+#   judge_try LINE CODES        false; so with judge_try_turn and the others, and the row goes on
+#
+# judge_login, judge_turn and other parts of a session are on the way, too. Without judge_ are the verdicts, and
+# statements about the judged program, true or false: offers, notified.
+#
 # The judge is the standard and not our own program. Texts behind codes, replies of several lines, keywords of
 # any case and order are anybody's choice, and so is a 421 at any time. Silence proves nothing, for SMTP lets
 # replies take minutes: it is not observable within PATIENCE.
@@ -7909,9 +7918,9 @@ printed() {
         PRINTED=$(printf '%s' "$PRINTED" | perl -pe 's/([^ -\[\]-~])/sprintf "\\x%02x", ord $1/ge')
 }
 
-# hears: one line into HEARD; false at the end of the connection. A peer that says a little now and then does not
+# judge_hear: one line into HEARD; false at the end of the connection. A peer that says a little now and then does not
 # keep a row going for ever.
-hears() {
+judge_hear() {
     local code=0
     [ "$SECONDS" -lt "$DEADLINE" ] || not_observable "it took longer than $((PATIENCE * 6)) s"
     IFS= read -r -n 16384 -t "$PATIENCE" HEARD <&"$LINE" || code=$?
@@ -7921,8 +7930,8 @@ hears() {
     HEARD=${HEARD%$'\r'}
     record '<' "$HEARD"
 }
-# quiet SECONDS: not an octet came in all that time; else HEARD says what did.
-quiet() {
+# judge_silent SECONDS: not an octet came in all that time; else HEARD says what did.
+judge_silent() {
     local code=0
     IFS= read -r -n 400 -t "$1" HEARD <&"$LINE" || code=$?
     [ "$code" -le 128 ] || return 0
@@ -7930,12 +7939,12 @@ quiet() {
     [ "$code" = 0 ] || HEARD='the end of the connection'
     return 1
 }
-# answers: a whole reply into ANSWER, what stands behind its codes into LINES. CODE is "closed" if the
+# judge_read_reply: a whole reply into ANSWER, what stands behind its codes into LINES. CODE is "closed" if the
 # connection has ended instead, "malformed" if that was no reply.
-answers() {
+judge_read_reply() {
     CODE='' ANSWER='' LINES=()
     while [ ${#LINES[@]} -lt 200 ]; do
-        hears || { CODE=closed ANSWER='the connection was closed'; return; }
+        judge_hear || { CODE=closed ANSWER='the connection was closed'; return; }
         ANSWER+=${ANSWER:+ / }$HEARD
         if ! [[ $HEARD =~ ^[2-5][0-5][0-9]([ -]|$) && ( -z $CODE || $CODE == "${HEARD:0:3}" ) ]]; then break; fi
         CODE=${HEARD:0:3}
@@ -7944,20 +7953,19 @@ answers() {
     done
     CODE=malformed
 }
-tells() { SAID="\"$1\""; writes "$1"; }
-writes() { record '>' "$1"; say "$1" 2> /dev/null; }
+judge_say() { SAID="\"$1\""; judge_write "$1"; }
+judge_write() { record '>' "$1"; say "$1" 2> /dev/null; }
 # EXPECTED is what the report says was expected, where a row departs.
-asked() { tells "$1"; answers; EXPECTED=$2; if [[ $CODE =~ ^($2)$ ]]; then EXPECTED=; else false; fi; }
-# asks LINE CODES: the row stands and falls with the reply. gets_past: it is only on the way to what is judged.
-asks() {
-    asked "$@" && return
+judge_try() { judge_say "$1"; judge_read_reply; EXPECTED=$2; if [[ $CODE =~ ^($2)$ ]]; then EXPECTED=; else false; fi; }
+judge_ask() {
+    judge_try "$@" && return
     [ "$CODE" != 421 ] || not_observable "$SAID: $ANSWER"
     departs "$SAID: $ANSWER"
 }
-gets_past() { asked "$@" || not_observable "cannot get past $SAID: $ANSWER"; }
-# ends: the other side closes.
-ends() {
-    quiet "$PATIENCE" && departs "after $SAID the connection stayed open for $PATIENCE s"
+judge_get_past() { judge_try "$@" || not_observable "cannot get past $SAID: $ANSWER"; }
+# judge_closed: the other side closes.
+judge_closed() {
+    judge_silent "$PATIENCE" && departs "after $SAID the connection stayed open for $PATIENCE s"
     [ "$HEARD" = 'the end of the connection' ] || departs "after $SAID came: $HEARD"
 }
 # Is it base64? Blanks at the end are the business of 6-a.
@@ -7969,8 +7977,9 @@ without_blanks() { TEXT=$1; while [[ $TEXT == *[[:blank:]] ]]; do TEXT=${TEXT%?}
 # TLS is openssl's: its s_client carries the dialogue over a pipe in each direction, and does STARTTLS itself, with the
 # EHLO before it. JUDGE_TLS is clear, starttls or tls. For a customer, socat is the server's end of TLS.
 
-# opens HOW: a connection into LINE. Over TLS, LINE_OUT is its other direction and TLS_KEYS the file of its secrets.
-opens() {
+# judge_dial HOW: a connection into LINE. Over TLS, LINE_OUT is its other direction and TLS_KEYS the file of its
+# secrets.
+judge_dial() {
     local address=$JUDGE_HOST:$JUDGE_PORT how=(-quiet -no_ign_eof -nocommands) pipe
     trap '' PIPE # a write to a closed connection must not end the judge
     SAID='' LINE_OUT=''
@@ -7998,19 +8007,19 @@ opens() {
     LINE_PID=$!
     STARTED+=("$LINE_PID")
 }
-leaves() {
+judge_hang_up() {
     exec {LINE}>&-
     [ -z "${LINE_OUT:-}" ] || exec {LINE_OUT}>&-
     LINE_OUT=
 }
-# cuts: the connection ends in the middle.
-cuts() {
+# judge_cut: the connection ends in the middle.
+judge_cut() {
     [ -z "$LINE_OUT" ] || kill -9 "$LINE_PID"
-    leaves
+    judge_hang_up
 }
-# provider_becomes_tls: STARTTLS was asked for, and what follows on the connection is TLS. The dialogue goes on with a
-# socat of its own.
-provider_becomes_tls() {
+# judge_start_tls: STARTTLS was asked for, and what follows on the connection is TLS. The dialogue goes on with a socat
+# of its own.
+judge_start_tls() {
     local log=$T/upgrade.$BASHPID pipe=$T/upgrade.$BASHPID.in line=$LINE
     mkfifo "$pipe"
     : > "$log"
@@ -8024,8 +8033,8 @@ provider_becomes_tls() {
     exec {line}<&- >&- < /dev/null
 }
 
-# cram_answer CHALLENGE [SECRET]: the response of CRAM-MD5 to a challenge.
-cram_answer() {
+# judge_cram_response CHALLENGE [SECRET]: the response of CRAM-MD5 to a challenge.
+judge_cram_response() {
     judge_secret "${@:2}"
     cram_response "$JUDGE_USER" "$SECRET" "$1"
 }
@@ -8038,9 +8047,9 @@ judge_secret() {
         SECRET=${SECRET%$'\r'}
     fi
 }
-# scram_proof SECRET BARE SERVER_FIRST FINAL: RFC 5802's proof and the server's signature, in base64, into PROOF and
+# judge_scram SECRET BARE SERVER_FIRST FINAL: RFC 5802's proof and the server's signature, in base64, into PROOF and
 # SIGNED. The secret, which may be somebody's real one, is on no command line.
-scram_proof() {
+judge_scram() {
     read -r PROOF SIGNED < <(printf '%s\n' "$@" | perl -MDigest::SHA=sha256,hmac_sha256 -MMIME::Base64 -e '
         chomp(my ($secret, $bare, $challenge, $final) = <STDIN>);
         my ($salt, $count) = $challenge =~ /,s=([^,]*),i=(\d+)/ or exit;
@@ -8069,88 +8078,89 @@ tls_exporter() {
 as_base64() { TEXT=$(b64 "$1"); }
 from_base64() { TEXT=$(unb64 "$1" 2> /dev/null | tr -d '\0'); }
 
-# responds CODES [SECRET]: to the challenge in ANSWER, by JUDGE_MECHANISM, with the right secret or another. EXTERNAL
-# has no secret: the wrong one is a wrong name.
-responds() {
+# judge_try_response CODES [SECRET]: to the challenge in ANSWER, by JUDGE_MECHANISM, with the right secret or another.
+# EXTERNAL has no secret: the wrong one is a wrong name.
+judge_try_response() {
     case $JUDGE_MECHANISM in
-    CRAM-MD5) cram_answer "${ANSWER#334 }" "${@:2}" ;;
+    CRAM-MD5) judge_cram_response "${ANSWER#334 }" "${@:2}" ;;
     PLAIN) judge_secret "${@:2}"; RESPONSE=$(printf '\0%s\0%s' "$JUDGE_USER" "$SECRET" | base64 -w 0) ;;
     EXTERNAL) RESPONSE=; [ $# = 1 ] || { as_base64 "not-$JUDGE_USER"; RESPONSE=$TEXT; } ;;
-    SCRAM-*) responds_by_scram "$@"; return ;;
+    SCRAM-*) judge_try_scram "$@"; return ;;
     esac
     record '>' "(the response to $JUDGE_MECHANISM)"
     say "$RESPONSE" 2> /dev/null
     SAID="the response to $JUDGE_MECHANISM"
-    answers
+    judge_read_reply
     EXPECTED=$1
     if [[ $CODE =~ ^($1)$ ]]; then EXPECTED=; else false; fi
 }
-responds_by_scram() {
+judge_try_scram() {
     local header=n,, nonce=$RANDOM$RANDOM$RANDOM$RANDOM bare first final name
     name=${JUDGE_USER//=/=3D} name=${name//,/=2C} BINDING='' EXPECTED=$1 SAID="the response to $JUDGE_MECHANISM"
     judge_secret "${@:2}"
     bare=n=$name,r=$nonce
     if [ "$JUDGE_MECHANISM" = SCRAM-SHA-256-PLUS ]; then header=p=tls-exporter,,; tls_exporter; fi
     as_base64 "$header$bare"
-    writes "$TEXT"
-    answers
+    judge_write "$TEXT"
+    judge_read_reply
     [ "$CODE" = 334 ] || { [[ $CODE =~ ^($1)$ ]]; return; }
     from_base64 "${ANSWER#334 }"
     first=$TEXT
     [[ $first =~ ^r=($nonce[^,]+),s=[A-Za-z0-9+/=]+,i=[0-9]+ ]] ||
         { CODE=malformed ANSWER="SCRAM's challenge: $first"; return 1; }
     final=c=$({ printf '%s' "$header"; printf '%s' "$BINDING" | base64 -d; } | base64 -w 0),r=${BASH_REMATCH[1]}
-    scram_proof "$SECRET" "$bare" "$first" "$final"
+    judge_scram "$SECRET" "$bare" "$first" "$final"
     as_base64 "$final,p=$PROOF"
-    writes "$TEXT"
-    answers
+    judge_write "$TEXT"
+    judge_read_reply
     if [ "$CODE" = 334 ]; then
         from_base64 "${ANSWER#334 }"
         [[ $# = 2 || $TEXT == "v=$SIGNED"* ]] || { CODE=malformed ANSWER="a wrong server signature: $TEXT"; return 1; }
-        writes ''
-        answers
+        judge_write ''
+        judge_read_reply
     fi
     [[ $CODE =~ ^($1)$ ]]
 }
 
 # ---- Judging a provider: our side of the dialogue ----
 
-# connect: up to the greeting. s_client keeps to itself what was said before STARTTLS.
-connect() {
-    opens "$JUDGE_TLS"
-    if [ "$JUDGE_TLS" = starttls ]; then CODE=220 ANSWER='220'; else answers; fi
+# judge_connect: up to the greeting. s_client keeps to itself what was said before STARTTLS.
+judge_connect() {
+    judge_dial "$JUDGE_TLS"
+    if [ "$JUDGE_TLS" = starttls ]; then CODE=220 ANSWER='220'; else judge_read_reply; fi
 }
-joins() {
-    connect
+judge_open_session() {
+    judge_connect
     [ "$CODE" = 220 ] || not_observable "no greeting: $ANSWER"
-    gets_past "EHLO $FIRST" 250
+    judge_get_past "EHLO $FIRST" 250
     EHLO=("${LINES[@]:1}")
 }
-logs_in() {
-    joins
-    gets_past "AUTH $JUDGE_MECHANISM" 334
-    responds 235 || not_observable "cannot log in by $JUDGE_MECHANISM: $ANSWER"
+judge_login() {
+    judge_open_session
+    judge_get_past "AUTH $JUDGE_MECHANISM" 334
+    judge_try_response 235 || not_observable "cannot log in by $JUDGE_MECHANISM: $ANSWER"
 }
-# learns_channel: in JUDGE_DIR/channel, whether TLS is needed and how to log in. STARTTLS is used when it is offered and
-# nothing to log in with is offered without it. PLAIN is used in the clear only by request.
-learns_channel() {
+# judge_learn_channel: in JUDGE_DIR/channel, whether TLS is needed and how to log in. STARTTLS is used when it is
+# offered and nothing to log in with is offered without it. PLAIN is used in the clear only by request.
+judge_learn_channel() {
     local wanted=$JUDGE_MECHANISM
     DEADLINE=$((SECONDS + PATIENCE))
-    meets || return 0
-    if [ "$JUDGE_TLS" = clear ] && offers STARTTLS && ! { chooses && asked "AUTH $JUDGE_MECHANISM" 334; }; then
-        leaves
+    judge_try_session || return 0
+    if [ "$JUDGE_TLS" = clear ] && offers STARTTLS &&
+        ! { judge_choose_mechanism && judge_try "AUTH $JUDGE_MECHANISM" 334; }; then
+        judge_hang_up
         JUDGE_MECHANISM=$wanted
         JUDGE_TLS=starttls
-        meets || { tls_complaint; return 0; }
+        judge_try_session || { tls_complaint; return 0; }
     fi
-    chooses || JUDGE_MECHANISM=${wanted:-CRAM-MD5}
+    judge_choose_mechanism || JUDGE_MECHANISM=${wanted:-CRAM-MD5}
     echo "$JUDGE_TLS $JUDGE_MECHANISM" > "$JUDGE_DIR/channel"
 }
 tls_complaint() {
     { grep -h -m 1 'verify error' "$T"/line.*.log || tail -q -n 1 "$T"/line.*.log; } > "$JUDGE_DIR/tls.failed"
 }
-meets() { connect; [ "$CODE" = 220 ] && asked "EHLO $FIRST" 250 && EHLO=("${LINES[@]:1}"); }
-chooses() {
+judge_try_session() { judge_connect; [ "$CODE" = 220 ] && judge_try "EHLO $FIRST" 250 && EHLO=("${LINES[@]:1}"); }
+judge_choose_mechanism() {
     local name
     offers AUTH || return 1
     for name in ${JUDGE_MECHANISM:-CRAM-MD5 SCRAM-SHA-256 EXTERNAL PLAIN}; do
@@ -8176,9 +8186,9 @@ offers() {
 # Known, allowed and served, whatever there is to fetch.
 ATRN_CODES='250|450|451|453'
 
-# injects DOMAIN...: a message for judge at each, that this run will know again, by way of the user's command. Its text
-# is BODY, or one with dots.
-injects() {
+# judge_inject DOMAIN...: a message for judge at each, that this run will know again, by way of the user's command. Its
+# text is BODY, or one with dots.
+judge_inject() {
     local recipients=("${@/#/judge@}")
     MESSAGE_ID=$JUDGE_TOKEN.$RANDOM$RANDOM
     [ -n "$JUDGE_INJECT" ] || not_observable 'no mail waits: there is no --inject'
@@ -8190,25 +8200,25 @@ injects() {
         timeout -k 1 "$PATIENCE" sh -c "$JUDGE_INJECT" < "$T/letter" > "$T/inject.log" 2>&1 ||
         not_observable "--inject failed: $(tail -n 1 "$T/inject.log")"
 }
-# asked_for_all CODES: ATRN without domains, where that is not what the row judges. A provider that refuses it is asked
+# judge_try_atrn CODES: ATRN without domains, where that is not what the row judges. A provider that refuses it is asked
 # for FIRST from then on; 5.2.1-d reports the refusal, and the head of the report mentions it.
-asked_for_all() {
+judge_try_atrn() {
     if [ ! -s "$JUDGE_DIR/bare" ]; then
-        if asked ATRN "$1"; then return 0; fi
+        if judge_try ATRN "$1"; then return 0; fi
         [[ $CODE == 5* ]] || return 1
         printf '%s\n' "$ANSWER" > "$JUDGE_DIR/bare"
-        leaves # it may close after a failure
-        logs_in
+        judge_hang_up # it may close after a failure
+        judge_login
     fi
-    asked "ATRN $FIRST" "$1"
+    judge_try "ATRN $FIRST" "$1"
 }
-# turns [DOMAINS]: true once ATRN is answered 250. Injected mail may still be on its way into the queue, and the
-# provider may want an interval between two requests (5.2.1-i): then ATRN is repeated until PATIENCE is over, in the
-# first row only.
-turns() {
+# judge_try_turn [DOMAINS]: true once ATRN is answered 250. Injected mail may still be on its way into the queue, and
+# the provider may want an interval between two requests (5.2.1-i): then ATRN is repeated until PATIENCE is over, in
+# the first row only.
+judge_try_turn() {
     local try
     for ((try = 0; try < PATIENCE; try++)); do
-        if [ -n "${1:-}" ]; then asked "ATRN $1" 250 && return; else asked_for_all 250 && return; fi
+        if [ -n "${1:-}" ]; then judge_try "ATRN $1" 250 && return; else judge_try_atrn 250 && return; fi
         [[ $CODE == 45[013] ]] || break
         [ "$CODE" != 450 ] || [ ! -e "$JUDGE_DIR/too_soon" ] || break
         sleep 1
@@ -8216,47 +8226,47 @@ turns() {
     if [ "$CODE" = 450 ]; then : > "$JUDGE_DIR/too_soon"; fi
     return 1
 }
-turned() { turns "$@" || not_observable "mail waits, but $SAID: $ANSWER"; }
+judge_turn() { judge_try_turn "$@" || not_observable "mail waits, but $SAID: $ANSWER"; }
 
-# receives: the server in the reversed state, until QUIT or the end of the connection, without any extension. A
+# judge_take_mail: the server in the reversed state, until QUIT or the end of the connection, without any extension. A
 # message of this run is answered with OURS, any other is put off and stays where it is. COMMANDS are the verbs
 # in their order, RECIPIENTS those of our messages and ASKED those of all; TEXTS has the text of each of ours. TAKEN is
 # how many of them came, OTHERS how many of others. ON_RCPT is said to RCPT. CUT_AT ends the connection after so many
 # lines of content. HOLDING returns before the first message is answered, and RESUMING answers it and goes on.
-receives() {
+judge_take_mail() {
     local recipients=
     COMMANDS='' RECIPIENTS='' ASKED='' TAKEN=0 OTHERS=0 TEXTS=()
-    if [ -n "${RESUMING:-}" ]; then tells '250 OK'; else tells "220 $FIRST ready"; fi
-    while hears; do
+    if [ -n "${RESUMING:-}" ]; then judge_say '250 OK'; else judge_say "220 $FIRST ready"; fi
+    while judge_hear; do
         COMMANDS+=${COMMANDS:+ }${HEARD%% *}
         case ${HEARD^^} in
-        EHLO\ * | HELO\ *) tells "250 $FIRST" ;;
-        MAIL\ FROM:*) recipients=; tells '250 OK' ;;
-        RCPT\ TO:*) recipients+=" ${HEARD#*:}"; ASKED+=" ${HEARD#*:}"; tells "${ON_RCPT:-250 OK}" ;;
-        DATA) if [ -n "${ON_RCPT:-}" ]; then tells '554 no valid recipients'
-            else tells '354 go on'; receives_content "$recipients" || return 0; fi ;;
-        RSET | NOOP*) tells '250 OK' ;;
-        QUIT) tells '221 closing'; return ;;
-        *) tells '502 not known here' ;;
+        EHLO\ * | HELO\ *) judge_say "250 $FIRST" ;;
+        MAIL\ FROM:*) recipients=; judge_say '250 OK' ;;
+        RCPT\ TO:*) recipients+=" ${HEARD#*:}"; ASKED+=" ${HEARD#*:}"; judge_say "${ON_RCPT:-250 OK}" ;;
+        DATA) if [ -n "${ON_RCPT:-}" ]; then judge_say '554 no valid recipients'
+            else judge_say '354 go on'; judge_take_content "$recipients" || return 0; fi ;;
+        RSET | NOOP*) judge_say '250 OK' ;;
+        QUIT) judge_say '221 closing'; return ;;
+        *) judge_say '502 not known here' ;;
         esac
         [ "${#COMMANDS}" -lt 10000 ] || not_observable 'it does not come to an end'
     done
 }
-receives_content() {
+judge_take_content() {
     local content='' lines=0
-    while hears && [ "$HEARD" != . ]; do
+    while judge_hear && [ "$HEARD" != . ]; do
         [ ${#content} -gt 100000 ] || content+=$HEARD$'\n'
         lines=$((lines + 1))
-        [ "$lines" != "${CUT_AT:-}" ] || { cuts; return 1; }
+        [ "$lines" != "${CUT_AT:-}" ] || { judge_cut; return 1; }
     done
     if [[ $content == *"$JUDGE_TOKEN"* ]]; then
         TAKEN=$((TAKEN + 1)) RECIPIENTS+=$1 TEXT_OF_OURS=${content#*$'\n\n'}
         TEXTS+=("$TEXT_OF_OURS")
         [ -z "${HOLDING:-}" ] || return 1
-        tells "${OURS:-250 OK}"
+        judge_say "${OURS:-250 OK}"
     else
         OTHERS=$((OTHERS + 1))
-        tells '451 only what the judge has sent is taken'
+        judge_say '451 only what the judge has sent is taken'
     fi
 }
 # in_domains ADDRESS...: each is in one of the account's domains; else ADDRESS is the first that is not.
@@ -8267,19 +8277,19 @@ in_domains() {
         [[ ,${JUDGE_DOMAINS,,}, == *",${domain,,},"* ]] || return 1
     done
 }
-# fetches [DOMAINS]: a whole session, in which mail of this run must come.
-fetches() {
-    logs_in
-    turned "$@"
-    receives
-    leaves
+# judge_fetch [DOMAINS]: a whole session, in which mail of this run must come.
+judge_fetch() {
+    judge_login
+    judge_turn "$@"
+    judge_take_mail
+    judge_hang_up
     [ "$TAKEN" -gt 0 ] || not_observable "after 250 came no mail of this run: ${COMMANDS:-nothing}"
 }
-# turns_at_once: like turns, where there may be no mail.
-turns_at_once() {
+# judge_try_turn_at_once: like judge_try_turn, where there may be no mail.
+judge_try_turn_at_once() {
     local try
     for ((try = 0; try < PATIENCE; try++)); do
-        asked_for_all 250 && return
+        judge_try_atrn 250 && return
         [ "$CODE" = 450 ] && [ ! -e "$JUDGE_DIR/too_soon" ] || break
         sleep 1
     done
@@ -8287,13 +8297,13 @@ turns_at_once() {
     return 1
 }
 # What earlier rows have left of this run goes; 453, or what else the last ATRN brings, is in CODE and ANSWER.
-empties() {
+judge_empty_queue() {
     local try
     for try in 1 2 3; do
-        logs_in
-        turns_at_once || return 0
-        receives
-        leaves
+        judge_login
+        judge_try_turn_at_once || return 0
+        judge_take_mail
+        judge_hang_up
         [ "$TAKEN" -gt 0 ] || return 0
     done
 }
@@ -8305,41 +8315,41 @@ judge_provider_4-a() {
     not_observable "the port was given as $JUDGE_PORT; where it listens if nobody says so is not seen"
 }
 judge_provider_4-b() {
-    injects "$FIRST"
-    logs_in
-    turned
-    receives
+    judge_inject "$FIRST"
+    judge_login
+    judge_turn
+    judge_take_mail
     [[ ${COMMANDS^^} =~ ^(EHLO|HELO)\  ]] ||
         departs "after 250 and a greeting came: ${COMMANDS:-the end of the connection}"
     passes
 }
 judge_provider_4-c() {
-    connect
-    asks "EHLO $FIRST" 250
-    asks "AUTH $JUDGE_MECHANISM" '334|504|538'
-    leaves
-    connect
-    asks QUIT 221
-    leaves
-    logs_in
-    asked_for_all "$ATRN_CODES" || departs "$SAID: $ANSWER"
+    judge_connect
+    judge_ask "EHLO $FIRST" 250
+    judge_ask "AUTH $JUDGE_MECHANISM" '334|504|538'
+    judge_hang_up
+    judge_connect
+    judge_ask QUIT 221
+    judge_hang_up
+    judge_login
+    judge_try_atrn "$ATRN_CODES" || departs "$SAID: $ANSWER"
     passes
 }
 judge_provider_4-d() {
-    logs_in
-    injects "$FIRST"
-    quiet 1 || departs "nobody asked, and came: $HEARD"
+    judge_login
+    judge_inject "$FIRST"
+    judge_silent 1 || departs "nobody asked, and came: $HEARD"
     not_observable \
         'it kept quiet for 1 s with mail waiting and a customer logged in; what a timer does, time would show'
 }
 judge_provider_4-e() {
     local OURS='451 not now'
-    injects "$FIRST"
-    fetches
+    judge_inject "$FIRST"
+    judge_fetch
     OURS='250 OK'
-    logs_in
-    turns || departs "a message that was put off with 451 $(was_returned): $ANSWER"
-    receives
+    judge_login
+    judge_try_turn || departs "a message that was put off with 451 $(was_returned): $ANSWER"
+    judge_take_mail
     [ "$TAKEN" -gt 0 ] || departs "a message that was put off with 451 $(was_returned): ${COMMANDS:-nothing}"
     passes 'what was put off with 451 came again; a notice to the sender of what is refused is not seen'
 }
@@ -8350,21 +8360,21 @@ was_returned() {
 }
 # A notice has the header of the message that it is about.
 notified() { [ -n "$JUDGE_NOTICE_DIR" ] && grep -rqF -e "$MESSAGE_ID" "$JUDGE_NOTICE_DIR"; }
-# injects_many N: messages whose text says which they are, and has what a careless sender would spoil.
-injects_many() {
+# judge_inject_many N: messages whose text says which they are, and has what a careless sender would spoil.
+judge_inject_many() {
     local n BODY
     SENT=()
     for ((n = 1; n <= $1; n++)); do
         text_of "$n"
-        injects "$FIRST"
+        judge_inject "$FIRST"
         SENT+=("$BODY")
     done
 }
 text_of() {
     BODY="Message $1 of this row."$'\n\n..two dots\n.one\n\ta tab and blanks at the end  \n.\nend'
 }
-# compares: each message of SENT is once in ALL, as it crossed the wire, or else DIFFERENCE says what is wrong.
-compares() {
+# judge_compare: each message of SENT is once in ALL, as it crossed the wire, or else DIFFERENCE says what is wrong.
+judge_compare() {
     local n text count wire
     DIFFERENCE=
     for ((n = 1; n <= ${#SENT[@]}; n++)); do
@@ -8379,15 +8389,15 @@ compares() {
 }
 judge_provider_4-e2() {
     local ALL=()
-    empties
-    injects_many 4
-    logs_in
-    turned
-    receives
-    leaves
+    judge_empty_queue
+    judge_inject_many 4
+    judge_login
+    judge_turn
+    judge_take_mail
+    judge_hang_up
     ALL=("${TEXTS[@]}")
     EXPECTED='4 messages in one session, each once and unchanged'
-    compares
+    judge_compare
     [ "$TAKEN" -gt 0 ] || not_observable "after 250 came no mail of this run: ${COMMANDS:-nothing}"
     [ "$TAKEN" -ge 4 ] || departs "a session brought $TAKEN of 4 messages: $DIFFERENCE"
     [ -z "$DIFFERENCE" ] || departs "$DIFFERENCE"
@@ -8396,36 +8406,36 @@ judge_provider_4-e2() {
 judge_provider_4-e3() {
     local JUDGE_INSECURE=1
     [ "$JUDGE_TLS" = clear ] || passes '4-e2 was inside TLS'
-    joins
+    judge_open_session
     offers STARTTLS || not_observable 'STARTTLS is not offered'
-    leaves
+    judge_hang_up
     JUDGE_TLS=starttls
     judge_provider_4-e2
 }
 judge_provider_4-e4() {
     local ALL=() one
-    empties
-    injects_many 4
-    logs_in
-    turned
-    HOLDING=1 receives
+    judge_empty_queue
+    judge_inject_many 4
+    judge_login
+    judge_turn
+    HOLDING=1 judge_take_mail
     ALL+=("${TEXTS[@]}")
     suspend_line one
-    logs_in
-    asked_for_all "$ATRN_CODES" || departs "the second session, $SAID: $ANSWER"
-    if [ "$CODE" = 250 ]; then receives; ALL+=("${TEXTS[@]}"); fi
-    leaves
+    judge_login
+    judge_try_atrn "$ATRN_CODES" || departs "the second session, $SAID: $ANSWER"
+    if [ "$CODE" = 250 ]; then judge_take_mail; ALL+=("${TEXTS[@]}"); fi
+    judge_hang_up
     resume_line one
-    RESUMING=1 receives
+    RESUMING=1 judge_take_mail
     ALL+=("${TEXTS[@]}")
-    leaves
+    judge_hang_up
     if [ ${#ALL[@]} -lt 4 ]; then
-        logs_in
-        ! turns || { receives; ALL+=("${TEXTS[@]}"); }
-        leaves
+        judge_login
+        ! judge_try_turn || { judge_take_mail; ALL+=("${TEXTS[@]}"); }
+        judge_hang_up
     fi
     EXPECTED='each of 4 messages once'
-    compares
+    judge_compare
     [ -z "$DIFFERENCE" ] || departs "$DIFFERENCE"
     passes
 }
@@ -8437,35 +8447,36 @@ resume_line() {
 }
 judge_provider_4-e5() {
     local ALL=() SENT=() BODY CUT_AT='' line
-    empties
+    judge_empty_queue
     text_of 1
     for line in {1..300}; do BODY+=$'\n'"line $line of a longer message that the connection does not outlive"; done
     SENT=("$BODY")
-    injects "$FIRST"
-    logs_in
-    turned
+    judge_inject "$FIRST"
+    judge_login
+    judge_turn
     CUT_AT=50
-    receives
+    judge_take_mail
     CUT_AT=
-    logs_in
-    turns || departs "after the connection was cut in the middle of a message, the message $(was_returned): $ANSWER"
-    receives
-    leaves
+    judge_login
+    judge_try_turn ||
+        departs "after the connection was cut in the middle of a message, the message $(was_returned): $ANSWER"
+    judge_take_mail
+    judge_hang_up
     ALL=("${TEXTS[@]}")
     EXPECTED='the message comes whole in the next session'
-    compares
+    judge_compare
     [ -z "$DIFFERENCE" ] || departs "after the connection was cut in the middle of a message: $DIFFERENCE"
     passes
 }
 judge_provider_4-e6() {
     local ON_RCPT='550 5.1.1 no such user' BODY="Refused $RANDOM$RANDOM" try
     [ -n "$JUDGE_NOTICE_DIR" ] || not_observable 'a notice cannot be seen without --notice-dir'
-    empties
-    injects "$FIRST"
-    logs_in
-    turned
-    receives
-    leaves
+    judge_empty_queue
+    judge_inject "$FIRST"
+    judge_login
+    judge_turn
+    judge_take_mail
+    judge_hang_up
     [ -n "$ASKED" ] || not_observable "after 250 came no recipient: ${COMMANDS:-nothing}"
     for ((try = 0; try < PATIENCE; try++)); do
         ! notified || passes
@@ -8475,48 +8486,48 @@ judge_provider_4-e6() {
     departs "a recipient was refused with 550, and no notice came within $PATIENCE s"
 }
 judge_provider_5-a() {
-    joins
-    gets_past "AUTH $JUDGE_MECHANISM" 334
-    if ! responds closed 'a wrong secret'; then
+    judge_open_session
+    judge_get_past "AUTH $JUDGE_MECHANISM" 334
+    if ! judge_try_response closed 'a wrong secret'; then
         [ "$CODE" != 235 ] || departs 'a wrong secret: 235'
-        asks ATRN '5..|421|closed'
-        [[ $CODE != 5* ]] || asks QUIT '221|421|closed'
-        [ "$CODE" != 221 ] || ends
+        judge_ask ATRN '5..|421|closed'
+        [[ $CODE != 5* ]] || judge_ask QUIT '221|421|closed'
+        [ "$CODE" != 221 ] || judge_closed
     fi
-    leaves
-    logs_in
-    asks QUIT 221
-    ends
+    judge_hang_up
+    judge_login
+    judge_ask QUIT 221
+    judge_closed
     passes
 }
 judge_provider_5-b() {
-    injects "$FIRST"
-    fetches
+    judge_inject "$FIRST"
+    judge_fetch
     [[ ${COMMANDS^^} == *\ QUIT ]] || departs "it closed the connection without QUIT, after $COMMANDS"
     passes
 }
 judge_provider_5.1-a() {
-    connect
-    asks "EHLO $FIRST" 250
-    asks "AUTH $JUDGE_MECHANISM" '334|504|538'
-    leaves
-    connect
-    asks QUIT 221
+    judge_connect
+    judge_ask "EHLO $FIRST" 250
+    judge_ask "AUTH $JUDGE_MECHANISM" '334|504|538'
+    judge_hang_up
+    judge_connect
+    judge_ask QUIT 221
     passes
 }
 judge_provider_5.1.1-a() {
     local line
     WITHOUT_CR=
     if [ "$JUDGE_TLS" = starttls ]; then
-        opens clear
-        answers
+        judge_dial clear
+        judge_read_reply
         [ "$CODE" = 220 ] || departs "greeting: $ANSWER"
-        asks "EHLO $FIRST" 250
-        leaves
+        judge_ask "EHLO $FIRST" 250
+        judge_hang_up
     fi
-    connect
+    judge_connect
     [ "$CODE" = 220 ] || departs "greeting: $ANSWER"
-    asks "EHLO $FIRST" 250
+    judge_ask "EHLO $FIRST" 250
     [ -z "$WITHOUT_CR" ] || departs "a line ends in LF without CR: $WITHOUT_CR"
     for line in "${LINES[@]:1}"; do
         [[ $line =~ ^[A-Za-z0-9][A-Za-z0-9-]*([ =].*)?$ ]] || departs "no keyword of EHLO: $line"
@@ -8525,42 +8536,42 @@ judge_provider_5.1.1-a() {
 }
 judge_provider_5.1.1-b() {
     local missing=
-    joins
+    judge_open_session
     offers AUTH || missing=AUTH
     offers ATRN || missing+="${missing:+ and }ATRN"
     [ -z "$missing" ] || departs "not in the response to EHLO: $missing$(offers STARTTLS && echo ', but STARTTLS is')"
     passes
 }
 judge_provider_5.1.2-a() {
-    joins
-    gets_past "AUTH $JUDGE_MECHANISM" 334
+    judge_open_session
+    judge_get_past "AUTH $JUDGE_MECHANISM" 334
     base64_text "${ANSWER:4}" || departs "the challenge is not base64: $ANSWER"
-    asks '*' 501
-    leaves # for it may close after a failure
-    joins
-    gets_past "AUTH $JUDGE_MECHANISM" 334
-    asks 'that is no base64!' 501
-    leaves
-    joins
-    asks 'AUTH X-NO-SUCH-MECHANISM' 504
-    leaves
-    joins
-    gets_past "AUTH $JUDGE_MECHANISM" 334
-    responds 235 || departs "$SAID: $ANSWER"
+    judge_ask '*' 501
+    judge_hang_up # for it may close after a failure
+    judge_open_session
+    judge_get_past "AUTH $JUDGE_MECHANISM" 334
+    judge_ask 'that is no base64!' 501
+    judge_hang_up
+    judge_open_session
+    judge_ask 'AUTH X-NO-SUCH-MECHANISM' 504
+    judge_hang_up
+    judge_open_session
+    judge_get_past "AUTH $JUDGE_MECHANISM" 334
+    judge_try_response 235 || departs "$SAID: $ANSWER"
     passes
 }
 judge_provider_5.1.2-b() {
-    joins
-    gets_past "AUTH $JUDGE_MECHANISM" 334
-    ! responds 235 'a wrong secret' || departs 'a wrong secret: 235'
-    if [[ $CODE == 5* ]]; then asks ATRN '5..|421|closed'; fi
-    leaves
-    logs_in
-    asked_for_all "$ATRN_CODES" || departs "$SAID: $ANSWER"
+    judge_open_session
+    judge_get_past "AUTH $JUDGE_MECHANISM" 334
+    ! judge_try_response 235 'a wrong secret' || departs 'a wrong secret: 235'
+    if [[ $CODE == 5* ]]; then judge_ask ATRN '5..|421|closed'; fi
+    judge_hang_up
+    judge_login
+    judge_try_atrn "$ATRN_CODES" || departs "$SAID: $ANSWER"
     passes 'ATRN is refused after a failed AUTH, not after 235; the moment in between is not seen'
 }
 judge_provider_5.1.2-c() {
-    joins
+    judge_open_session
     if ! offers AUTH || [[ " ${PARAMETERS^^} " != *' CRAM-MD5 '* ]]; then
         offers AUTH || not_observable 'EHLO does not list AUTH: see 5.1.1-b'
         [ -z "$PARAMETERS" ] ||
@@ -8568,70 +8579,70 @@ judge_provider_5.1.2-c() {
         departs 'no mechanism is offered'
     fi
     local JUDGE_MECHANISM=CRAM-MD5
-    asks 'AUTH CRAM-MD5' 334
-    responds 235 || departs "the right response: $ANSWER"
+    judge_ask 'AUTH CRAM-MD5' 334
+    judge_try_response 235 || departs "the right response: $ANSWER"
     passes
 }
 judge_provider_5.1.2-d() {
-    joins
+    judge_open_session
     offers AUTH || not_observable 'EHLO does not list AUTH'
     local -A where=([clear]='in the clear' [starttls]='after STARTTLS' [tls]='inside TLS')
     passes "offered ${where[$JUDGE_TLS]}: ${PARAMETERS:-nothing}"
 }
 judge_provider_5.1.2-e() {
-    joins
+    judge_open_session
     offers AUTH || not_observable 'EHLO does not list AUTH'
     if [[ " ${PARAMETERS^^} " == *' CRAM-MD5 '* ]]; then passes 'CRAM-MD5 is on'; fi
     passes 'CRAM-MD5 is off'
 }
 judge_provider_5.1.2-f() {
-    joins
+    judge_open_session
     if offers AUTH && [[ " ${PARAMETERS^^} " == *' EXTERNAL '* ]]; then passes 'offered'; fi
     [ -z "$JUDGE_CERT" ] || not_observable 'not offered, though the judge has shown a certificate'
     not_observable 'not offered where no certificate has shown who the customer is'
 }
 judge_provider_5.1.3-a() {
-    joins
-    asks QUIT 221
-    ends
+    judge_open_session
+    judge_ask QUIT 221
+    judge_closed
     passes
 }
 judge_provider_5.2-a() {
-    logs_in
-    asked_for_all "$ATRN_CODES" || departs "$SAID: $ANSWER"
-    leaves
-    logs_in
-    asks QUIT 221
+    judge_login
+    judge_try_atrn "$ATRN_CODES" || departs "$SAID: $ANSWER"
+    judge_hang_up
+    judge_login
+    judge_ask QUIT 221
     passes
 }
 judge_provider_5.2.1-a() {
     local list
-    logs_in
-    asked_for_all "$ATRN_CODES" || departs "$SAID: $ANSWER"
-    leaves
+    judge_login
+    judge_try_atrn "$ATRN_CODES" || departs "$SAID: $ANSWER"
+    judge_hang_up
     for list in "$FIRST" "$JUDGE_DOMAINS"; do
-        logs_in
-        asks "ATRN${list:+ $list}" "$ATRN_CODES"
-        leaves
+        judge_login
+        judge_ask "ATRN${list:+ $list}" "$ATRN_CODES"
+        judge_hang_up
     done
     passes
 }
 judge_provider_5.2.1-b() {
-    joins
-    asks ATRN 530
-    leaves
-    joins
-    asks "ATRN $FIRST" 530
+    judge_open_session
+    judge_ask ATRN 530
+    judge_hang_up
+    judge_open_session
+    judge_ask "ATRN $FIRST" 530
     passes
 }
 judge_provider_5.2.1-d() {
     local domain
-    for domain in ${JUDGE_DOMAINS//,/ }; do injects "$domain"; done
-    logs_in
-    turned
+    for domain in ${JUDGE_DOMAINS//,/ }; do judge_inject "$domain"; done
+    judge_login
+    judge_turn
     [ ! -s "$JUDGE_DIR/bare" ] || departs "\"ATRN\": $(< "$JUDGE_DIR/bare")"
-    receives
-    leaves
+    judge_take_mail
+    judge_hang_up
     [ "$TAKEN" -gt 0 ] || not_observable "after 250 came no mail of this run: ${COMMANDS:-nothing}"
     for domain in ${JUDGE_DOMAINS//,/ }; do
         [[ ${RECIPIENTS,,} == *"@${domain,,}>"* ]] || departs "ATRN without domains did not bring the mail for $domain"
@@ -8640,30 +8651,30 @@ judge_provider_5.2.1-d() {
 }
 judge_provider_5.2.1-e() {
     local list OURS='451 not now'
-    injects "$FIRST"
+    judge_inject "$FIRST"
     for list in "$FIRST,$JUDGE_FOREIGN" "$JUDGE_FOREIGN,$FIRST"; do
-        logs_in
-        if asked "ATRN $list" 250; then
-            receives
+        judge_login
+        if judge_try "ATRN $list" 250; then
+            judge_take_mail
             [ "$TAKEN$OTHERS" = 00 ] || departs "\"ATRN $list\" brought mail"
         fi
-        leaves
+        judge_hang_up
     done
     OURS='250 OK'
-    fetches "$FIRST" # it was there all the time
+    judge_fetch "$FIRST" # it was there all the time
     passes
 }
 # A message of the account before and one after the foreign one, so that it follows another in any order.
 judge_provider_5.2.1-e2() {
     local recipients
-    empties
-    injects "$FIRST"
-    injects "$FIRST" "$JUDGE_FOREIGN"
-    injects "$FIRST"
-    logs_in
-    turned
-    receives
-    leaves
+    judge_empty_queue
+    judge_inject "$FIRST"
+    judge_inject "$FIRST" "$JUDGE_FOREIGN"
+    judge_inject "$FIRST"
+    judge_login
+    judge_turn
+    judge_take_mail
+    judge_hang_up
     read -r -a recipients <<< "$ASKED"
     EXPECTED="no recipient but those in $JUDGE_DOMAINS"
     in_domains "${recipients[@]}" || departs "the account of $JUDGE_DOMAINS was sent mail for $ADDRESS"
@@ -8673,40 +8684,40 @@ judge_provider_5.2.1-e2() {
 judge_provider_5.2.1-e3() {
     local OURS='451 not now' recipients others
     [ -n "$JUDGE_OTHER_USER" ] || not_observable 'there is no --other-user'
-    injects "$JUDGE_FOREIGN"
+    judge_inject "$JUDGE_FOREIGN"
     others=$MESSAGE_ID
-    JUDGE_USER=$JUDGE_OTHER_USER JUDGE_SECRET_FILE=$JUDGE_OTHER_SECRET logs_in
-    turned "$JUDGE_FOREIGN"
-    receives
-    leaves
+    JUDGE_USER=$JUDGE_OTHER_USER JUDGE_SECRET_FILE=$JUDGE_OTHER_SECRET judge_login
+    judge_turn "$JUDGE_FOREIGN"
+    judge_take_mail
+    judge_hang_up
     [ "$TAKEN" -gt 0 ] || not_observable "the other account got no mail: ${COMMANDS:-nothing}"
     OURS='250 OK'
-    injects "$FIRST"
-    logs_in
-    turned
-    receives
-    leaves
+    judge_inject "$FIRST"
+    judge_login
+    judge_turn
+    judge_take_mail
+    judge_hang_up
     read -r -a recipients <<< "$ASKED"
     EXPECTED="no recipient but those in $JUDGE_DOMAINS"
     in_domains "${recipients[@]}" ||
         departs "the account of $JUDGE_DOMAINS was sent what another had deferred: $ADDRESS"
-    JUDGE_USER=$JUDGE_OTHER_USER JUDGE_SECRET_FILE=$JUDGE_OTHER_SECRET logs_in
+    JUDGE_USER=$JUDGE_OTHER_USER JUDGE_SECRET_FILE=$JUDGE_OTHER_SECRET judge_login
     MESSAGE_ID=$others
-    turns "$JUDGE_FOREIGN" || departs "what the other account had deferred $(was_returned): $ANSWER"
-    receives
+    judge_try_turn "$JUDGE_FOREIGN" || departs "what the other account had deferred $(was_returned): $ANSWER"
+    judge_take_mail
     passes
 }
 judge_provider_5.2.1-f() {
     local list
     for list in "$FIRST,$JUDGE_FOREIGN" "$JUDGE_FOREIGN,$FIRST" "$JUDGE_FOREIGN"; do
-        logs_in
-        asks "ATRN $list" 450
-        leaves
+        judge_login
+        judge_ask "ATRN $list" 450
+        judge_hang_up
     done
     passes
 }
 judge_provider_5.2.1-g() {
-    empties
+    judge_empty_queue
     case $CODE in
     453) passes ;;
     250) no_mail_after_250 || not_observable 'other mail is waiting'
@@ -8715,14 +8726,14 @@ judge_provider_5.2.1-g() {
     esac
     departs "$SAID: $ANSWER"
 }
-# After empties: 250 led to EHLO and QUIT; false if mail that is not ours is there.
+# After judge_empty_queue: 250 led to EHLO and QUIT; false if mail that is not ours is there.
 no_mail_after_250() {
     [ "$OTHERS" = 0 ] || return 1
     [[ ${COMMANDS^^} =~ ^(EHLO|HELO)\ QUIT$ ]] ||
         departs "after 250 and without mail came: ${COMMANDS:-the end of the connection}"
 }
 judge_provider_5.2.1-h() {
-    empties
+    judge_empty_queue
     [ "$CODE" = 453 ] && passes 'no mail: 453'
     [ "$CODE" = 250 ] || not_observable "$SAID: $ANSWER"
     no_mail_after_250 || not_observable 'other mail is waiting'
@@ -8731,41 +8742,41 @@ judge_provider_5.2.1-h() {
 # The first session keeps what it has claimed until the second has been answered.
 judge_provider_5.2.1-h2() {
     local one first
-    empties
-    injects "$FIRST"
-    logs_in
-    turned
+    judge_empty_queue
+    judge_inject "$FIRST"
+    judge_login
+    judge_turn
     suspend_line one
-    logs_in
-    asked_for_all "$ATRN_CODES" || departs "while another session has the mail, $SAID: $ANSWER"
+    judge_login
+    judge_try_atrn "$ATRN_CODES" || departs "while another session has the mail, $SAID: $ANSWER"
     first=$CODE
     if [ "$CODE" = 250 ]; then
-        receives
+        judge_take_mail
         EXPECTED='EHLO or HELO, then QUIT'
         [[ ${COMMANDS^^} =~ ^(EHLO|HELO)\  ]] ||
             departs "another session has the mail, and after 250 came: ${COMMANDS:-the end of the connection}"
     fi
-    leaves
+    judge_hang_up
     resume_line one
-    receives
-    leaves
+    judge_take_mail
+    judge_hang_up
     passes "while another session has the mail: $first"
 }
 judge_provider_5.2.1-i() {
-    logs_in
-    gets_past "ATRN $FIRST" "$ATRN_CODES"
-    leaves
-    logs_in
-    asks "ATRN $FIRST" "$ATRN_CODES"
+    judge_login
+    judge_get_past "ATRN $FIRST" "$ATRN_CODES"
+    judge_hang_up
+    judge_login
+    judge_ask "ATRN $FIRST" "$ATRN_CODES"
     if [ "$CODE" = 450 ]; then passes 'the second ATRN in a row: 450'; fi
     passes "the second ATRN in a row: $CODE"
 }
 judge_provider_5.2.1-j() {
-    injects "$FIRST"
-    logs_in
-    turns "$JUDGE_DOMAINS" ||
+    judge_inject "$FIRST"
+    judge_login
+    judge_try_turn "$JUDGE_DOMAINS" ||
         { [ "$CODE" != 450 ] || not_observable "$SAID: $ANSWER"; departs "mail waits, and $SAID: $ANSWER"; }
-    receives
+    judge_take_mail
     passes
 }
 judge_provider_5.2.1-k() { not_observable 'that access cannot be verified cannot be brought about from here'; }
@@ -8773,32 +8784,32 @@ judge_provider_5.2.1-l() {
     local list seen='' wrong=''
     CODE=
     for list in "$FIRST," "$FIRST, $FIRST" "$FIRST $FIRST" ",$FIRST" localhost "-${FIRST}" "$FIRST/x"; do
-        [[ $CODE =~ ^(450|451|5..)$ ]] || logs_in
-        asked "ATRN $list" '450|451|5..' || [[ $CODE =~ ^(421|closed)$ ]] || wrong+="${wrong:+, }$SAID: $CODE"
+        [[ $CODE =~ ^(450|451|5..)$ ]] || judge_login
+        judge_try "ATRN $list" '450|451|5..' || [[ $CODE =~ ^(421|closed)$ ]] || wrong+="${wrong:+, }$SAID: $CODE"
         seen+="${seen:+, }$SAID: $CODE"
-        if [ "$CODE" = 250 ]; then leaves; fi
+        if [ "$CODE" = 250 ]; then judge_hang_up; fi
     done
-    leaves
+    judge_hang_up
     EXPECTED='450, 451 or 5xx to each of the malformed lists'
     [ -z "$wrong" ] || departs "$wrong"
-    logs_in
-    asked "atrn a-b.1.$JUDGE_FOREIGN" 450 ||
+    judge_login
+    judge_try "atrn a-b.1.$JUDGE_FOREIGN" 450 ||
         not_observable "$SAID: $ANSWER; 5.2.1-f judges the reply to a foreign domain"
-    asks "ATRN ${FIRST^^}" '250|450|451|453'
+    judge_ask "ATRN ${FIRST^^}" '250|450|451|453'
     passes "$seen"
 }
 judge_provider_5.3-a() {
-    injects "$FIRST"
-    logs_in
-    turned
-    quiet 1 || departs "before the customer's greeting came: $HEARD"
-    receives
+    judge_inject "$FIRST"
+    judge_login
+    judge_turn
+    judge_silent 1 || departs "before the customer's greeting came: $HEARD"
+    judge_take_mail
     [ -n "$COMMANDS" ] || departs 'after the greeting it closed the connection'
     passes
 }
 judge_provider_5.3-c() {
-    injects "$FIRST"
-    fetches
+    judge_inject "$FIRST"
+    judge_fetch
     [[ ${COMMANDS^^} =~ ^(EHLO|HELO)\  ]] || departs "after the greeting came: $COMMANDS"
     [[ ${RECIPIENTS,,} == *"<judge@${FIRST,,}>"* ]] || departs "the recipient judge@$FIRST has become$RECIPIENTS"
     [ "$TEXT_OF_OURS" = $'A line.\n..a dot before it\n..\nThe end.\n' ] ||
@@ -8807,33 +8818,33 @@ judge_provider_5.3-c() {
 }
 judge_provider_5.4-a() {
     local command seen=
-    joins
+    judge_open_session
     for command in NOOP VRFY 'MAIL FROM:<>' TURN FROBNICATE; do
-        asked "$command" ... || true
+        judge_try "$command" ... || true
         seen+="${seen:+, }${command%% *} $CODE"
         [ "$CODE" != closed ] || break
     done
     passes "$seen"
 }
 judge_provider_6-a() {
-    joins
-    gets_past "AUTH $JUDGE_MECHANISM" 334
+    judge_open_session
+    judge_get_past "AUTH $JUDGE_MECHANISM" 334
     [[ $ANSWER =~ ^334\ ?$ || $ANSWER != *[[:blank:]] ]] || departs 'the base64 of its challenge has a blank behind it'
-    leaves
-    injects "$FIRST"
-    fetches
+    judge_hang_up
+    judge_inject "$FIRST"
+    judge_fetch
     [[ " ${COMMANDS^^} " =~ ^\ (EHLO|HELO)\ .*MAIL\ RCPT\ .*QUIT\ $ ]] ||
         departs "the commands of the reversed session: $COMMANDS"
     passes
 }
 judge_provider_7-a() {
-    joins
-    asked ATRN 530 || not_observable "$SAID: $ANSWER: see 5.2.1-b"
-    leaves
-    logs_in
-    asked "ATRN $JUDGE_FOREIGN" 450 || not_observable "$SAID: $ANSWER: see 5.2.1-f"
-    leaves
-    empties
+    judge_open_session
+    judge_try ATRN 530 || not_observable "$SAID: $ANSWER: see 5.2.1-b"
+    judge_hang_up
+    judge_login
+    judge_try "ATRN $JUDGE_FOREIGN" 450 || not_observable "$SAID: $ANSWER: see 5.2.1-f"
+    judge_hang_up
+    judge_empty_queue
     EXPECTED='530 only before the log-in'
     [ "$CODE" != 530 ] || departs "after the log-in, $SAID: $ANSWER"
     [[ $CODE =~ ^($ATRN_CODES)$ ]] || not_observable "$SAID: $ANSWER: see 5.2.1-g"
@@ -8841,9 +8852,9 @@ judge_provider_7-a() {
 }
 judge_provider_8-a() { not_observable 'this is one address, and others are not tried'; }
 judge_provider_8-b() {
-    joins
+    judge_open_session
     offers AUTH || not_observable 'EHLO does not list AUTH: see 5.1.1-b'
-    asks 'AUTH X-NO-SUCH-MECHANISM' '[45]..|closed'
+    judge_ask 'AUTH X-NO-SUCH-MECHANISM' '[45]..|closed'
     passes
 }
 
@@ -8856,10 +8867,10 @@ JUDGE_CHALLENGE=PDE4OTYuNjk3MTcwOTUyQGp1ZGdlLmV4YW1wbGU+ # <1896.697170952@judge
 
 next_scene() { : > "$T/scene.$SCENE"; exit 0; }
 
-# provides: the provider's part until a valid ATRN has come, in ATRN; false if the customer has left before, and
-# WENT tells after what. AUTH lists MECHANISMS; CHOSEN is the first command AUTH and RESPONSE the last response.
+# judge_try_until_atrn: the provider's part until a valid ATRN has come, in ATRN; false if the customer has left before,
+# and WENT tells after what. AUTH lists MECHANISMS; CHOSEN is the first command AUTH and RESPONSE the last response.
 # VERDICT_ON_AUTH refuses even the right one.
-provides() {
+judge_try_until_atrn() {
     local lines
     trap '' PIPE
     DEADLINE=$((SECONDS + PATIENCE * 6))
@@ -8867,158 +8878,159 @@ provides() {
     record -- connected
     CHOSEN='' RESPONSE='' WENT='it was connected' LOGGED_IN='' UNTIL_TLS=
     [ "$JUDGE_TLS" != starttls ] || UNTIL_TLS=1
-    tells '220 judge.example ready'
+    judge_say '220 judge.example ready'
     for ((lines = 0; lines < 100; lines++)); do
-        hears || return 1
+        judge_hear || return 1
         WENT="\"$HEARD\""
         case ${HEARD^^} in
-        EHLO\ *) provider_offers ;;
-        HELO\ *) tells '250 judge.example' ;;
-        STARTTLS) if [ "$UNTIL_TLS" ]; then UNTIL_TLS=; provider_becomes_tls; else tells '502 not known here'; fi ;;
-        AUTH\ *) if [ "$UNTIL_TLS" ]; then tells '538 STARTTLS first'; continue; fi
-            CHOSEN=${CHOSEN:-$HEARD}; authenticates || return 1 ;;
+        EHLO\ *) judge_offer ;;
+        HELO\ *) judge_say '250 judge.example' ;;
+        STARTTLS) if [ "$UNTIL_TLS" ]; then UNTIL_TLS=; judge_start_tls; else judge_say '502 not known here'; fi ;;
+        AUTH\ *) if [ "$UNTIL_TLS" ]; then judge_say '538 STARTTLS first'; continue; fi
+            CHOSEN=${CHOSEN:-$HEARD}; judge_authenticate || return 1 ;;
         ATRN | ATRN\ *) ATRN=$HEARD; [ -z "$LOGGED_IN" ] || return 0; TOO_EARLY=1
-        tells '530 Authentication required' ;;
-        QUIT) tells '221 judge.example'; return 1 ;;
-        NOOP* | RSET) tells '250 OK' ;;
-        *) tells '502 not known here' ;;
+        judge_say '530 Authentication required' ;;
+        QUIT) judge_say '221 judge.example'; return 1 ;;
+        NOOP* | RSET) judge_say '250 OK' ;;
+        *) judge_say '502 not known here' ;;
         esac
     done
     return 1
 }
 # A provider may offer AUTH inside TLS only (RFC 4954, 4).
-provider_offers() {
-    tells '250-judge.example'
-    if [ "$UNTIL_TLS" ]; then tells '250-STARTTLS'; else tells "250-AUTH ${MECHANISMS:-$JUDGE_MECHANISM}"; fi
-    tells '250 ATRN'
+judge_offer() {
+    judge_say '250-judge.example'
+    if [ "$UNTIL_TLS" ]; then judge_say '250-STARTTLS'; else judge_say "250-AUTH ${MECHANISMS:-$JUDGE_MECHANISM}"; fi
+    judge_say '250 ATRN'
 }
-# authenticates: the server's half of the mechanisms that the judge knows. EXTERNAL takes whatever certificate the TLS
-# took, which is any, or none.
-authenticates() {
+# judge_authenticate: the server's half of the mechanisms that the judge knows. EXTERNAL takes whatever certificate the
+# TLS took, which is any, or none.
+judge_authenticate() {
     local name initial
     without_blanks "${HEARD#* }"
     name=${TEXT%% *} initial=${TEXT#* }
     [ "$initial" != "$TEXT" ] || initial=
-    if [[ " ${MECHANISMS:-$JUDGE_MECHANISM} " != *" ${name^^} "* ]]; then tells '504 not here'; return 0; fi
+    if [[ " ${MECHANISMS:-$JUDGE_MECHANISM} " != *" ${name^^} "* ]]; then judge_say '504 not here'; return 0; fi
     case ${name^^} in
     CRAM-MD5)
-        [ -z "$initial" ] || { tells '501 no initial response'; return 0; }
-        challenges "$JUDGE_CHALLENGE" || return 1
-        has_authenticated "$JUDGE_RIGHT_RESPONSE" ;;
+        [ -z "$initial" ] || { judge_say '501 no initial response'; return 0; }
+        judge_challenge "$JUDGE_CHALLENGE" || return 1
+        judge_reply_to_response "$JUDGE_RIGHT_RESPONSE" ;;
     PLAIN)
         RESPONSE=$initial
-        [ -n "$initial" ] || challenges '' || return 1
+        [ -n "$initial" ] || judge_challenge '' || return 1
         RESPONSE=$(unb64 "$RESPONSE" 2> /dev/null | tr '\0' '\n')
         TEXT=$RESPONSE
         [[ $TEXT != "$JUDGE_USER"$'\n'"$JUDGE_USER"$'\n'* ]] || TEXT=${TEXT#*$'\n'}
         TEXT=${TEXT#$'\n'}
-        has_authenticated "$JUDGE_USER"$'\n'tanstaaf "$TEXT" ;;
+        judge_reply_to_response "$JUDGE_USER"$'\n'tanstaaf "$TEXT" ;;
     EXTERNAL)
         RESPONSE=$initial
-        [ -n "$initial" ] || challenges '' || return 1
+        [ -n "$initial" ] || judge_challenge '' || return 1
         from_base64 "${RESPONSE#=}"
-        has_authenticated "$TEXT" "${TEXT:-}" ;;
-    SCRAM-SHA-256) authenticates_by_scram "$initial" ;;
-    *) tells '504 not here' ;;
+        judge_reply_to_response "$TEXT" "${TEXT:-}" ;;
+    SCRAM-SHA-256) judge_authenticate_by_scram "$initial" ;;
+    *) judge_say '504 not here' ;;
     esac
 }
-# challenges CHALLENGE: its answer into RESPONSE.
-challenges() {
-    tells "334 $1"
-    hears || return 1
+# judge_challenge CHALLENGE: its answer into RESPONSE.
+judge_challenge() {
+    judge_say "334 $1"
+    judge_hear || return 1
     RESPONSE=$HEARD WENT='its response'
 }
-# has_authenticated RIGHT [RESPONSE]
-has_authenticated() {
+# judge_reply_to_response RIGHT [RESPONSE]
+judge_reply_to_response() {
     without_blanks "${2-$RESPONSE}"
     if [ -z "${VERDICT_ON_AUTH:-}" ] && [ "$TEXT" = "$1" ]; then
         LOGGED_IN=1
-        tells '235 now authenticated'
+        judge_say '235 now authenticated'
     else
-        tells "${VERDICT_ON_AUTH:-535 not with this response}"
+        judge_say "${VERDICT_ON_AUTH:-535 not with this response}"
     fi
 }
-authenticates_by_scram() {
+judge_authenticate_by_scram() {
     local header bare first final
     RESPONSE=$1
-    [ -n "$1" ] || challenges '' || return 1
+    [ -n "$1" ] || judge_challenge '' || return 1
     from_base64 "$RESPONSE"
     header=${TEXT%"${TEXT#[ny],*,}"} bare=${TEXT#"${TEXT%"${TEXT#[ny],*,}"}"}
-    [[ $header =~ ^[ny],[^,]*,$ && $bare =~ ^n=[^,]+,r=([^,]+) ]] || { tells '535 no SCRAM'; return 0; }
+    [[ $header =~ ^[ny],[^,]*,$ && $bare =~ ^n=[^,]+,r=([^,]+) ]] || { judge_say '535 no SCRAM'; return 0; }
     first=r=${BASH_REMATCH[1]}$RANDOM$RANDOM,s=c2l4dGVlbiBvY3RldHMuLg==,i=4096
     as_base64 "$first"
-    challenges "$TEXT" || return 1
+    judge_challenge "$TEXT" || return 1
     from_base64 "$RESPONSE"
     final=${TEXT%,p=*}
     as_base64 "$header"
-    scram_proof tanstaaf "$bare" "$first" "$final"
+    judge_scram tanstaaf "$bare" "$first" "$final"
     if [[ -n ${VERDICT_ON_AUTH:-} || $final != "c=$TEXT,${first%%,*}"* ]] ||
         { from_base64 "$RESPONSE"; [ "${TEXT##*,p=}" != "$PROOF" ]; }; then
-        tells "${VERDICT_ON_AUTH:-535 not with this response}"
+        judge_say "${VERDICT_ON_AUTH:-535 not with this response}"
         return 0
     fi
     as_base64 "v=$SIGNED"
-    challenges "$TEXT" || return 1
-    has_authenticated '' "$RESPONSE"
+    judge_challenge "$TEXT" || return 1
+    judge_reply_to_response '' "$RESPONSE"
 }
-asks_for_mail() { provides || not_observable "it left before ATRN, after $WENT"; }
-# reverses: up to the customer's greeting.
-reverses() {
-    asks_for_mail
-    tells '250 OK now reversing the connection'
-    answers
+judge_until_atrn() { judge_try_until_atrn || not_observable "it left before ATRN, after $WENT"; }
+# judge_hello: what any SMTP server answers. What it offers is in EHLO.
+judge_hello() {
+    if ! judge_try 'EHLO judge.example' 250; then
+        [[ $CODE == 5* ]] || departs "$SAID: $ANSWER"
+        judge_ask 'HELO judge.example' 250
+    fi
+    EHLO=("${LINES[@]:1}")
+}
+# judge_reverse: up to the customer's response to EHLO.
+judge_reverse() {
+    judge_until_atrn
+    judge_say '250 OK now reversing the connection'
+    judge_read_reply
     [ "$CODE" = 220 ] || not_observable "no greeting after 250: $ANSWER"
-}
-
-# hello: what any SMTP server answers.
-hello() {
-    asked 'EHLO judge.example' 250 && return
-    [[ $CODE == 5* ]] || departs "$SAID: $ANSWER"
-    asks 'HELO judge.example' 250
+    judge_hello
 }
 
 # ---- Judging a customer: the rows ----
 
 judge_customer_4-b() {
-    asks_for_mail
-    tells '250 OK now reversing the connection'
-    answers
+    judge_until_atrn
+    judge_say '250 OK now reversing the connection'
+    judge_read_reply
     [ "$CODE" = 220 ] || departs "after 250 came: $ANSWER"
-    hello
-    asks 'MAIL FROM:<judge@example.edu>' 250
-    asked "RCPT TO:<judge@$FIRST>" 25. || passes "its server took no mail for judge@$FIRST: $ANSWER"
-    asks DATA 354
-    writes 'Subject: a message of the judge'
-    say
-    writes 'The end.'
-    asked . '2..' || passes "its server did not take the message: $ANSWER"
-    asks QUIT 221
+    judge_hello
+    judge_ask 'MAIL FROM:<judge@example.edu>' 250
+    judge_try "RCPT TO:<judge@$FIRST>" 25. || passes "its server took no mail for judge@$FIRST: $ANSWER"
+    judge_ask DATA 354
+    judge_write 'Subject: a message of the judge'
+    judge_write ''
+    judge_write 'The end.'
+    judge_try . '2..' || passes "its server did not take the message: $ANSWER"
+    judge_ask QUIT 221
     passes
 }
 judge_customer_5-a() {
     local TOO_EARLY=
     if [ "$SCENE" = 1 ]; then
-        VERDICT_ON_AUTH='535 refused' provides || true
+        VERDICT_ON_AUTH='535 refused' judge_try_until_atrn || true
         [ -n "$CHOSEN" ] || not_observable "it left before AUTH, after $WENT"
         [ -z "$TOO_EARLY" ] || departs "AUTH was refused with 535, and it said \"$ATRN\""
         next_scene
     fi
-    asks_for_mail
-    tells '453 You have no mail'
-    if ! hears; then passes 'after 453 it closed the connection without QUIT'; fi
+    judge_until_atrn
+    judge_say '453 You have no mail'
+    if ! judge_hear; then passes 'after 453 it closed the connection without QUIT'; fi
     [[ $HEARD != 220* ]] || departs "after 453 it took the roles for reversed: $HEARD"
-    tells '221 judge.example'
+    judge_say '221 judge.example'
     passes
 }
 judge_customer_5-b() {
-    reverses
-    hello
-    quiet 1 || departs "the provider had not said QUIT, and came: $HEARD"
-    asks QUIT 221
+    judge_reverse
+    judge_silent 1 || departs "the provider had not said QUIT, and came: $HEARD"
+    judge_ask QUIT 221
     passes
 }
 judge_customer_5.1.2-a() {
-    provides || true
+    judge_try_until_atrn || true
     [ -n "$CHOSEN" ] || departs "it left without AUTH, after $WENT"
     [[ ${CHOSEN^^} =~ ^AUTH\ $JUDGE_MECHANISM(\ .*)?$ ]] ||
         departs "$JUDGE_MECHANISM is offered, and it said \"$CHOSEN\""
@@ -9028,7 +9040,7 @@ judge_customer_5.1.2-a() {
 }
 judge_customer_5.1.2-c() {
     local MECHANISMS=CRAM-MD5
-    if provides; then passes; fi
+    if judge_try_until_atrn; then passes; fi
     [ -n "$CHOSEN" ] || departs "CRAM-MD5 is offered, and it left without AUTH, after $WENT"
     [ -n "$LOGGED_IN" ] ||
         departs "its response to CRAM-MD5 was not the right one: $(unb64 "$RESPONSE" 2> /dev/null | tr -d '\0')"
@@ -9036,7 +9048,7 @@ judge_customer_5.1.2-c() {
 }
 judge_customer_5.1.2-d() {
     local MECHANISMS='SCRAM-SHA-256 SCRAM-SHA-1 DIGEST-MD5 CRAM-MD5 PLAIN LOGIN EXTERNAL' chosen
-    provides || true
+    judge_try_until_atrn || true
     [ -n "$CHOSEN" ] || not_observable "it left without AUTH, after $WENT"
     read -r _ chosen _ <<< "$CHOSEN"
     local -A where=([clear]='in the clear' [starttls]='after STARTTLS' [tls]='inside TLS')
@@ -9044,59 +9056,54 @@ judge_customer_5.1.2-d() {
 }
 judge_customer_5.1.2-f() {
     local MECHANISMS=EXTERNAL
-    provides || true
+    judge_try_until_atrn || true
     if [[ ${CHOSEN^^} == 'AUTH EXTERNAL'* ]]; then passes "\"$CHOSEN\""; fi
     CHOSEN=${CHOSEN:+\"$CHOSEN\"}
     not_observable "EXTERNAL alone was on offer, and it said ${CHOSEN:-nothing}"
 }
 judge_customer_5.2.1-c() {
-    asks_for_mail
+    judge_until_atrn
     local start=${EPOCHREALTIME/./} tenths
-    if ! quiet "$JUDGE_ATRN_WAIT"; then
+    if ! judge_silent "$JUDGE_ATRN_WAIT"; then
         tenths=$(((${EPOCHREALTIME/./} - start) / 100000))
         # A customer counts from when it sent ATRN, or from when it connected.
         [ "$tenths" -lt 5980 ] || passes "it waited $((tenths / 10)).$((tenths % 10)) s"
         EXPECTED='it waits 600 s'
         departs "ATRN had no answer yet, and after $((tenths / 10)).$((tenths % 10)) s came: $HEARD"
     fi
-    tells '453 You have no mail'
+    judge_say '453 You have no mail'
     [ "$JUDGE_ATRN_WAIT" -ge 600 ] && passes "silent for $JUDGE_ATRN_WAIT s, and it waited"
     not_observable "silent for $JUDGE_ATRN_WAIT s, and it waited; --atrn-wait 600 decides"
 }
 judge_customer_5.2.1-l() {
     local label='[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?'
     local domain="$label(\.$label)+"
-    asks_for_mail
+    judge_until_atrn
     [[ $ATRN =~ ^[Aa][Tt][Rr][Nn](\ $domain(,$domain)*)?$ ]] || departs "it said \"$ATRN\""
     passes "\"$ATRN\""
 }
 judge_customer_5.3-a() {
-    asks_for_mail
-    tells '250 OK now reversing the connection'
-    answers
+    judge_until_atrn
+    judge_say '250 OK now reversing the connection'
+    judge_read_reply
     [[ $CODE =~ ^[2-5] ]] || departs "after 250 came: $ANSWER"
-    hello
-    asks RSET 250
+    judge_hello
+    judge_ask RSET 250
     passes
 }
-# says_hello: hello, and what was offered is in EHLO.
-says_hello() {
-    hello
-    EHLO=("${LINES[@]:1}")
+# judge_send TEXT [PARAMETERS]: a message for judge at FIRST; its last reply is in CODE.
+judge_send() {
+    judge_ask "MAIL FROM:<judge@example.edu>${2:-}" 250
+    judge_try "RCPT TO:<judge@$FIRST>" 25. || not_observable "its server takes no mail for judge@$FIRST: $ANSWER"
+    judge_ask DATA 354
+    judge_write "Subject: $JUDGE_TOKEN"
+    judge_write ''
+    judge_write "${1//$'\n'/$'\r\n'}"
+    judge_try . '2..'
 }
-# sends_text TEXT [PARAMETERS]: a message for judge at FIRST; its last reply is in CODE.
-sends_text() {
-    asks "MAIL FROM:<judge@example.edu>${2:-}" 250
-    asked "RCPT TO:<judge@$FIRST>" 25. || not_observable "its server takes no mail for judge@$FIRST: $ANSWER"
-    asks DATA 354
-    writes "Subject: $JUDGE_TOKEN"
-    say
-    writes "${1//$'\n'/$'\r\n'}"
-    asked . '2..'
-}
-# stored_with TEXT: how many files of the customer's scratch directory have it, into STORED. Those that are still being
-# written, in a directory tmp, do not count.
-stored_with() {
+# judge_count_stored TEXT: how many files of the customer's scratch directory have it, into STORED. Those that are still
+# being written, in a directory tmp, do not count.
+judge_count_stored() {
     local try
     for try in {1..5}; do
         STORED=$(cd "$T/scratch" && grep -rlF -e "$1" . | grep -vc /tmp/)
@@ -9106,115 +9113,112 @@ stored_with() {
 }
 judge_customer_5.3-a2() {
     local n
-    reverses
-    says_hello
+    judge_reverse
     for n in 1 2 3; do
-        sends_text "Message <$n> of this row." && continue
+        judge_send "Message <$n> of this row." && continue
         [ "$n" != 1 ] || not_observable "its server did not take the message: $ANSWER"
         departs "message $n: $ANSWER"
     done
-    asks QUIT 221
-    stored_with '> of this row.'
+    judge_ask QUIT 221
+    judge_count_stored '> of this row.'
     [ "$STORED" != 0 ] || passes 'three messages were taken; where they are stored is not seen'
     EXPECTED='each of 3 messages once'
     for n in 1 2 3; do
-        stored_with "Message <$n> of this row."
+        judge_count_stored "Message <$n> of this row."
         [ "$STORED" = 1 ] || departs "message $n was taken and is stored $STORED times"
     done
     passes
 }
 judge_customer_5.3-a3() {
     local text=$'Subject: x\r\n\r\n.one\r\n..two dots\r\n' seen=
-    reverses
-    says_hello
+    judge_reverse
     if offers PIPELINING; then
         printf 'MAIL FROM:<judge@example.edu>\r\nRCPT TO:<judge@%s>\r\nDATA\r\n' "$FIRST" >&"${LINE_OUT:-$LINE}"
         SAID='MAIL, RCPT and DATA at once' EXPECTED='250, 250, 354'
-        answers
+        judge_read_reply
         [ "$CODE" = 250 ] || departs "$SAID: MAIL: $ANSWER"
-        answers
+        judge_read_reply
         [[ $CODE == 25? ]] || not_observable "its server takes no mail for judge@$FIRST: $ANSWER"
-        answers
+        judge_read_reply
         [ "$CODE" = 354 ] || departs "$SAID: DATA: $ANSWER"
-        writes $'Subject: x\r\n\r\nPipelined.'
-        asks . 250
+        judge_write $'Subject: x\r\n\r\nPipelined.'
+        judge_ask . 250
         seen='PIPELINING'
     fi
     if offers CHUNKING; then
-        asks 'MAIL FROM:<judge@example.edu>' 250
-        asked "RCPT TO:<judge@$FIRST>" 25. || not_observable "its server takes no mail for judge@$FIRST: $ANSWER"
+        judge_ask 'MAIL FROM:<judge@example.edu>' 250
+        judge_try "RCPT TO:<judge@$FIRST>" 25. || not_observable "its server takes no mail for judge@$FIRST: $ANSWER"
         printf 'BDAT %d\r\n%s' ${#text} "$text" >&"${LINE_OUT:-$LINE}"
         SAID='BDAT' EXPECTED=250
-        answers
+        judge_read_reply
         [ "$CODE" = 250 ] || departs "BDAT: $ANSWER"
-        asks 'BDAT 0 LAST' 250
-        stored_with '.two dots'
-        [ "$STORED" = 0 ] || { stored_with '..two dots'; [ "$STORED" != 0 ] || departs 'a dot of BDAT was taken away'; }
+        judge_ask 'BDAT 0 LAST' 250
+        judge_count_stored '.two dots'
+        if [ "$STORED" != 0 ]; then
+            judge_count_stored '..two dots'
+            [ "$STORED" != 0 ] || departs 'a dot of BDAT was taken away'
+        fi
         seen+="${seen:+ and }CHUNKING"
     fi
-    asks QUIT 221
+    judge_ask QUIT 221
     passes "${seen:-neither PIPELINING nor CHUNKING} offered"
 }
 # In the first scene the connection ends in the middle of the second message.
 judge_customer_5.3-a4() {
     if [ "$SCENE" = 1 ]; then
-        reverses
-        says_hello
-        sends_text 'Message <1> of this row, whole.' || not_observable "its server did not take the message: $ANSWER"
-        asks 'MAIL FROM:<judge@example.edu>' 250
-        asks "RCPT TO:<judge@$FIRST>" 25.
-        asks DATA 354
-        writes $'Subject: x\r\n\r\nMessage <2> of this row, and'
+        judge_reverse
+        judge_send 'Message <1> of this row, whole.' || not_observable "its server did not take the message: $ANSWER"
+        judge_ask 'MAIL FROM:<judge@example.edu>' 250
+        judge_ask "RCPT TO:<judge@$FIRST>" 25.
+        judge_ask DATA 354
+        judge_write $'Subject: x\r\n\r\nMessage <2> of this row, and'
         next_scene
     fi
-    provides || true
-    tells '453 You have no mail'
-    stored_with 'Message <1> of this row'
+    judge_try_until_atrn || true
+    judge_say '453 You have no mail'
+    judge_count_stored 'Message <1> of this row'
     [ "$STORED" != 0 ] || not_observable 'where messages are stored is not seen'
-    stored_with 'Message <2> of this row'
+    judge_count_stored 'Message <2> of this row'
     [ "$STORED" = 0 ] || departs 'a message that was cut off is stored as if it were whole'
     passes
 }
 judge_customer_5.3-a5() {
-    reverses
-    says_hello
+    judge_reverse
     offers 8BITMIME || passes '8BITMIME is not offered'
-    sends_text $'M\xc3\xbcll \xff of this row' ' BODY=8BITMIME' ||
+    judge_send $'M\xc3\xbcll \xff of this row' ' BODY=8BITMIME' ||
         not_observable "its server did not take the message: $ANSWER"
-    asks QUIT 221
-    stored_with "$JUDGE_TOKEN"
+    judge_ask QUIT 221
+    judge_count_stored "$JUDGE_TOKEN"
     [ "$STORED" != 0 ] || passes 'it was taken; where it is stored is not seen'
-    stored_with $'M\xc3\xbcll \xff of this row'
+    judge_count_stored $'M\xc3\xbcll \xff of this row'
     [ "$STORED" != 0 ] || departs '8-bit octets of a message with BODY=8BITMIME came out changed'
     passes
 }
 # If two servers disagree about the end of a message, mail can be smuggled.
 judge_customer_5.3-a6() {
-    reverses
-    says_hello
-    asks 'MAIL FROM:<judge@example.edu>' 250
-    asked "RCPT TO:<judge@$FIRST>" 25. || not_observable "its server takes no mail for judge@$FIRST: $ANSWER"
-    asks DATA 354
+    judge_reverse
+    judge_ask 'MAIL FROM:<judge@example.edu>' 250
+    judge_try "RCPT TO:<judge@$FIRST>" 25. || not_observable "its server takes no mail for judge@$FIRST: $ANSWER"
+    judge_ask DATA 354
     printf 'Subject: x\r\n\r\nA line.\n.\nRSET\r\n' >&"${LINE_OUT:-$LINE}"
     SAID='LF, a dot, LF' EXPECTED='no reply before CRLF, a dot, CRLF'
-    quiet 1 || departs "LF, a dot, LF was taken for the end of a message: $HEARD"
-    asked . '[245]..' || departs "$SAID: $ANSWER"
+    judge_silent 1 || departs "LF, a dot, LF was taken for the end of a message: $HEARD"
+    judge_try . '[245]..' || departs "$SAID: $ANSWER"
     passes "a message with LF alone: $CODE"
 }
 judge_customer_5.3-a7() {
-    reverses
-    says_hello
-    asks 'MAIL FROM:<judge@example.edu>' 250
-    asked 'RCPT TO:<judge@not-asked-for.example>' '[245]..' || departs "$SAID: $ANSWER"
+    judge_reverse
+    judge_ask 'MAIL FROM:<judge@example.edu>' 250
+    judge_try 'RCPT TO:<judge@not-asked-for.example>' '[245]..' || departs "$SAID: $ANSWER"
     passes "for a domain that it did not ask for: $CODE"
 }
 # A server that waits for EHLO where it should greet answers when EHLO comes.
 judge_customer_5.3-b() {
-    asks_for_mail
-    tells '250 OK now reversing the connection'
-    if quiet "$PATIENCE"; then
-        tells 'EHLO judge.example'
-        answers
+    judge_until_atrn
+    judge_say '250 OK now reversing the connection'
+    if judge_silent "$PATIENCE"; then
+        judge_say 'EHLO judge.example'
+        judge_read_reply
         departs "$PATIENCE s after 250 no greeting had come; to EHLO it said: $ANSWER"
     fi
     [[ $HEARD =~ ^220([ -]|$) ]] || departs "after 250 came: $HEARD"
@@ -9222,24 +9226,23 @@ judge_customer_5.3-b() {
 }
 judge_customer_6-a() {
     local command
-    reverses
+    judge_reverse
     [[ $JUDGE_MECHANISM != CRAM-MD5 || $RESPONSE != *[[:blank:]] ]] ||
         departs 'the base64 of its response has a blank behind it'
-    hello
     for command in 'MAIL FROM: <judge@example.edu>' "RCPT TO: <judge@$FIRST>"; do
-        asked "$command" '25.' && continue
+        judge_try "$command" '25.' && continue
         departs_if_only_the_blank "$command" "$ANSWER"
     done
     passes
 }
 # departs_if_only_the_blank COMMAND REPLY: with the blank it was refused; without it, too?
 departs_if_only_the_blank() {
-    gets_past "${1/: </:<}" '25.'
+    judge_get_past "${1/: </:<}" '25.'
     departs "\"$1\": $2"
 }
 judge_customer_8-b() {
     local MECHANISMS="X-STRONGER $JUDGE_MECHANISM"
-    if provides; then passes; fi
+    if judge_try_until_atrn; then passes; fi
     departs "X-STRONGER and $JUDGE_MECHANISM are offered, and it left after $WENT"
 }
 
@@ -9251,10 +9254,10 @@ judge_row() {
     trap 'kill -9 "${STARTED[@]}" 2> /dev/null; wait 2> /dev/null' EXIT
     fail() { not_observable "the suite itself: $*"; }
     DEADLINE=$((SECONDS + PATIENCE * 6))
-    if [ "$1" = provider ]; then "judge_provider_$2"; else customer_faces "judge_customer_$2"; fi
+    if [ "$1" = provider ]; then "judge_provider_$2"; else run_scenes "judge_customer_$2"; fi
 }
-# customer_faces FUNCTION: starts the customer, once for each scene, and waits for the verdict on it.
-customer_faces() {
+# run_scenes FUNCTION: starts the customer, once for each scene, and waits for the verdict on it.
+run_scenes() {
     local customer OVER_TLS=
     export SCENE
     [ "$JUDGE_TLS" = clear ] || cp "$JUDGE_DIR/server.pem" "$T/server.pem"
@@ -9531,7 +9534,7 @@ reach_provider() {
 # enter_channel: JUDGE_TLS and JUDGE_MECHANISM, as learned from the provider.
 enter_channel() {
     mkdir "$JUDGE_DIR/learning"
-    ( T=$JUDGE_DIR/learning; STARTED=(); learns_channel ) > "$JUDGE_DIR/learning/log" 2>&1 < /dev/null
+    ( T=$JUDGE_DIR/learning; STARTED=(); judge_learn_channel ) > "$JUDGE_DIR/learning/log" 2>&1 < /dev/null
     if [ -s "$JUDGE_DIR/channel" ]; then
         read -r JUDGE_TLS JUDGE_MECHANISM < "$JUDGE_DIR/channel"
     elif [ "$JUDGE_TLS" != clear ]; then
@@ -9651,7 +9654,7 @@ judge() {
         side=customer target=$PRINTED
         JUDGE_SECRET_FILE=$JUDGE_DIR/secret
         (umask 077; echo tanstaaf > "$JUDGE_SECRET_FILE")
-        cram_answer "$JUDGE_CHALLENGE"
+        judge_cram_response "$JUDGE_CHALLENGE"
         export JUDGE_RIGHT_RESPONSE=$RESPONSE
         JUDGE_MECHANISM=${JUDGE_MECHANISM:-CRAM-MD5}
         [ "$JUDGE_TLS" = clear ] || T=$JUDGE_DIR certificate server /CN=localhost DNS:localhost,IP:127.0.0.1
@@ -9667,8 +9670,8 @@ judge() {
 # ---- The judge, judged -----------------------------------------------------------------------------------
 
 needs_judge() { needs openssl socat perl; missing "perl's Digest::MD5"; }
-# judged CODE OPTION...: the judge, in this shell; its report is in $T/out.
-judged() {
+# run_judge CODE OPTION...: the judge, in this shell; its report is in $T/out.
+run_judge() {
     local wanted=$1 code=0
     shift
     needs_judge
@@ -9676,25 +9679,25 @@ judged() {
     [ "$code" = "$wanted" ] || { cat "$T/out" "$T/err" >&2; fail "exit $code, not $wanted, of the judge: $*"; }
 }
 # The provider in $PORT, queue in $T/queue.
-judged_provider() {
+run_judge_on_provider() {
     local code=$1
     shift
     echo tanstaaf > "$T/secret"
     echo 'another secret: with colons' > "$T/other"
-    judged "$code" --provider "127.0.0.1:$PORT" --user example.org --secret-file "$T/secret" \
+    run_judge "$code" --provider "127.0.0.1:$PORT" --user example.org --secret-file "$T/secret" \
         --domains example.org,example.com \
         --foreign-domain other.example --inject \
         "'$ODMR' enqueue -q '$T/queue' -f \"\$ODMR_SENDER\" \$ODMR_RECIPIENTS" "$@"
 }
-judged_customer() {
+run_judge_on_customer() {
     local code=$1
     shift
     local command="customer ${TO_CUSTOMER:-} "'-q "$ODMR_SCRATCH/mail" -u "$ODMR_USER" "$ODMR_ADDRESS"'
     command+=' ${ODMR_DOMAINS%,*} ${ODMR_DOMAINS#*,}'
-    judged "$code" --customer "'$ODMR' $command" "$@"
+    run_judge "$code" --customer "'$ODMR' $command" "$@"
 }
-# verdicts VERDICT: the ids that have it, in order.
-verdicts() {
+# rows_with VERDICT: the ids that have it, in order.
+rows_with() {
     awk -v verdict="$1" '/^[4-8][0-9.]*-[a-z][2-9]? / && substr($0, 20, length(verdict)) == verdict {
         print $1 }' "$T/out" | sort | tr '\n' ' '
 }
@@ -9705,9 +9708,9 @@ t_judge_our_provider() {
     notices_into_a_directory
     authority
     provider --cert "$T/server.pem"
-    judged_provider 0 --other-user other --other-secret-file "$T/other" --notice-dir "$T/notices"
-    equal "$(verdicts fail)" ''
-    equal "$(verdicts 'not observable')" '4-a 4-d 5.1.2-f 5.2.1-k 8-a '
+    run_judge_on_provider 0 --other-user other --other-secret-file "$T/other" --notice-dir "$T/notices"
+    equal "$(rows_with fail)" ''
+    equal "$(rows_with 'not observable')" '4-a 4-d 5.1.2-f 5.2.1-k 8-a '
     has "$T/out" '^Asked of the other side: 8\.$'
     equal "$(grep -c '^[4-8][0-9.]*-[a-z][2-9]\? ' "$T/out")" 44
     equal "$(waiting)" 0
@@ -9752,9 +9755,9 @@ in_configuration() {
     shift
     provider "${options[@]}"
     [[ " ${options[*]} " != *' --tls-listen '* ]] || PORT=${PORTS[1]}
-    judged_provider 0 "$@" --other-user other --other-secret-file "$T/other" --only "$BREACHES"
+    run_judge_on_provider 0 "$@" --other-user other --other-secret-file "$T/other" --only "$BREACHES"
     has "$T/out" "^Judged $channel\\.\$"
-    equal "$(verdicts fail)$(verdicts pass)" "${passes//,/ } "
+    equal "$(rows_with fail)$(rows_with pass)" "${passes//,/ } "
     : > passed
 }
 
@@ -9762,34 +9765,34 @@ in_configuration() {
 # not with: SANITIZE, OVER_TLS
 t_judge_verifies_the_certificate() {
     tls_provider --require-tls
-    judged_provider 69
+    run_judge_on_provider 69
     has "$T/err" "^127\\.0\\.0\\.1:$PORT: no TLS that can be trusted: verify error:.*; --ca FILE or --insecure may"
-    judged_provider 0 --insecure --only 5.2.1-b
-    equal "$(verdicts pass)" '5.2.1-b '
+    run_judge_on_provider 0 --insecure --only 5.2.1-b
+    equal "$(rows_with pass)" '5.2.1-b '
 }
 
 # not with: SANITIZE, OVER_TLS, BRIEF
 t_judge_our_customer_over_tls() {
     local TO_CUSTOMER='--ca "$ODMR_CA"'
-    judged_customer 0 --starttls --mechanism SCRAM-SHA-256 --only 5-a,5.1.2-a,5.1.2-c,5.3-a
-    equal "$(verdicts pass)" '5-a 5.1.2-a 5.1.2-c 5.3-a '
-    judged_customer 0 --starttls --mechanism PLAIN --only 5.1.2-a,8-b
-    equal "$(verdicts pass)" '5.1.2-a 8-b '
+    run_judge_on_customer 0 --starttls --mechanism SCRAM-SHA-256 --only 5-a,5.1.2-a,5.1.2-c,5.3-a
+    equal "$(rows_with pass)" '5-a 5.1.2-a 5.1.2-c 5.3-a '
+    run_judge_on_customer 0 --starttls --mechanism PLAIN --only 5.1.2-a,8-b
+    equal "$(rows_with pass)" '5.1.2-a 8-b '
     TO_CUSTOMER+=' --tls'
-    judged_customer 0 --tls --only 5.1.2-a,5.3-b
-    equal "$(verdicts pass)" '5.1.2-a 5.3-b '
+    run_judge_on_customer 0 --tls --only 5.1.2-a,5.3-b
+    equal "$(rows_with pass)" '5.1.2-a 5.3-b '
     TO_CUSTOMER=
-    judged_customer 0 --starttls --only 5.1.2-a
+    run_judge_on_customer 0 --starttls --only 5.1.2-a
     has "$T/out" '^5\.1\.2-a  prose     '
-    equal "$(verdicts pass)" ''
+    equal "$(rows_with pass)" ''
 }
 
 # not with: SANITIZE, OVER_TLS
 t_judge_our_customer() {
-    judged_customer 0 --atrn-wait 2
-    equal "$(verdicts fail)" ''
-    equal "$(verdicts 'not observable')" '5.1.2-f 5.2.1-c '
-    equal "$(verdicts pass)" "4-b 5-a 5-b 5.1.2-a 5.1.2-c 5.1.2-d 5.2.1-l 5.3-a $(printf '5.3-a%d ' {2..7})\
+    run_judge_on_customer 0 --atrn-wait 2
+    equal "$(rows_with fail)" ''
+    equal "$(rows_with 'not observable')" '5.1.2-f 5.2.1-c '
+    equal "$(rows_with pass)" "4-b 5-a 5-b 5.1.2-a 5.1.2-c 5.1.2-d 5.2.1-l 5.3-a $(printf '5.3-a%d ' {2..7})\
 5.3-b 6-a 8-b "
     equal "$(grep -c '^[4-8][0-9.]*-[a-z][2-9]\? ' "$T/out")" 19
     has "$T/out" '^Asked of the other side: 33\.$'
@@ -9817,26 +9820,26 @@ t_judge_options_and_exits() {
     local bad
     provider
     echo wrong > "$T/wrong"
-    judged 0 --provider "127.0.0.1:$PORT" --user other --secret-file "$T/wrong" --domains other.example \
+    run_judge 0 --provider "127.0.0.1:$PORT" --user other --secret-file "$T/wrong" --domains other.example \
         --foreign-domain example.org \
         --only 5.2.1-f,5.3-c
     has "$T/out" '^5\.2\.1-f  MUST      not observable cannot log in by CRAM-MD5: 535 '
     has "$T/out" '^5\.3-c    prose     not observable no mail waits: there is no --inject$'
-    judged 1 --provider "127.0.0.1:$PORT" --user other --secret-file "$T/wrong" --domains other.example \
+    run_judge 1 --provider "127.0.0.1:$PORT" --user other --secret-file "$T/wrong" --domains other.example \
         --foreign-domain example.org --only 5.1.2-c
     has "$T/out" '^5\.1\.2-c  MUST      fail           the right response: 535 '
-    judged 69 --provider 127.0.0.1:1 --user a --secret-file "$T/wrong" --domains a.example --foreign-domain b.example
-    judged 69 --customer 'echo hello'
+    run_judge 69 --provider 127.0.0.1:1 --user a --secret-file "$T/wrong" --domains a.example --foreign-domain b.example
+    run_judge 69 --customer 'echo hello'
     has "$T/err" '^it did not connect; it said: hello$'
     mkdir "$T/bin"
     ln -s "$(type -P sed)" "$T/bin"
-    ( needs_judge() { :; }; PATH=$T/bin; judged 69 --customer true )
+    ( needs_judge() { :; }; PATH=$T/bin; run_judge 69 --customer true )
     has "$T/err" ': openssl is not installed, and the judge needs it$'
     serve peer_busy
-    judged 75 --provider "127.0.0.1:$PORT" --user a --secret-file "$T/wrong" --domains a.example \
+    run_judge 75 --provider "127.0.0.1:$PORT" --user a --secret-file "$T/wrong" --domains a.example \
         --foreign-domain b.example
     while read -r bad; do
-        eval "judged 64 $bad"
+        eval "run_judge 64 $bad"
         has "$T/err" '^usage: '
     done << 'END'
 --frob
@@ -9865,10 +9868,10 @@ END
 t_judge_prints_nothing_raw() {
     serve peer_hostile
     echo x > "$T/secret"
-    judged 1 --provider "127.0.0.1:$PORT" --user a --secret-file "$T/secret" --domains a.example \
+    run_judge 1 --provider "127.0.0.1:$PORT" --user a --secret-file "$T/secret" --domains a.example \
         --foreign-domain b.example --only 5.2.1-b
     has "$T/out" '^5\.2\.1-b  MUST      fail           "ATRN": 503 \\x1b\[2J | <b>\\x5c\\xe9$'
-    judged 1 --provider "127.0.0.1:$PORT" --user a --secret-file "$T/secret" --domains a.example \
+    run_judge 1 --provider "127.0.0.1:$PORT" --user a --secret-file "$T/secret" --domains a.example \
         --foreign-domain b.example --only 5.2.1-b \
         --report markdown
     has "$T/out" '| fail | "ATRN": 503 \\\\x1b\\\[2J \\| &lt;b>\\\\x5c\\\\xe9 | 530 |$'
@@ -9890,7 +9893,7 @@ t_judge_report_stands_alone() {
         --foreign-domain b.example --only 5.2.1-b,5.3-b --inject "echo it's"
     version=$(sed -n 's/^#define ODMR_VERSION "\(.*\)"/\1/p' "$here/odmr.h")
     mkdir "$T/transcript"
-    judged 1 "$@" --transcript "$T/transcript"
+    run_judge 1 "$@" --transcript "$T/transcript"
     has "$T/out" "^Command: \./test_odmr\.sh --provider 127\.0\.0\.1:$PORT .* --inject 'echo it'\\\\''s'"
     has "$T/out" "^Judged on 20[0-9T:-]*Z by test_odmr\.sh of odmr $version\.\$"
     has "$T/out" '^         5\.2\.1: .*ATRN'
@@ -9898,9 +9901,9 @@ t_judge_report_stands_alone() {
     has "$T/out" '^Asked of the other side: 1\.$'
     has "$T/transcript/5.2.1-b" '^> ATRN$'
     has "$T/transcript/5.2.1-b" '^< 503 \\x1b'
-    judged 1 "$@" --report markdown
+    run_judge 1 "$@" --report markdown
     has "$T/out" "^Command: \`\./test_odmr\.sh .*\`\$"
-    judged 1 "$@" --report json
+    run_judge 1 "$@" --report json
     perl -MJSON::PP -e 'my $r = decode_json(join "", <STDIN>); my $row = $r->{rows}[0];
         $row->{id} eq "5.2.1-b" && $row->{verdict} eq "fail" && $row->{expected} eq "530" &&
             $row->{seen} eq q("ATRN": 503 \x1b[2J | <b>\x5c\xe9) && $row->{requirement} =~ /ATRN/ &&
@@ -9912,8 +9915,8 @@ t_judge_report_stands_alone() {
 t_judge_takes_only_its_own() {
     provider
     put_letter one 1.a a@example.edu eva@example.org
-    judged_provider 0 --only 4-e,5.2.1-g,5.2.1-h
-    equal "$(verdicts pass)" '4-e '
+    run_judge_on_provider 0 --only 4-e,5.2.1-g,5.2.1-h
+    equal "$(rows_with pass)" '4-e '
     has "$T/out" '^5\.2\.1-g  prose     not observable other mail is waiting$'
     equal "$(waiting)" 1
 }
@@ -9924,14 +9927,14 @@ t_judge_waits_for_nobody_without_end() {
     local JUDGE_PATIENCE=3
     serve peer_mute
     echo x > "$T/secret"
-    judged 0 --provider "127.0.0.1:$PORT" --user a --secret-file "$T/secret" --domains a.example \
+    run_judge 0 --provider "127.0.0.1:$PORT" --user a --secret-file "$T/secret" --domains a.example \
         --foreign-domain b.example --only 5.2.1-b
     has "$T/out" '^5\.2\.1-b  MUST      not observable silent for 3 s after "EHLO a.example"$'
     serve peer_endless
-    judged 0 --provider "127.0.0.1:$PORT" --user a --secret-file "$T/secret" --domains a.example \
+    run_judge 0 --provider "127.0.0.1:$PORT" --user a --secret-file "$T/secret" --domains a.example \
         --foreign-domain b.example --only 5.2.1-b
     has "$T/out" '^5\.2\.1-b  MUST      not observable it took longer than 18 s$'
-    judged 0 --customer 'exec bash -c "exec 3<> /dev/tcp/$ODMR_HOST/$ODMR_PORT; sleep 100"' \
+    run_judge 0 --customer 'exec bash -c "exec 3<> /dev/tcp/$ODMR_HOST/$ODMR_PORT; sleep 100"' \
         --only 5.1.2-c
     has "$T/out" '^5\.1\.2-c  MUST      not observable silent for 3 s after "220 judge.example ready"$'
 }
@@ -10159,11 +10162,11 @@ caught() {
 mutant_provider() {
     rm -rf "$T/queue"
     provider "${MUTANT_OPTIONS[@]}"
-    judged_provider "$1" --only "$2" "${JUDGE_OPTIONS[@]}"
+    run_judge_on_provider "$1" --only "$2" "${JUDGE_OPTIONS[@]}"
     kill -9 "$PROVIDER"
 }
 MUTANT_OPTIONS=() JUDGE_OPTIONS=()
-mutant_customer() { judged_customer "$1" --only "$2" --atrn-wait 3 "${JUDGE_OPTIONS[@]}"; }
+mutant_customer() { run_judge_on_customer "$1" --only "$2" --atrn-wait 3 "${JUDGE_OPTIONS[@]}"; }
 
 # not with: SANITIZE, OVER_TLS, BRIEF
 t_mutants_of_the_provider() {
@@ -10216,9 +10219,9 @@ t_judge_a_lawful_stranger() {
     local ODMR
     mutants LAWFUL_STRANGER
     provider
-    judged_provider 0
-    equal "$(verdicts fail)" ''
-    equal "$(verdicts 'not observable')" '4-a 4-d 4-e3 4-e6 5.1.2-f 5.2.1-e3 5.2.1-k 8-a '
+    run_judge_on_provider 0
+    equal "$(rows_with fail)" ''
+    equal "$(rows_with 'not observable')" '4-a 4-d 4-e3 4-e6 5.1.2-f 5.2.1-e3 5.2.1-k 8-a '
     has "$T/out" '^5\.2\.1-g  prose     pass           250, then QUIT (5\.2\.1-h)$'
     has "$T/out" '^5\.2\.1-h  MAY       pass           no mail: 250, then QUIT after EHLO$'
 }
@@ -10339,10 +10342,10 @@ t_judge_a_provider_of_other_making() {
     perl "$T/provider.pl" "$T" & STARTED+=($!)
     until_true [ -s "$T/port" ]
     PORT=$(< "$T/port")
-    judged_provider 0 --inject "sh '$T/inject.sh' '$T'" --notice-dir "$T/notices" \
+    run_judge_on_provider 0 --inject "sh '$T/inject.sh' '$T'" --notice-dir "$T/notices" \
         --other-user other --other-secret-file "$T/other"
-    equal "$(verdicts fail)" ''
-    equal "$(verdicts 'not observable')" '4-a 4-d 4-e3 5.1.2-f 5.2.1-k 8-a '
+    equal "$(rows_with fail)" ''
+    equal "$(rows_with 'not observable')" '4-a 4-d 4-e3 5.1.2-f 5.2.1-k 8-a '
     equal "$(how_many '"$T"/mail/*')" 0
 }
 
@@ -10350,9 +10353,9 @@ t_judge_a_provider_of_other_making() {
 t_judge_a_customer_of_other_making() {
     export PERL5LIB=$T
     lawful_strangers
-    judged 0 --customer "perl '$T/customer.pl'" --atrn-wait 2
-    equal "$(verdicts fail)" ''
-    equal "$(verdicts 'not observable')" '5.1.2-f 5.2.1-c '
+    run_judge 0 --customer "perl '$T/customer.pl'" --atrn-wait 2
+    equal "$(rows_with fail)" ''
+    equal "$(rows_with 'not observable')" '5.1.2-f 5.2.1-c '
 }
 
 # A provider that refuses ATRN without domains fails in the one row about that, and is judged with a domain in the
@@ -10362,9 +10365,9 @@ t_judge_one_cause_is_one_failure() {
     local ODMR
     mutants WITHOUT_BARE_ATRN
     provider
-    judged_provider 0 --only 4-b,4-c,4-e,5.2-a,5.2.1-a,5.2.1-d,5.2.1-g,5.2.1-h,5.3-c,6-a,7-a
-    equal "$(verdicts fail)" '5.2.1-d '
-    equal "$(verdicts 'not observable')" ''
+    run_judge_on_provider 0 --only 4-b,4-c,4-e,5.2-a,5.2.1-a,5.2.1-d,5.2.1-g,5.2.1-h,5.3-c,6-a,7-a
+    equal "$(rows_with fail)" '5.2.1-d '
+    equal "$(rows_with 'not observable')" ''
     has "$T/out" '^ATRN without domains is refused (553 which domain?), so other rows name a domain\.$'
 }
 
