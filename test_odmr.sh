@@ -37,6 +37,7 @@ PATIENCE=${PATIENCE:-20}   # seconds any one thing may take
 #   AROUND                    the command that provider puts before the program, as in AROUND=(prlimit --nofile=30)
 #   LETTER                    if not empty, the subject of the message that put writes; put_letter sets it
 #   OFFER ANSWERS             what take_mail offers in its EHLO response, and what it replies instead of yes
+#   CLIENTS                   if not empty, the options of socat by which serve, over TLS, verifies clients
 #   SIDE LINE_OUT             the side that the test plays, C or P; where it writes, if not to LINE
 # Functions leave these for the test:
 #   T SCRATCH STARTED         its directory; the one above; the processes that end with the test
@@ -546,7 +547,7 @@ serve() {
     local listen=TCP-LISTEN:0
     if [ -n "${OVER_TLS:-}" ]; then
         [ -f "$T/server.pem" ] || authority
-        listen=OPENSSL-LISTEN:0,cert=$T/server.pem,verify=0
+        listen=OPENSSL-LISTEN:0,cert=$T/server.pem,${CLIENTS:-verify=0}
     fi
     [ ! -e "$T/socat.log" ] || rm "$T/socat.log" # an older one says that it listens, too
     socat -d -d "$listen,bind=127.0.0.1,reuseaddr,fork" EXEC:"bash $self --peer $T $1" 2> "$T/socat.log" &
@@ -8024,8 +8025,8 @@ judge_start_tls() {
     mkfifo "$pipe"
     : > "$log"
     exec {LINE_OUT}<> "$pipe"
-    exec {LINE}< <(exec socat -d -d "OPENSSL-LISTEN:0,bind=127.0.0.1,cert=$T/server.pem,verify=0" STDIO < "$pipe" \
-        2> "$log" {LINE_OUT}>&- >&1)
+    exec {LINE}< <(exec socat -d -d "OPENSSL-LISTEN:0,bind=127.0.0.1,cert=$T/server.pem,${CLIENTS:-verify=0}" STDIO \
+        < "$pipe" 2> "$log" {LINE_OUT}>&- >&1)
     STARTED+=($!)
     until_true listens "$log"
     printf '220 go on\r\n' >&1
@@ -8903,8 +8904,8 @@ judge_offer() {
     if [ "$UNTIL_TLS" ]; then judge_say '250-STARTTLS'; else judge_say "250-AUTH ${MECHANISMS:-$JUDGE_MECHANISM}"; fi
     judge_say '250 ATRN'
 }
-# judge_authenticate: the server's half of the mechanisms that the judge knows. EXTERNAL takes whatever certificate the
-# TLS took, which is any, or none.
+# judge_authenticate: the server's half of the mechanisms that the judge knows. For EXTERNAL the TLS
+# has verified the customer's certificate, which is ODMR_CERT.
 judge_authenticate() {
     local name initial
     without_blanks "${HEARD#* }"
@@ -8928,7 +8929,7 @@ judge_authenticate() {
         RESPONSE=$initial
         [ -n "$initial" ] || judge_challenge '' || return 1
         from_base64 "${RESPONSE#=}"
-        judge_reply_to_response "$TEXT" "${TEXT:-}" ;;
+        judge_reply_to_response "$JUDGE_USER" "${TEXT:-$JUDGE_USER}" ;;
     SCRAM-SHA-256) judge_authenticate_by_scram "$initial" ;;
     *) judge_say '504 not here' ;;
     esac
@@ -9041,6 +9042,8 @@ judge_customer_5.1.2-a() {
 judge_customer_5.1.2-c() {
     local MECHANISMS=CRAM-MD5
     if judge_try_until_atrn; then passes; fi
+    [ -n "$CHOSEN" ] || [ "$JUDGE_MECHANISM" != EXTERNAL ] ||
+        not_observable 'it left without AUTH; a customer with a certificate may have no secret'
     [ -n "$CHOSEN" ] || departs "CRAM-MD5 is offered, and it left without AUTH, after $WENT"
     [ -n "$LOGGED_IN" ] ||
         departs "its response to CRAM-MD5 was not the right one: $(unb64 "$RESPONSE" 2> /dev/null | tr -d '\0')"
@@ -9289,8 +9292,9 @@ wait_for_customer() {
 start_customer() {
     [ -d "$T/scratch" ] || mkdir "$T/scratch"
     export ODMR_HOST=127.0.0.1 ODMR_PORT=$PORT ODMR_ADDRESS=127.0.0.1:$PORT ODMR_USER=$JUDGE_USER ODMR_SECRET
-    export ODMR_CA='' ODMR_SECRET_FILE=$JUDGE_SECRET_FILE ODMR_DOMAINS=$JUDGE_DOMAINS ODMR_SCRATCH=$T/scratch
+    export ODMR_CA='' ODMR_CERT='' ODMR_SECRET_FILE=$JUDGE_SECRET_FILE ODMR_DOMAINS=$JUDGE_DOMAINS ODMR_SCRATCH=$T/scratch
     [ "$JUDGE_TLS" = clear ] || ODMR_CA=$JUDGE_DIR/server.crt
+    [ -z "$CLIENTS" ] || ODMR_CERT=$JUDGE_DIR/client.pem
     IFS= read -r ODMR_SECRET < "$JUDGE_SECRET_FILE"
     ODMR_SECRET=${ODMR_SECRET%$'\r'}
     exec timeout -k 1 $((PATIENCE * 5 + JUDGE_ATRN_WAIT)) sh -c "$JUDGE_CUSTOMER" > "$T/customer.log" 2>&1 < /dev/null
@@ -9658,6 +9662,11 @@ judge() {
         export JUDGE_RIGHT_RESPONSE=$RESPONSE
         JUDGE_MECHANISM=${JUDGE_MECHANISM:-CRAM-MD5}
         [ "$JUDGE_TLS" = clear ] || T=$JUDGE_DIR certificate server /CN=localhost DNS:localhost,IP:127.0.0.1
+        export CLIENTS=
+        if [ "$JUDGE_MECHANISM" = EXTERNAL ]; then
+            T=$JUDGE_DIR certificate client "/CN=$JUDGE_USER"
+            CLIENTS=cafile=$JUDGE_DIR/client.crt
+        fi
     else
         target=$JUDGE_HOST:$JUDGE_PORT
         reach_provider
@@ -9785,6 +9794,25 @@ t_judge_our_customer_over_tls() {
     run_judge_on_customer 0 --starttls --only 5.1.2-a
     has "$T/out" '^5\.1\.2-a  prose     '
     equal "$(rows_with pass)" ''
+}
+
+# A customer that logs in with a certificate and has no secret breaks no MUST. Without the certificate it cannot log in.
+# not with: SANITIZE, OVER_TLS, BRIEF
+t_judge_our_customer_with_a_certificate() {
+    local TO_CUSTOMER='--ca "$ODMR_CA" --mechanism EXTERNAL --cert "$ODMR_CERT"'
+    run_judge_on_customer 0 --starttls --mechanism EXTERNAL --atrn-wait 2
+    has "$T/out" '^Judged inside TLS, by STARTTLS, with EXTERNAL\.$'
+    equal "$(rows_with fail)" ''
+    equal "$(rows_with 'not observable')" '5.1.2-c 5.2.1-c '
+    TO_CUSTOMER+=' --tls'
+    run_judge_on_customer 0 --tls --mechanism EXTERNAL --only 5.1.2-a,5.1.2-f,5.3-b
+    equal "$(rows_with pass)" '5.1.2-a 5.1.2-f 5.3-b '
+    TO_CUSTOMER='--ca "$ODMR_CA" --tls'
+    run_judge_on_customer 69 --tls --mechanism EXTERNAL --only 5.1.2-a
+    has "$T/err" '^it did not connect; it said: .* TLS failed$'
+    TO_CUSTOMER=${TO_CUSTOMER% --tls}
+    run_judge_on_customer 0 --starttls --mechanism EXTERNAL --only 5.1.2-a
+    has "$T/out" '^5\.1\.2-a  prose     fail           it left without AUTH, after "STARTTLS"$'
 }
 
 # not with: SANITIZE, OVER_TLS
