@@ -48,7 +48,8 @@ PATIENCE=${PATIENCE:-20}   # seconds any one thing may take
 #   N_TRACES                  how many traces of customers this shell has written
 #   N_GOT ENVELOPE ACCEPTED   of take_mail: messages taken; the envelope and accepted recipients of the present one
 #   CONTENT LACKING FAULT     of content, lacking_capabilities and fault: the result
-#   RESPONSE CRAM_SHELL       of cram_response: the response; the shell whose process computes it
+#   COMPUTED COMPUTING_SHELL  of compute: the result; the shell whose process computes
+#   RESPONSE                  of cram_response
 #   PROOF_OF_IT SIGNATURE STORED_KEY SERVER_KEY    of scram
 #   NOISE SINK SERVER         ports of noise and sink; the command that perl_server has written
 # Constants:
@@ -401,26 +402,52 @@ hmac_md5() { printf '%s' "$2" | openssl dgst -md5 -hmac "$1" | sed 's/.* //'; }
 closed_but_0_to_2() {
     local fd; for fd in /proc/self/fd/*; do fd=${fd##*/}; [ "$fd" -le 2 ] || eval "exec $fd>&-"; done
 }
-# cram_response NAME SECRET CHALLENGE: CRAM-MD5's into RESPONSE, it and the challenge in base64. One process answers all
-# of a shell, because there are many. The secret may be a real one, so it is on no command line.
-cram_response() {
-    if [ "${CRAM_SHELL:-}" != "$BASHPID" ]; then
+# compute FUNCTION LINE...: what the function makes of these lines, into COMPUTED. One process computes all of a shell,
+# because each start of a process takes longer. The secret may be a real one, so it is on no command line.
+#   encode TEXT [BASE64]      in base64, the text and, after it, what the base64 is
+#   decode BASE64             the text, without NUL and line end; nothing if that is not base64
+#   cram NAME SECRET CHALLENGE           RFC 2195's response, it and the challenge in base64
+#   scram SECRET BARE CHALLENGE FINAL    RFC 5802's proof, signature, StoredKey and ServerKey, in base64
+compute() {
+    if [ "${COMPUTING_SHELL:-}" != "$BASHPID" ]; then
         missing "perl's Digest::MD5"
-        { coproc CRAM { closed_but_0_to_2; exec perl -MDigest::MD5=md5,md5_hex -MMIME::Base64 -e '
+        { coproc COMPUTER { closed_but_0_to_2; exec perl -MDigest::MD5=md5,md5_hex -MDigest::SHA=sha256,hmac_sha256 \
+            -MMIME::Base64 -e '
             $| = 1;
-            while (defined(my $name = <STDIN>)) {
-                chomp($name, my $key = <STDIN>); my $challenge = decode_base64(<STDIN>);
+            sub base64 { encode_base64($_[0], "") }
+            sub encode { my ($text, $more) = @_; base64($text . decode_base64($more // "")) }
+            sub decode { $_[0] =~ m{^[A-Za-z0-9+/]*={0,2}[ \t]*$} ? decode_base64($_[0]) =~ tr/\0\n//dr : "" }
+            sub cram {
+                my ($name, $key, $challenge) = @_;
                 $key = md5($key) if length $key > 64;
                 $key .= "\0" x (64 - length $key);
-                my $inner = md5(($key ^ "\x36" x 64) . $challenge);
-                print encode_base64("$name " . md5_hex(($key ^ "\x5c" x 64) . $inner), "") . "\n";
+                my $inner = md5(($key ^ "\x36" x 64) . decode_base64($challenge));
+                base64("$name " . md5_hex(($key ^ "\x5c" x 64) . $inner));
+            }
+            sub scram {
+                my ($secret, $bare, $challenge, $final) = @_;
+                my ($salt, $count) = $challenge =~ /,s=([^,]*),i=(\d{1,6})\b/ or return "";
+                my $salted = my $u = hmac_sha256(decode_base64($salt) . pack("N", 1), $secret);
+                for (2 .. $count) { $u = hmac_sha256($u, $secret); $salted ^= $u }
+                my ($client, $server) = map { hmac_sha256($_, $salted) } "Client Key", "Server Key";
+                my ($stored, $all) = (sha256($client), "$bare,$challenge,$final");
+                join " ", map { base64($_) } $client ^ hmac_sha256($all, $stored), hmac_sha256($all, $server),
+                    $stored, $server;
+            }
+            my %function = (encode => \&encode, decode => \&decode, cram => \&cram, scram => \&scram);
+            while (defined(my $call = <STDIN>)) {
+                my ($name, $lines) = split " ", $call;
+                chomp(my @lines = map { scalar <STDIN> } 1 .. $lines);
+                print $function{$name}(@lines), "\n";
             }'; } } 2> /dev/null
-        CRAM_SHELL=$BASHPID
-        STARTED+=("$CRAM_PID")
+        COMPUTING_SHELL=$BASHPID
+        STARTED+=("$COMPUTER_PID")
     fi
-    printf '%s\n' "$@" >&"${CRAM[1]}"
-    read -r -t "$PATIENCE" RESPONSE <&"${CRAM[0]}" || fail 'no response to CRAM-MD5 could be computed'
+    printf '%s\n' "$1 $(($# - 1))" "${@:2}" >&"${COMPUTER[1]}"
+    IFS= read -r -t "$PATIENCE" COMPUTED <&"${COMPUTER[0]}" || fail "$1 could not be computed"
 }
+# cram_response NAME SECRET CHALLENGE: into RESPONSE.
+cram_response() { compute cram "$@"; RESPONSE=$COMPUTED; }
 # auth_cram_md5 NAME SECRET REPLY
 auth_cram_md5() {
     ask 'AUTH CRAM-MD5' '^334 '
@@ -679,24 +706,7 @@ verifier() {
 
 # scram SECRET BARE CHALLENGE FINAL: what follows from them, in base64: the customer's PROOF_OF_IT, the provider's
 # SIGNATURE, and the STORED_KEY and SERVER_KEY of a verifier.
-scram() {
-    local all
-    missing "perl's Digest::MD5"
-    all=$(exec perl -MDigest::SHA=sha256,hmac_sha256 -MMIME::Base64 -e '
-        chomp(my ($secret, $bare, $challenge, $final) = <STDIN>);
-        my ($salt, $count) = $challenge =~ /,s=([^,]*),i=(\d+)/;
-        open my $kdf, "-|", qw(openssl kdf -keylen 32 -kdfopt digest:SHA256), "-kdfopt", "pass:$secret", "-kdfopt",
-            "hexsalt:" . unpack("H*", decode_base64($salt)), "-kdfopt", "iter:$count", "PBKDF2" or die;
-        my $salted = pack "H*", <$kdf> =~ tr/0-9A-F//cdr;
-        my ($client, $server) = map { hmac_sha256($_, $salted) } "Client Key", "Server Key";
-        my $stored = sha256($client);
-        print join " ", map { encode_base64($_, "") } $client ^ hmac_sha256("$bare,$challenge,$final", $stored),
-            hmac_sha256("$bare,$challenge,$final", $server), $stored, $server' <<< "$1
-$2
-$3
-$4") || fail 'nothing of SCRAM could be computed'
-    read -r PROOF_OF_IT SIGNATURE STORED_KEY SERVER_KEY <<< "$all"
-}
+scram() { compute scram "$@"; read -r PROOF_OF_IT SIGNATURE STORED_KEY SERVER_KEY <<< "$COMPUTED"; }
 
 # ---- Receivers that the customer hands the session on to ---------------------------------------------
 
@@ -8048,20 +8058,6 @@ judge_secret() {
         SECRET=${SECRET%$'\r'}
     fi
 }
-# judge_scram SECRET BARE SERVER_FIRST FINAL: RFC 5802's proof and the server's signature, in base64, into PROOF and
-# SIGNED. The secret, which may be somebody's real one, is on no command line.
-judge_scram() {
-    read -r PROOF SIGNED < <(printf '%s\n' "$@" | perl -MDigest::SHA=sha256,hmac_sha256 -MMIME::Base64 -e '
-        chomp(my ($secret, $bare, $challenge, $final) = <STDIN>);
-        my ($salt, $count) = $challenge =~ /,s=([^,]*),i=(\d+)/ or exit;
-        exit if $count > 1000000;
-        my $salted = my $u = hmac_sha256(decode_base64($salt) . pack("N", 1), $secret);
-        for (2 .. $count) { $u = hmac_sha256($u, $secret); $salted ^= $u }
-        my ($client, $server) = map { hmac_sha256($_, $salted) } "Client Key", "Server Key";
-        my $all = "$bare,$challenge,$final";
-        print join(" ", map { encode_base64($_, "") } $client ^ hmac_sha256($all, sha256($client)),
-            hmac_sha256($all, $server)), "\n"')
-}
 # tls_exporter: the channel binding of RFC 9266 in base64 into BINDING, from the secret that s_client left in TLS_KEYS
 # (RFC 8446, 7.5).
 tls_exporter() {
@@ -8076,8 +8072,8 @@ tls_exporter() {
     [ -n "$BINDING" ] || not_observable 'without TLS 1.3 the judge has no channel binding'
 }
 # as_base64 and from_base64, into TEXT, of text without NUL octets.
-as_base64() { TEXT=$(b64 "$1"); }
-from_base64() { TEXT=$(unb64 "$1" 2> /dev/null | tr -d '\0'); }
+as_base64() { compute encode "$@"; TEXT=$COMPUTED; }
+from_base64() { compute decode "$1"; TEXT=$COMPUTED; }
 
 # judge_try_response CODES [SECRET]: to the challenge in ANSWER, by JUDGE_MECHANISM, with the right secret or another.
 # EXTERNAL has no secret: the wrong one is a wrong name.
@@ -8109,14 +8105,17 @@ judge_try_scram() {
     first=$TEXT
     [[ $first =~ ^r=($nonce[^,]+),s=[A-Za-z0-9+/=]+,i=[0-9]+ ]] ||
         { CODE=malformed ANSWER="SCRAM's challenge: $first"; return 1; }
-    final=c=$({ printf '%s' "$header"; printf '%s' "$BINDING" | base64 -d; } | base64 -w 0),r=${BASH_REMATCH[1]}
-    judge_scram "$SECRET" "$bare" "$first" "$final"
-    as_base64 "$final,p=$PROOF"
+    nonce=${BASH_REMATCH[1]}
+    as_base64 "$header" "$BINDING"
+    final=c=$TEXT,r=$nonce
+    scram "$SECRET" "$bare" "$first" "$final"
+    as_base64 "$final,p=$PROOF_OF_IT"
     judge_write "$TEXT"
     judge_read_reply
     if [ "$CODE" = 334 ]; then
         from_base64 "${ANSWER#334 }"
-        [[ $# = 2 || $TEXT == "v=$SIGNED"* ]] || { CODE=malformed ANSWER="a wrong server signature: $TEXT"; return 1; }
+        [[ $# = 2 || $TEXT == "v=$SIGNATURE"* ]] ||
+            { CODE=malformed ANSWER="a wrong server signature: $TEXT"; return 1; }
         judge_write ''
         judge_read_reply
     fi
@@ -8963,13 +8962,13 @@ judge_authenticate_by_scram() {
     from_base64 "$RESPONSE"
     final=${TEXT%,p=*}
     as_base64 "$header"
-    judge_scram tanstaaf "$bare" "$first" "$final"
+    scram tanstaaf "$bare" "$first" "$final"
     if [[ -n ${VERDICT_ON_AUTH:-} || $final != "c=$TEXT,${first%%,*}"* ]] ||
-        { from_base64 "$RESPONSE"; [ "${TEXT##*,p=}" != "$PROOF" ]; }; then
+        { from_base64 "$RESPONSE"; [ "${TEXT##*,p=}" != "$PROOF_OF_IT" ]; }; then
         judge_say "${VERDICT_ON_AUTH:-535 not with this response}"
         return 0
     fi
-    as_base64 "v=$SIGNED"
+    as_base64 "v=$SIGNATURE"
     judge_challenge "$TEXT" || return 1
     judge_reply_to_response '' "$RESPONSE"
 }
@@ -9292,7 +9291,8 @@ wait_for_customer() {
 start_customer() {
     [ -d "$T/scratch" ] || mkdir "$T/scratch"
     export ODMR_HOST=127.0.0.1 ODMR_PORT=$PORT ODMR_ADDRESS=127.0.0.1:$PORT ODMR_USER=$JUDGE_USER ODMR_SECRET
-    export ODMR_CA='' ODMR_CERT='' ODMR_SECRET_FILE=$JUDGE_SECRET_FILE ODMR_DOMAINS=$JUDGE_DOMAINS ODMR_SCRATCH=$T/scratch
+    export ODMR_CA='' ODMR_CERT='' ODMR_SECRET_FILE=$JUDGE_SECRET_FILE
+    export ODMR_DOMAINS=$JUDGE_DOMAINS ODMR_SCRATCH=$T/scratch
     [ "$JUDGE_TLS" = clear ] || ODMR_CA=$JUDGE_DIR/server.crt
     [ -z "$CLIENTS" ] || ODMR_CERT=$JUDGE_DIR/client.pem
     IFS= read -r ODMR_SECRET < "$JUDGE_SECRET_FILE"
