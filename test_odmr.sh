@@ -8684,6 +8684,7 @@ judge_provider_5.2.1-e2() {
 judge_provider_5.2.1-e3() {
     local OURS='451 not now' recipients others
     [ -n "$JUDGE_OTHER_USER" ] || not_observable 'there is no --other-user'
+    [ "$JUDGE_MECHANISM" != EXTERNAL ] || not_observable 'with EXTERNAL there is one certificate, for one account'
     judge_inject "$JUDGE_FOREIGN"
     others=$MESSAGE_ID
     JUDGE_USER=$JUDGE_OTHER_USER JUDGE_SECRET_FILE=$JUDGE_OTHER_SECRET judge_login
