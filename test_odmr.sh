@@ -10060,23 +10060,12 @@ MUTANTS_OF_MANY=(
     }
     if (got == BUSY) {
         log_event(s, LOG_WARNING, "ATRN'
-    -- 4-e3 'good && !x.over' 'good && !x.over && (s->messages == 0 || !s->io.tls)'
 )
-# Of what changes when the dialogue is inside TLS, and by SCRAM.
+MUTANTS_WITH_STARTTLS=(4-e3 'good && !x.over' 'good && !x.over && (s->messages == 0 || !s->io.tls)')
 MUTANTS_OVER_TLS=(
-    5.1.2-b,5.2.1-e3,5.2.1-f
+    5.1.2-b,5.2.1-f
     'CRYPTO_memcmp(stored, v->keys.stored, sizeof stored) == 0' 'true'
-    's->asked = s->account->domains;' 's->asked = "other.example,example.org,example.com";'
     '!domain_in_list(s->account->domains, domain, len)' 'false'
-    -- 4-e2 'good && !x.over' 'good && !x.over && s->messages == 0'
-)
-MUTANT_CUSTOMERS_OVER_TLS=(
-    5-a,5.3-a2,5.3-a5
-    'return r->code == 235 ? EX_OK : exit_code_refused(s, "AUTH", r, EX_NOPERM);' 'return EX_OK;'
-    'answer_when_stored(server);' 'if (MUTANT && server->messages > 0) { answer(server, NULL, "250 lost");
-        server->messages++; } else answer_when_stored(server);'
-    'fwrite(data, 1, len, c->deliveries[i].file);'
-    'for (size_t j = 0; j < len; j++) fputc(data[j] & 0x7f, c->deliveries[i].file);'
 )
 MORE_MUTANT_CUSTOMERS=(
     5.3-a2,5.3-a5,5.3-a6
@@ -10086,7 +10075,8 @@ MORE_MUTANT_CUSTOMERS=(
     'for (size_t j = 0; j < len; j++) fputc(data[j] & 0x7f, c->deliveries[i].file);'
     'c->after_cr != lf' 'false'
     'c->after_cr && lf' 'lf'
-    -- 5.3-a3,5.3-a4
+    -- 5-a,5.3-a3,5.3-a4
+    'return r->code == 235 ? EX_OK : exit_code_refused(s, "AUTH", r, EX_NOPERM);' 'return EX_OK;'
     'begin_content(server, false);' 'begin_content(server, true);'
     'if (!s->io.broken)
         store_then_answer(server);' 'if (MUTANT || !s->io.broken)
@@ -10131,7 +10121,7 @@ mutants() {
     ODMR=$SCRATCH/mutant
     export ODMR_MUTANT=1
     for list in MUTANT_PROVIDERS MORE_MUTANT_PROVIDERS MUTANT_CUSTOMERS LAWFUL_STRANGER WITHOUT_BARE_ATRN \
-        MUTANTS_OF_MANY MUTANTS_OVER_TLS MORE_MUTANT_CUSTOMERS MUTANT_CUSTOMERS_OVER_TLS; do
+        MUTANTS_OF_MANY MUTANTS_WITH_STARTTLS MUTANTS_OVER_TLS MORE_MUTANT_CUSTOMERS; do
         local -n words=$list
         ROWS_OF=() ids=1
         for word in "${words[@]}"; do
@@ -10156,8 +10146,8 @@ make_mutants() {
         print "#define mutant atoi(getenv(\"ODMR_MUTANT\"))\n", $c' -- \
         "${MUTANT_PROVIDERS[@]}" -- "${MORE_MUTANT_PROVIDERS[@]}" -- "${MUTANT_CUSTOMERS[@]}" \
         -- "${LAWFUL_STRANGER[@]}" -- "${WITHOUT_BARE_ATRN[@]}" \
-        -- "${MUTANTS_OF_MANY[@]}" -- "${MUTANTS_OVER_TLS[@]}" -- "${MORE_MUTANT_CUSTOMERS[@]}" \
-        -- "${MUTANT_CUSTOMERS_OVER_TLS[@]}" \
+        -- "${MUTANTS_OF_MANY[@]}" -- "${MUTANTS_WITH_STARTTLS[@]}" -- "${MUTANTS_OVER_TLS[@]}" \
+        -- "${MORE_MUTANT_CUSTOMERS[@]}" \
         < "$here/odmr.c" > "$SCRATCH/mutant.c" ||
         fail 'an edit that breaks odmr.c no longer fits it'
     ${CC:-cc} -std=gnu11 -O0 -w -I "$here" -o "$SCRATCH/mutant" "$SCRATCH/mutant.c" -lssl -lcrypto -pthread ||
@@ -10211,21 +10201,27 @@ t_mutants_of_the_provider_2() {
 
 # not with: SANITIZE, OVER_TLS, BRIEF
 t_mutants_of_many_messages() {
-    local MUTANT_OPTIONS JUDGE_OPTIONS
-    notices_into_a_directory
+    local MUTANT_OPTIONS=() JUDGE_OPTIONS=()
     authority
+    mutants_of_many
     MUTANT_OPTIONS=(--cert "$T/server.pem")
-    JUDGE_OPTIONS=(--other-user other --other-secret-file "$T/other" --notice-dir "$T/notices")
-    caught provider MUTANTS_OF_MANY
+    caught provider MUTANTS_WITH_STARTTLS
 }
 
+# The same inside TLS, with SCRAM.
 # not with: SANITIZE, OVER_TLS, BRIEF
 t_mutants_over_tls() {
     local MUTANT_OPTIONS JUDGE_OPTIONS
     authority
     MUTANT_OPTIONS=(--cert "$T/server.pem" --require-tls)
-    JUDGE_OPTIONS=(--ca "$T/ca.crt" --mechanism SCRAM-SHA-256 --other-user other --other-secret-file "$T/other")
+    JUDGE_OPTIONS=(--ca "$T/ca.crt" --mechanism SCRAM-SHA-256)
     caught provider MUTANTS_OVER_TLS
+    mutants_of_many
+}
+mutants_of_many() {
+    notices_into_a_directory
+    JUDGE_OPTIONS+=(--other-user other --other-secret-file "$T/other" --notice-dir "$T/notices")
+    caught provider MUTANTS_OF_MANY
 }
 
 # not with: SANITIZE, OVER_TLS, BRIEF
@@ -10241,7 +10237,7 @@ t_mutants_of_the_customer_2() {
 # not with: SANITIZE, OVER_TLS, BRIEF
 t_mutants_of_the_customer_over_tls() {
     local TO_CUSTOMER='--ca "$ODMR_CA"' JUDGE_OPTIONS=(--starttls)
-    caught customer MUTANT_CUSTOMERS_OVER_TLS
+    caught customer MORE_MUTANT_CUSTOMERS
 }
 
 # The judge is the standard, not our program: a provider that does otherwise wherever it may passes every row.
