@@ -7789,7 +7789,7 @@ t_bench_prints_its_table() {
 
 # The headings are these, each once and in this order, and each test stands under its own. The number in its name is
 # the heading's; under one heading the letters of the requirements ascend. Each test has a comment that begins with
-# what must hold.
+# what must hold. The judge keeps to its own functions.
 # not with: SANITIZE, OVER_TLS
 t_suite_is_in_order() {
     grep '^# ---- ' "$self" | sed -e 's/^# ---- //' -e 's/ -*$//' > "$T/headings"
@@ -7872,6 +7872,12 @@ END
                 (heading ~ /# ---- RFC/ && text !~ /RFC [0-9]+/)) print substr($0, 1, index($0, "(") - 1)
         }
         { text = "" }' "$self")"
+    none 'rows of the judge that call what fails a test' "$(awk '
+        /^# ---- / { rows = /^# ---- Judging a (provider|customer): the rows/ }
+        /^judge_/ { row = $1 }
+        rows && /(^|[;!|&{] ) *(if |while )?(say|hear|ask|expect|dial|login|turn|take_mail|hang_up|closed)( |;|$)/ {
+            print row
+        }' "$self")"
     none 'lines over 120 columns' \
         "$(awk 'length > 120 { print FILENAME ":" FNR }' "$self" "$here/Makefile" "$here/.ci"/*)"
 }
