@@ -2371,8 +2371,10 @@ static enum next sasl_turn(struct session *s, const char *challenge)
         return END;
     }
     s->responded = now_ms();
-    if (s->io.line_cut || s->io.line_octets > AUTH_LINE)
+    if (s->io.line_cut || s->io.line_octets > AUTH_LINE) {
+        trace_line(s, CUSTOMER, "5.1.2-a", "(a line that is too long)");
         return exchange_failed(s, NULL, "500 Line too long");
+    }
     trace_line(s, CUSTOMER, "5.1.2-a", "%s", s->hide_response ? "(response not shown)" : s->line);
     if (strcmp(s->line, "*") == 0)
         return exchange_failed(s, NULL, "501 Authentication cancelled");
@@ -4616,8 +4618,8 @@ void leave_receiver(const struct customer *c, struct receiver *receiver)
 /* ==== 10. Accounts ===================================================================================
  *
  * The accounts file has one line for each customer: name:domain[,domain...]:secret. The provider reads the whole file
- * at the start and at SIGHUP. Sessions hold a share in the table that they use, so a new table can replace it at any
- * time. AUTH and ATRN use the newest table. */
+ * at the start and at SIGHUP. Sessions hold a reference to the table that they use, so a new table can replace it
+ * at any time. AUTH and ATRN use the newest table. */
 
 #define ACCOUNTS_STEP 64
 

@@ -10431,7 +10431,7 @@ list_tests() {
 }
 
 # What some tests need, and a machine with only the demo's packages lacks; into MISSING.
-OPTIONAL=(openssl socat spin unbuffer faketime fetchmail postfix smtp-sink smtp-source swaks gsasl adduser
+OPTIONAL=(openssl socat spin unbuffer faketime tshark fetchmail postfix smtp-sink smtp-source swaks gsasl adduser
     systemd-analyze chattr mandoc)
 look_for_what_is_missing() {
     local name
