@@ -7632,7 +7632,7 @@ t_readme_provider_and_customer() {
 # ---- The suite itself --------------------------------------------------------------------------------
 
 # What an ignored signal or standard input could change: these tests wait for signals, or give a program no input.
-SENSITIVE=(t_demo_interrupted t_sigterm_while_waiting t_sighup_reads_accounts_again t_enqueue t_account)
+SENSITIVE=(t_demo_interrupted t_sighup_reads_accounts_again t_enqueue)
 
 same_result() {
     timeout $((PATIENCE * 4)) "$@" > "$T/out" 2>&1 || { cat "$T/out" >&2; fail "not as always: $*"; }
