@@ -8275,7 +8275,7 @@ static int main_provider(const struct command *command, int argc, char **argv)
                                 .accounts_path = "/etc/odmr/accounts", .max_sessions = 1000, .max_per_address = 20,
                                 .timeout = 300, .login_timeout = 60};
     static const struct choice options[] = {
-        {"listen", 'l', "ADDR:PORT", "default port 366 on every address, unless --tls-listen says where;\n"
+        {"listen", 'l', "ADDR:PORT", "default port 366 on every address; with --tls-listen alone: none;\n"
                                      "may be given again; port 0: a free one; [::1]:3660 for IPv6",
          OTHER(take_listener, p)},
         {"queue", 'q', "DIR", "default " QUEUE_DIR, TEXT(p.queue_path)},
@@ -8289,19 +8289,20 @@ static int main_provider(const struct command *command, int argc, char **argv)
         {"max-sessions", 0, "N", "default 1000; over it: 421 and close", NUMBER(p.max_sessions, 1, INT_MAX)},
         {"max-per-address", 0, "N", "default 20, an IPv6 /64 being one address; over it: 421 and close",
          NUMBER(p.max_per_address, 1, INT_MAX)},
-        {"timeout", 0, "SECONDS", "any one wait for the peer, default 300", NUMBER(p.timeout, 1, TIMEOUT_MAX)},
-        {"login-timeout", 0, "SECONDS", "from connect to authenticated, all in all, default 60",
+        {"timeout", 0, "SECONDS", "limit of each wait for the peer, default 300", NUMBER(p.timeout, 1, TIMEOUT_MAX)},
+        {"login-timeout", 0, "SECONDS", "from the connection to the log-in, default 60",
          NUMBER(p.login_timeout, 1, TIMEOUT_MAX)},
-        {"no-cram-md5", 0, NULL, "do without it (RFC 2645, 5.1.2, lets a site that has something better)",
+        {"no-cram-md5", 0, NULL, "do not offer it (RFC 2645, 5.1.2, allows that if there is something better)",
          FLAG(p.no_cram_md5)},
         {"cert", 0, "FILE", "PEM; STARTTLS is offered", TEXT(p.cert)},
         {"key", 0, "FILE", "PEM; default: in the file of --cert", TEXT(p.key)},
-        {"tls-listen", 0, "ADDR:PORT", "TLS from the first byte; may be given again", OTHER(take_listener, p)},
+        {"tls-listen", 0, "ADDR:PORT", "implicit TLS: from the first octet; may be repeated", OTHER(take_listener, p)},
         {"client-ca", 0, "FILE", "PEM; customers with a certificate it signed may AUTH EXTERNAL", TEXT(p.client_ca)},
-        {"require-tls", 0, NULL, "AUTH before TLS: 538", FLAG(p.require_tls)},
-        {"user", 0, "NAME", "after binding, run as this user", TEXT(p.user)},
-        {"sendmail", 0, "PATH", "takes failure notices, default /usr/sbin/sendmail", TEXT(p.sendmail)},
-        {"max-age", 0, "DAYS", "mail nobody collects is returned after so long; default 0: never",
+        {"require-tls", 0, NULL, "refuse AUTH before TLS, with 538", FLAG(p.require_tls)},
+        {"user", 0, "NAME", "after binding, run as this user, who must be able to read the files above",
+         TEXT(p.user)},
+        {"sendmail", 0, "PATH", "the program for failure notices, default /usr/sbin/sendmail", TEXT(p.sendmail)},
+        {"max-age", 0, "DAYS", "return mail that was not collected for so long; default 0: never",
          NUMBER(p.max_age, 0, MAX_AGE_MOST)},
         {0},
     };
@@ -8428,23 +8429,24 @@ static int main_customer(const struct command *command, int argc, char **argv)
         {"user", 'u', "NAME", "the account's name", TEXT(c.user)},
         {"secret-file", 's', "FILE", "its secret is the first line; or the variable ODMR_SECRET", TEXT(secret_file)},
         {"queue", 'q', "DIR", "deliver into DIR/<domain>/new; default ./mail", TEXT(queue)},
-        {"smtp", 0, "HOST:PORT", "or hand the reversed session to this SMTP server", TEXT(c.smtp)},
+        {"smtp", 0, "HOST:PORT", "or connect the reversed session to this SMTP server", TEXT(c.smtp)},
         {"exec", 0, "COMMAND", "or to this program's standard input and output (\"sendmail -bs\")", TEXT(c.exec)},
         {"name", 'n', "HOST", "the name in greetings and EHLO; default: the host's name", OTHER(take_name, c.name)},
         {"trace", 't', "[=ladder]", "the whole dialogue on standard error; --trace=ladder draws it",
          OTHER(take_trace, c.trace)},
-        {"timeout", 0, "SECONDS", "any one wait for the peer, default 300", NUMBER(c.timeout, 1, TIMEOUT_MAX)},
-        {"tls", 0, NULL, "TLS from the first byte; else STARTTLS is used when it is offered", FLAG(c.tls)},
-        {"require-tls", 0, NULL, "refuse to go on without STARTTLS", FLAG(c.require_tls)},
+        {"timeout", 0, "SECONDS", "limit of each wait for the peer, default 300", NUMBER(c.timeout, 1, TIMEOUT_MAX)},
+        {"tls", 0, NULL, "implicit TLS, from the first octet; else STARTTLS is used if offered", FLAG(c.tls)},
+        {"require-tls", 0, NULL, "end the session if STARTTLS is not offered", FLAG(c.require_tls)},
         {"ca", 0, "FILE", "trust these certificates instead of the system's", TEXT(c.ca)},
         {"insecure", 0, NULL, "do not verify the provider's certificate", FLAG(c.insecure)},
         {"cert", 0, "FILE", "PEM; the customer's own certificate, for AUTH EXTERNAL", TEXT(c.cert)},
         {"key", 0, "FILE", "PEM; default: in the file of --cert", TEXT(c.key)},
         {"mechanism", 0, "NAME", "this SASL mechanism and no other: SCRAM-SHA-256-PLUS, SCRAM-SHA-256,\n"
-                                 "EXTERNAL, CRAM-MD5, PLAIN; default: the first of them that both sides can do",
+                                 "EXTERNAL, CRAM-MD5, PLAIN; default: the first that both sides support, and\n"
+                                 "EXTERNAL only without a secret",
          OTHER(take_mechanism, c.mechanism)},
-        {"quiet", 0, NULL, "neither progress nor a summary; only what went wrong", FLAG(c.quiet)},
-        {"poll", 0, "SECONDS", "ask again and again; later and later (up to an hour) after exit code 77",
+        {"quiet", 0, NULL, "no progress and no summary, only errors", FLAG(c.quiet)},
+        {"poll", 0, "SECONDS", "ask again and again; after exit code 77 less and less often, up to an hour",
          NUMBER(interval, 1, TIMEOUT_MAX)},
         {0},
     };
@@ -8529,7 +8531,7 @@ static int main_account(const struct command *command, int argc, char **argv)
 {
     static bool scram;
     static const struct choice options[] = {
-        {"scram", 0, NULL, "not the secret itself but what is enough to check it, by SCRAM-SHA-256 and PLAIN",
+        {"scram", 0, NULL, "a verifier instead of the secret: it can check SCRAM-SHA-256 and PLAIN",
          FLAG(scram)},
         {0},
     };
@@ -8556,7 +8558,7 @@ static int main_demo(const struct command *command, int argc, char **argv)
         {"fail", 0, "HOW", "a session that fails, and the queue before and after; HOW is\n"
                            "cut, refuse, later, lost-reply, foreign or locked",
          OTHER(take_demo_fault, d.fault)},
-        {"step", 0, NULL, "before each command tell it, and wait for Return, or q to quit", FLAG(d.stepwise)},
+        {"step", 0, NULL, "explain each command beforehand, and wait for Return, or q to quit", FLAG(d.stepwise)},
         {"tls", 0, NULL, "with STARTTLS", FLAG(d.tls)},
         {"mechanism", 0, "NAME", "log in by this one; default CRAM-MD5, the RFC's own",
          OTHER(take_mechanism, d.mechanism)},
@@ -8574,20 +8576,21 @@ static int main_demo(const struct command *command, int argc, char **argv)
 }
 
 static const struct command commands[] = {
-    {"provider", "[options]", "hold mail in Maildirs, hand it over when asked", main_provider,
+    {"provider", "[options]", "queue mail in Maildirs, send it on ATRN", main_provider,
      "\nExample:\n"
      "  odmr provider --name relay.example.net --user odmr --cert /etc/odmr/cert.pem --key /etc/odmr/key.pem\n"
      "\nExit: 0 stopped by a signal; 64 wrong usage; 67 no such --user; 68 unknown host in --listen;\n"
-     "71 cannot listen; 78 the accounts, the certificates or the queue cannot be used.\n"
+     "71 cannot listen; 77 may not become --user; 78 the accounts, the certificates or the queue cannot be used.\n"
      "\nSignals: SIGHUP reads accounts and certificates again; SIGUSR1 logs a line for each session;\n"
      "SIGTERM and SIGINT finish the messages under way and stop, a second one stops at once.\n"
      "\nFiles: /etc/odmr/accounts, see odmr-accounts(5); /var/spool/odmr, see odmr-queue(5).\n"},
     {"customer", "[options] HOST[:PORT] [DOMAIN...]", "fetch the mail of these domains, or of all", main_customer,
      "\nExample:\n"
      "  odmr customer --user example.org --secret-file secret --require-tls odmr.example.net example.org\n"
-     "\nExit: 0 mail received; 1 no mail, or none that was accepted; 64 wrong usage; 66 the secret cannot be read;\n"
-     "68 unknown host; 69 no ATRN or no such service; 73 the mail cannot be written; 75 try later;\n"
-     "76 the peer broke the protocol; 77 not authenticated; 78 a certificate or the secret file cannot be used.\n"
+     "\nExit: 0 mail received; 1 no mail, or none that was accepted; 64 wrong usage; 65 the secret is not valid;\n"
+     "66 the secret cannot be read; 68 unknown host; 69 no ATRN or no such service; 73 the mail cannot be written;\n"
+     "75 try later; 76 the peer broke the protocol; 77 not authenticated, or the certificate is not trusted;\n"
+     "78 a certificate or the secret file cannot be used.\n"
      "\nSignals: with --poll, SIGTERM and SIGINT finish the message under way and exit with 0.\n"
      "\nFiles: ./mail has the form of the provider's queue, see odmr-queue(5). The secret is the first line of\n"
      "--secret-file, or the variable ODMR_SECRET.\n"},

@@ -8318,7 +8318,7 @@ judge_empty_queue() {
 
 judge_provider_4-a() {
     [ "$JUDGE_PORT" != 366 ] || passes
-    not_observable "the port was given as $JUDGE_PORT; where it listens if nobody says so is not seen"
+    not_observable "the port was given as $JUDGE_PORT; its default port is not seen"
 }
 judge_provider_4-b() {
     judge_inject "$FIRST"
@@ -8346,7 +8346,7 @@ judge_provider_4-d() {
     judge_inject "$FIRST"
     judge_silent 1 || departs "nobody asked, and came: $HEARD"
     not_observable \
-        'it kept quiet for 1 s with mail waiting and a customer logged in; what a timer does, time would show'
+        'it kept quiet for 1 s with mail waiting and a customer logged in; a longer interval was not watched'
 }
 judge_provider_4-e() {
     local OURS='451 not now'
@@ -8786,7 +8786,7 @@ judge_provider_5.2.1-j() {
     judge_take_mail
     passes
 }
-judge_provider_5.2.1-k() { not_observable 'that access cannot be verified cannot be brought about from here'; }
+judge_provider_5.2.1-k() { not_observable 'the judge cannot make the check of access fail'; }
 judge_provider_5.2.1-l() {
     local list seen='' wrong=''
     CODE=
