@@ -8292,7 +8292,7 @@ static int main_provider(const struct command *command, int argc, char **argv)
         {"timeout", 0, "SECONDS", "limit of each wait for the peer, default 300", NUMBER(p.timeout, 1, TIMEOUT_MAX)},
         {"login-timeout", 0, "SECONDS", "from the connection to the log-in, default 60",
          NUMBER(p.login_timeout, 1, TIMEOUT_MAX)},
-        {"no-cram-md5", 0, NULL, "do not offer it (RFC 2645, 5.1.2, allows that if there is something better)",
+        {"no-cram-md5", 0, NULL, "do not offer CRAM-MD5 (RFC 2645, 5.1.2: a site may have something better)",
          FLAG(p.no_cram_md5)},
         {"cert", 0, "FILE", "PEM; STARTTLS is offered", TEXT(p.cert)},
         {"key", 0, "FILE", "PEM; default: in the file of --cert", TEXT(p.key)},

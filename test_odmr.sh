@@ -9587,6 +9587,7 @@ judge_options() {
         JUDGE_ATRN_WAIT=35 JUDGE_CUSTOMER='' JUDGE_HOST='' JUDGE_PORT='' JUDGE_DIR \
         JUDGE_TOKEN="odmr-judge-$$-$RANDOM$RANDOM"
     local given=' ' option
+    [[ " $* " != *' --help '* ]] || judge_usage 'the options of the judge'
     while [ $# -gt 0 ]; do
         case $1 in
         --starttls) JUDGE_TLS=starttls given+="$1 "; shift; continue ;;
@@ -9657,6 +9658,7 @@ judge() {
     local side=provider target
     unset OVER_TLS
     export MISSING=
+    [ -r "$here/RFC2645.txt" ] || { echo "$self: the judge needs RFC2645.txt in the same directory" >&2; exit 69; }
     judge_options "$@"
     judge_needs openssl perl socat
     export FIRST=${JUDGE_DOMAINS%%,*}
@@ -9872,6 +9874,10 @@ t_judge_options_and_exits() {
     ln -s "$(type -P sed)" "$T/bin"
     ( needs_judge() { :; }; PATH=$T/bin; run_judge 69 --customer true )
     has "$T/err" ': openssl is not installed, and the judge needs it$'
+    mkdir "$T/alone"
+    cp "$self" "$T/alone/judge"
+    run 69 "$T/alone/judge" --customer true
+    has "$T/err" ': the judge needs RFC2645.txt in the same directory$'
     serve peer_busy
     run_judge 75 --provider "127.0.0.1:$PORT" --user a --secret-file "$T/wrong" --domains a.example \
         --foreign-domain b.example
@@ -9880,6 +9886,7 @@ t_judge_options_and_exits() {
         has "$T/err" '^usage: '
     done << 'END'
 --frob
+--provider --help
 --user a
 --customer
 --customer ''
