@@ -1,19 +1,19 @@
 #!/usr/bin/env bash
 # The test suite of odmr.
 #
-#   ./test_odmr.sh              all tests, several at a time (JOBS=8)
-#   ./test_odmr.sh NAME...      the named ones
-#   ./test_odmr.sh --list       every test with the requirements it shows
-#   ./test_odmr.sh --provider HOST:PORT ...    judges any provider, requirement by requirement, and
-#   ./test_odmr.sh --customer COMMAND ...      any customer; see "Judging another implementation" in README
-#   ./test_odmr.sh --torture    cuts, kills, failures, hostile peers; see .ci/torture
-#   ./test_odmr.sh --help       these lines
+#   ./test_odmr.sh              run all tests, several at a time (JOBS=8)
+#   ./test_odmr.sh NAME...      run the named tests
+#   ./test_odmr.sh --list       list each test with the requirements that it shows
+#   ./test_odmr.sh --provider HOST:PORT ...    judge any provider, requirement by requirement
+#   ./test_odmr.sh --customer COMMAND ...      judge any customer; see "Judging another implementation" in README
+#   ./test_odmr.sh --torture    cut, kill and fail sessions, and play hostile peers; see .ci/torture
+#   ./test_odmr.sh --help       print these lines
 #
-# The tests stand in the order of RFC 2645, then of the standards beside it, then of the program's parts: grep '# ----'
-# lists the headings. A test is a function named t_ and the requirement that it shows, if it is one of
-# RFC2645.txt; a comment "# shows: ID..." above it names all. It runs in a shell of its own with a scratch directory $T,
-# fails by calling fail, and may start what it likes: everything it started ends with it. ODMR names the program under
-# test. Nothing here listens or connects anywhere but on 127.0.0.1 and ::1.
+# The tests follow the order of RFC 2645, then of the other standards, then of the program's parts. grep '# ----' lists
+# the headings. A test is a function t_NAME. If a test shows requirements of RFC2645.txt, NAME begins with an id, and a
+# comment "# shows: ID..." above the function lists all ids. Each test runs in its own shell with a scratch directory
+# $T. A test fails by calling fail. All processes that a test has started end with the test. ODMR names the program
+# under test. The tests listen and connect only on 127.0.0.1 and ::1.
 
 set -u
 export LC_ALL=C
@@ -24,34 +24,34 @@ here=${self%/*}
 ODMR=${ODMR:-$here/odmr}
 [[ $ODMR == /* ]] || ODMR=$(readlink -f "$ODMR")
 JOBS=${JOBS:-8}
-PATIENCE=${PATIENCE:-20}   # seconds any one thing may take
+PATIENCE=${PATIENCE:-20}   # seconds that one operation may take
 
 # ---- Helpers: what every test may use ----------------------------------------------------------------
 #
-# Most of the time that the tests take goes into starting processes, so what is called often starts none.
+# The tests spend most of their time on starting processes, so functions that are called often start none.
 #
 # What functions pass to each other without an argument has a name in capitals. A test sets these, often for one call:
-#   ODMR JOBS PATIENCE        the program under test; tests at a time; seconds any one thing may take
+#   ODMR JOBS PATIENCE        the program under test; tests at a time; seconds that one operation may take
 #   OVER_TLS                  if not empty, sessions with the provider and the scripted provider go over TLS
 #   UNTRACED                  if not empty, provider and run start our programs without --trace
 #   AROUND                    the command that provider puts before the program, as in AROUND=(prlimit --nofile=30)
 #   LETTER                    if not empty, the subject of the message that put writes; put_letter sets it
-#   OFFER ANSWERS             what take_mail offers in its EHLO response, and what it replies instead of yes
+#   OFFER ANSWERS             the keywords of take_mail's EHLO response; its replies that differ from the default
 #   CLIENTS                   if not empty, the options of socat by which serve, over TLS, verifies clients
-#   SIDE LINE_OUT             the side that the test plays, C or P; where it writes, if not to LINE
-# Functions leave these for the test:
-#   T SCRATCH STARTED         its directory; the one above; the processes that end with the test
+#   SIDE LINE_OUT             the side that the test plays, C or P; the descriptor that it writes to, if not LINE
+# Functions set these for the test:
+#   T SCRATCH STARTED         the test's directory; the parent of T; the processes that end with the test
 #   LINE HEARD ANSWER         the open connection; the last line read from it; the last reply, its lines joined by |
-#   WANTED SEEN TO_COME       the dialogue as expected and as seen, and what of it is still to come
-#   PROVIDER LOG N_PROVIDERS  process and log of the latest provider; how many there have been
-#   PORT TLS_PORT PORTS       its port, that of implicit TLS, and all ports that the last log looked at has named
-#   N_TRACES                  how many traces of customers this shell has written
-#   N_GOT ENVELOPE ACCEPTED   of take_mail: messages taken; the envelope and accepted recipients of the present one
-#   CONTENT LACKING FAULT     of content, lacking_capabilities and fault: the result
-#   COMPUTED COMPUTING_SHELL  of compute: the result; the shell whose process computes
-#   RESPONSE                  of cram_response
-#   PROOF_OF_IT SIGNATURE STORED_KEY SERVER_KEY    of scram
-#   NOISE SINK SERVER         ports of noise and sink; the command that perl_server has written
+#   WANTED SEEN TO_COME       the dialogue as expected, as seen, and the part not yet reached
+#   PROVIDER LOG N_PROVIDERS  process and log of the latest provider; the number of providers so far
+#   PORT TLS_PORT PORTS       the provider's port; its port of implicit TLS; all ports in the log that listens read last
+#   N_TRACES                  the number of customers' traces that this shell has written
+#   N_GOT ENVELOPE ACCEPTED   take_mail: messages taken; the envelope and accepted recipients of the present message
+#   CONTENT LACKING FAULT     content, lacking_capabilities and fault: the result
+#   COMPUTED COMPUTING_SHELL  compute: the result; the shell that COMPUTER, the computing process, belongs to
+#   RESPONSE                  cram_response: the result
+#   PROOF_OF_IT SIGNATURE STORED_KEY SERVER_KEY    scram: the results
+#   NOISE SINK SERVER         ports of noise and sink; the command that runs the program of perl_server
 # Constants:
 #   CAPABILITY OTHER_SIDE MOMENT    capabilities by name; the peer of SIDE; the time at the start of a line of the log
 
@@ -65,7 +65,7 @@ skip() { echo "$*" > "$T/skipped"; exit 77; }
 needs() {
     local p; for p; do PATH=$PATH:/usr/sbin:/sbin command -v "$p" > /dev/null || skip "$p is not installed"; done
 }
-# needs_capabilities REASON NAME...: of capabilities(7).
+# needs_capabilities THING NAME...: skips the test if one of these capabilities(7) is missing. THING needs them.
 declare -A CAPABILITY=([CHOWN]=0 [SETUID]=7 [SYS_CHROOT]=18 [SYS_ADMIN]=21 [MKNOD]=27)
 lacking_capabilities() {
     local name key mask=0
@@ -77,7 +77,7 @@ needs_capabilities() {
     lacking_capabilities "${@:2}"
     [ -z "$LACKING" ] || skip "without${LACKING} there is no $1"
 }
-# needs_namespaces FLAGS REASON: namespaces of the test's own, by unshare(1).
+# needs_namespaces FLAGS THING: skips the test if unshare(1) cannot make the namespaces of these flags.
 needs_namespaces() {
     local why
     why=$(unshare "$1" true 2>&1) && return
@@ -85,7 +85,7 @@ needs_namespaces() {
     skip "${LACKING:+without$LACKING }$2 cannot be had (unshare $1: ${why#unshare: })"
 }
 
-# content FILE, into CONTENT; a moment's pause.
+# content FILE: reads FILE into CONTENT. moment [SECONDS]: pauses, for 0.03 seconds by default.
 content() { CONTENT=; [ ! -e "$1" ] || IFS= read -r -d '' CONTENT < "$1" || true; }
 moment() { [ -n "${NEVER:-}" ] || exec {NEVER}<> <(:); IFS= read -r -t "${1:-0.03}" <&"$NEVER"; }
 
@@ -96,7 +96,7 @@ has() { grep -q -e "$2" "$1" || { cat "$1" >&2; fail "$1 has no line like $2"; }
 hasnt() { ! grep -q -e "$2" "$1" || { cat "$1" >&2; fail "$1 has a line like $2"; }; }
 same() { cmp "$1" "$2" >&2 || fail "$1 and $2 differ${3:+: $3}"; }
 
-# until CONDITION...: waits, a bounded while, until the command succeeds.
+# until_true COMMAND...: repeats the command until it succeeds. The test fails after PATIENCE seconds of pauses.
 until_true() {
     local n
     for ((n = 0; n < PATIENCE * 33; n++)); do
@@ -107,7 +107,7 @@ until_true() {
 }
 
 reachable() { local line; { exec {line}<> "/dev/tcp/127.0.0.1/$1"; } 2> /dev/null && exec {line}>&-; }
-# shows FILE REGEX: somewhere in it. counted N REGEX FILE: that many lines match.
+# shows FILE REGEX: true if FILE has a match. counted N REGEX FILE: true if exactly N lines match.
 shows() { content "$1"; [[ $CONTENT =~ $2 ]]; }
 counted() {
     local line n=0
@@ -115,8 +115,8 @@ counted() {
     [ "$n" = "$1" ]
 }
 
-# run CODE COMMAND...: runs the program and checks its exit code; output in $T/out and $T/err. A customer of ours writes
-# a trace, which lawful_sessions checks when the test is over. It stays out of $T/err unless the test asks for it.
+# run CODE COMMAND...: runs the program and checks its exit code. The output is in $T/out and $T/err. Our customer
+# writes a trace, which lawful_sessions checks after the test. The trace is in $T/err only if COMMAND has --trace.
 run() {
     local wanted=$1 code=0
     shift
@@ -133,14 +133,15 @@ run_traced() {
     return "$code"
 }
 
-# in_a_network COMMAND...: in a network of its own, with nothing in it but 127.0.0.1 and ::1.
+# in_a_network COMMAND...: runs the command in a network of its own, which has only 127.0.0.1 and ::1.
 in_a_network() {
     unshare -n bash -c \
         'perl -e '"'"'socket S, 2, 2, 0; $up = pack "a16sx14", "lo", 1; ioctl S, 0x8914, $up or die $!'"'"'; "$@"' \
         - "$@"
 }
 
-# fault FUNCTION N ERROR FROM: in FAULT what makes a program fail so.
+# fault FUNCTION N ERROR FROM: sets FAULT to the words before a command that make the N-th call of FUNCTION, counted
+# from the first call of FROM, fail with ERROR (.ci/fail.c).
 fault() {
     FAULT=(env FAIL="$1" FAIL_AT="$2" FAIL_ERRNO="$3" FAIL_FROM="$4" FAIL_LOG="$T/fired")
     [ -n "${WRAPPED:-}" ] || FAULT+=("LD_PRELOAD=$here/build/fail.so")
@@ -160,9 +161,9 @@ accounts() {
     umask 022
 }
 
-AROUND=() # what runs it
-# provider [OPTION...]: starts one on a free port, queue in $T/queue; sets PORT and PROVIDER. It writes a trace into its
-# log, which lawful_sessions checks when the test is over.
+AROUND=()
+# provider [OPTION...]: starts a provider on a free port with the queue $T/queue; sets PORT and PROVIDER. The provider
+# writes a trace into its log, which lawful_sessions checks after the test.
 provider() {
     local log=$T/provider${N_PROVIDERS:=0}.log sendmail=$T/sendmail option sockets=0
     N_PROVIDERS=$((N_PROVIDERS + 1))
@@ -189,10 +190,10 @@ provider() {
     if [ -n "${OVER_TLS:-}" ]; then TLS_PORT=$PORT; tunnel; fi
 }
 
-# How a line of the provider's log begins: RFC 3339, in local time.
+# The start of a line of the provider's log: the local time in the format of RFC 3339.
 MOMENT='[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9]{2}:[0-9]{2}:[0-9]{2}[+-][0-9]{2}:[0-9]{2}'
 
-# listens LOG [N]: each port that a program says it listens on, into PORTS; false as long as there are not N.
+# listens LOG [N]: sets PORTS to the ports that LOG says are listened on. False while there are fewer than N, or none.
 listens() {
     local line
     PORTS=()
@@ -202,8 +203,9 @@ listens() {
     [ ${#PORTS[@]} -ge "${2:-1}" ]
 }
 
-# What takes the provider's notices: $T/sendmail, if there is one by then, or else $T/notice.N does, the arguments on
-# its first line, and the exit code is what stands in $T/sendmail.exit.
+# Writes the sendmail program that takes the provider's notices. If $T/sendmail exists, that runs instead. If
+# $T/sendmail.exit exists, the program exits with the code in that file. Otherwise it writes $T/notice.N, with its
+# arguments on the first line.
 sendmail_stub() {
     printf '%s\n' '#!/bin/bash' 'cd "$T" || exit 75' '[ ! -e sendmail ] || exec ./sendmail "$@"' \
         '[ ! -e sendmail.exit ] || exit "$(cat sendmail.exit)"' 'n=1' \
@@ -211,10 +213,10 @@ sendmail_stub() {
         > "$SCRATCH/sendmail"
     chmod 755 "$SCRATCH" "$SCRATCH/sendmail"
 }
-# how_many PATTERN...: files there are.
+# how_many PATTERN...: prints the number of files that match.
 how_many() { shopt -s nullglob; eval "set -- $*"; shopt -u nullglob; echo $#; }
 notices() { how_many '"$T"/notice.*'; }
-# over LEAST: the provider has ended every session that it began, and at least so many. settled: every one.
+# over LEAST: true if the provider has ended all its sessions, and at least LEAST. settled: true if it has ended all.
 over() {
     local ended begun
     content "$LOG"
@@ -224,7 +226,7 @@ over() {
 }
 settled() { over 0; }
 
-# What our side does in the traces of this test is a run that the protocol allows. The peer may depart from it.
+# Checks that our side keeps to the protocol in the traces of this test. The peer may depart from it.
 lawful_sessions() {
     local log files=()
     for log in "$T"/provider*.log; do [ ! -e "$log" ] || files+=(--provider "$log"); done
@@ -234,7 +236,7 @@ lawful_sessions() {
 
 stop_provider() { kill "$PROVIDER"; wait "$PROVIDER"; equal $? 0 "exit of the provider"; }
 
-# put NAME SENDER RECIPIENT...: a message for the queue, its content from standard input.
+# put NAME SENDER RECIPIENT...: puts a message into the queue; its content is standard input.
 put() {
     local name=$1 sender=$2 domain r
     shift 2
@@ -246,11 +248,11 @@ put() {
     } > "$T/queue/$domain/new/$name"
 }
 LETTER=
-# put_letter SUBJECT NAME SENDER RECIPIENT...: a letter.
+# put_letter SUBJECT NAME SENDER RECIPIENT...: puts a letter with this subject into the queue.
 put_letter() { LETTER=$1; shift; put "$@"; LETTER=; }
 
 letter() { printf 'From: a@example.edu\nTo: b@example.org\nSubject: %s\n\nText of %s.\n' "$1" "$1"; }
-# put_many N [RECIPIENT]: letters 1 to N for the queue, named 1.a to N.a; %d in RECIPIENT is the number.
+# put_many N [RECIPIENT]: puts letters 1 to N into the queue, named 1.a to N.a; %d in RECIPIENT is the number.
 put_many() {
     [ -d "$T/queue/example.org" ] || mkdir -p "$T/queue/example.org"/{new,cur,tmp}
     perl -e 'my ($dir, $n, $to) = @ARGV;
@@ -266,13 +268,13 @@ claimable() { flock -n "$1" true; }
 
 unfinished() { how_many '"$T"/queue/*/{,.Undeliverable/}tmp/*'; }
 
-# owed NAME: whom the message of this name in example.org is still owed, as words.
+# owed NAME: prints, as words, the recipients of message NAME in example.org that are not struck out.
 owed() { sed -n 's/^Delivered-To: \(.*@.*\)$/\1/p' "$T/queue/example.org/new/$1" | xargs; }
 
 # ---- The protocol by hand, over bash's /dev/tcp ----
 #
-# A mismatch fails the test in all of these functions. Those of the judge, with which a mismatch is something to report,
-# begin with judge_.
+# In all these functions a mismatch fails the test. The judge's functions, whose names begin with judge_, let it report
+# a mismatch.
 
 dial() {
     exec {LINE}<> "/dev/tcp/127.0.0.1/${1:-$PORT}" || fail "cannot connect"
@@ -280,14 +282,14 @@ dial() {
 }
 hang_up() { exec {LINE}>&-; }
 say() { note "$SIDE: $*" "$SIDE: $*"; printf '%s\r\n' "$*" >&"${LINE_OUT:-$LINE}"; }
-# Reads one line, without its CRLF, into HEARD; false at the end of the connection.
+# Reads one line, without its CRLF, into HEARD. False if the connection has ended or PATIENCE is over.
 hear() {
     IFS= read -r -t "$PATIENCE" HEARD <&"$LINE" || { note '' "(nothing)"; return 1; }
     note '' "${OTHER_SIDE[$SIDE]}: ${HEARD%$'\r'}"
     [ "${HEARD%$'\r'}" != "$HEARD" ] || fail "a line without CR: $HEARD"
     HEARD=${HEARD%$'\r'}
 }
-# expect REGEX [WHY]: a whole reply, its lines joined by |, must match.
+# expect REGEX [WHY]: reads a whole reply, which must match REGEX with its lines joined by |.
 expect() {
     local all=
     while :; do
@@ -303,21 +305,21 @@ expect() {
     match "$all" "$1" "${2:-reply}"
 }
 ask() { say "$1"; expect "$2"; }
-# ask_raw COMMAND CODE [CLAUSE]: the same with printf's escapes in the command.
+# ask_raw COMMAND CODE [CLAUSE]: sends the command, with printf's escapes resolved, and expects a reply with this code.
 ask_raw() {
     note "$SIDE: $1" "$SIDE: $1"
     printf '%b\r\n' "$1" >&"${LINE_OUT:-$LINE}"
     expect "^$2[ -]" "the reply to \"$1\"${3:+ ($3)}"
 }
 
-# dialogue: plays one side of the session on standard input, written as in RFC 2645, 6.
-#   C: EHLO example.org     the customer says this line, printf's escapes resolved; \c at its end: without CRLF
-#   P: 250-*                the provider says a line that matches this pattern of bash's: * is any text
-#   P: ...                  any lines of the same reply, up to one that matches what follows
+# dialogue: plays one side of the session that standard input has in the notation of RFC 2645, 6. The test sends the
+# lines of its own side ($SIDE, C or P) and compares the peer's lines with those of the other side. If the test is C:
+#   C: EHLO example.org     sends this line, with printf's escapes resolved; \c at its end: without CRLF
+#   P: 250-*                the provider's line matches this pattern of bash; * is any text
+#   P: ...                  any lines of the same reply, up to one that matches the next line
 #   P: (content)            the lines of a message, with the dot that ends it
-#   P: (closes)             ends the connection
-#   C: (waits 2 s)
-# What the side of the test ($SIDE, C or P) says is said, and what the other says is awaited and compared.
+#   P: (closes)             the provider closes the connection
+#   C: (waits 2 s)          pauses
 dialogue() {
     local script n line text any=
     mapfile -t script
@@ -350,18 +352,18 @@ dialogue() {
     [ -z "$any" ] || fail 'a dialogue ends with ...'
     TO_COME=()
 }
-# open_session [NAME]: connects, up to the reply to EHLO NAME. dialogue_on_a_new_connection: connects first.
+# open_session [NAME]: connects and sends EHLO NAME. dialogue_on_a_new_connection: connects, then plays a dialogue.
 open_session() { dial; expect '^220 '; ask "EHLO ${1:-x}" '^250'; }
 dialogue_on_a_new_connection() { dial; dialogue; }
 
-# note EXPECTED SEEN: a line of the dialogue that fail prints.
+# note EXPECTED SEEN: adds a line to the dialogue that fail prints.
 note() {
     WANTED+=("${1:0:200}") SEEN+=("${2:0:200}")
     ((${#SEEN[@]} < 400)) || SEEN=("${SEEN[@]: -40}") WANTED=("${WANTED[@]: -40}")
 }
 SIDE=C WANTED=() SEEN=() TO_COME=()
 declare -A OTHER_SIDE=([C]=P [P]=C)
-# The last lines of the dialogue, expected on the left and seen on the right, the one that failed with >.
+# Prints the last lines of the dialogue, expected on the left and seen on the right. The line that failed has a >.
 dialogue_seen() {
     local n mark=' ' last=$((${#SEEN[@]} - 1))
     [ "$last" -ge 0 ] || return 0
@@ -373,8 +375,8 @@ dialogue_seen() {
     for n in "${!TO_COME[@]}"; do [ "$n" -ge 12 ] || printf '  %s\n' "${TO_COME[n]}"; done
 }
 
-# each_row COMMAND [WORD...]: runs it with the columns of each row of a table on standard input. " | " stands between
-# the columns; blanks around them only align them, and \x20 is a blank that counts.
+# each_row COMMAND [WORD...]: runs the command with the columns of each row of a table on standard input. "|" separates
+# the columns. Blanks around a column only align it; \x20 is a blank that belongs to it.
 each_row() {
     local row column columns
     while IFS= read -r row; do
@@ -398,16 +400,16 @@ closed() {
 b64() { printf '%s' "$1" | base64 -w 0; }
 unb64() { base64 -d <<< "$1"; }
 hmac_md5() { printf '%s' "$2" | openssl dgst -md5 -hmac "$1" | sed 's/.* //'; }
-# What a process that stays must not hold: the connections and the locks of the test.
+# Closes all descriptors but 0 to 2, so that a long-running process does not hold connections and locks of the test.
 closed_but_0_to_2() {
     local fd; for fd in /proc/self/fd/*; do fd=${fd##*/}; [ "$fd" -le 2 ] || eval "exec $fd>&-"; done
 }
-# compute FUNCTION LINE...: what the function makes of these lines, into COMPUTED. One process computes all of a shell,
-# because each start of a process takes longer. The secret may be a real one, so it is on no command line.
-#   encode TEXT [BASE64]      in base64, the text and, after it, what the base64 is
-#   decode BASE64             the text, without NUL and line end; nothing if that is not base64
-#   cram NAME SECRET CHALLENGE           RFC 2195's response, it and the challenge in base64
-#   scram SECRET BARE CHALLENGE FINAL    RFC 5802's proof, signature, StoredKey and ServerKey, in base64
+# compute FUNCTION LINE...: sets COMPUTED to the result of the function. One process computes for the whole shell,
+# because starting a process takes longer than computing. A secret may be a real one, so no command line has it.
+#   encode TEXT [BASE64]      TEXT and, after it, the decoded BASE64, in base64
+#   decode BASE64             the text, without NUL and LF; empty if the argument is not base64
+#   cram NAME SECRET CHALLENGE           the response of RFC 2195; the challenge and the response are in base64
+#   scram SECRET BARE CHALLENGE FINAL    the proof, signature, StoredKey and ServerKey of RFC 5802, in base64
 compute() {
     if [ "${COMPUTING_SHELL:-}" != "$BASHPID" ]; then
         missing "perl's Digest::MD5"
@@ -446,9 +448,9 @@ compute() {
     printf '%s\n' "$1 $(($# - 1))" "${@:2}" >&"${COMPUTER[1]}"
     IFS= read -r -t "$PATIENCE" COMPUTED <&"${COMPUTER[0]}" || fail "$1 could not be computed"
 }
-# cram_response NAME SECRET CHALLENGE: into RESPONSE.
+# cram_response NAME SECRET CHALLENGE: sets RESPONSE.
 cram_response() { compute cram "$@"; RESPONSE=$COMPUTED; }
-# auth_cram_md5 NAME SECRET REPLY
+# auth_cram_md5 NAME SECRET REPLY: authenticates and expects a reply that matches REPLY.
 auth_cram_md5() {
     ask 'AUTH CRAM-MD5' '^334 '
     cram_response "$1" "$2" "${ANSWER#334 }"
@@ -466,20 +468,20 @@ silent() { local octet code=0; IFS= read -r -N 1 -t 1.5 octet <&"$LINE" || code=
 
 served() ( dial; hear && [[ $HEARD == 220* ]] )
 
-# encoded FORMAT: what printf makes of it, NUL octets and all, in base64.
+# encoded FORMAT: prints the output of printf FORMAT, including NUL octets, in base64.
 # shellcheck disable=SC2059
 encoded() { printf "$1" | openssl base64 -A; }
 
 # ---- The customer's part by hand: an SMTP server in bash, after ATRN ----
 #
-# take_mail plays the server until QUIT. OFFER: the keywords of its EHLO response. ANSWERS: what it says
-# instead of yes, by whole command or by verb (CONTENT: to the last octet); CLOSE hangs up. A message it
-# takes becomes $T/got/N: MAIL and RCPT lines, an empty one, the content as it came, CRLF and all. What
-# the provider said is in $T/heard.
+# take_mail plays the server until QUIT. OFFER has the keywords of its EHLO response. ANSWERS has the replies that are
+# not the default, by whole command or by verb. CONTENT is the reply to the last octet of a message, and CLOSE closes
+# the connection. A message that take_mail accepts becomes $T/got/N: the MAIL and RCPT lines, an empty line, and the
+# content with its CRLFs. The provider's commands are in $T/heard.
 
 declare -A ANSWERS=()
 OFFER=
-# answer COMMAND DEFAULT: true if it was a yes, or a go-ahead.
+# answer COMMAND DEFAULT: sends the reply to COMMAND. True if the reply is 2xx, or 3xx to DATA.
 answer() {
     local reply=${ANSWERS[$1]:-${ANSWERS[${1%% *}]:-$2}}
     if [ "$reply" = CLOSE ]; then hang_up; return 1; fi
@@ -499,7 +501,7 @@ take_content() {
         while IFS= read -r -t "$PATIENCE" line <&"$LINE" && [ "$line" != $'.\r' ]; do content+=${line#.}$'\n'; done
     else
         line=${HEARD#BDAT }
-        # bash reads an octet at a time, which takes long on a machine under load
+        # bash reads one octet at a time, which is slow on a busy machine
         IFS= read -r -N "${line% LAST}" -t $((PATIENCE * 5)) content <&"$LINE"
     fi
     if [ "$ACCEPTED" = 0 ]; then say '554 no valid recipients'; return 0; fi
@@ -509,7 +511,7 @@ take_content() {
     fi
 }
 take_mail() {
-    trap '' PIPE # what is said after the provider has closed the connection is lost
+    trap '' PIPE # output after the provider has closed the connection is lost
     N_GOT=0 ENVELOPE='' ACCEPTED=0
     [ -d "$T/got" ] || mkdir "$T/got"
     : > "$T/heard"
@@ -528,13 +530,14 @@ take_mail() {
         [[ ${ANSWERS[${HEARD%% *}]:-} != CLOSE ]] || return 0
     done
 }
-# turn [DOMAINS]: login, ATRN, take_mail.
+# turn [DOMAINS]: logs in, sends ATRN and takes the mail.
 turn() { login; ask "ATRN${1:+ $1}" '^250 OK now reversing the connection$'; take_mail; hang_up; }
 
-# wire: a message as it crosses the wire: every line end, and the end, is CRLF.
+# wire: prints a message as it is sent: each line end is CRLF, and the message ends with CRLF.
 wire() { perl -0777 -pe 's/\r\n|\r|\n/\r\n/g; s/(?<!\n)\z/\r\n/ if length'; }
 
-# customer CODE [OPTION...]: our customer, into $T/mail; output in $T/out and $T/err.
+# customer CODE [OPTION...]: runs our customer, which must exit with CODE. Its mail is in $T/mail, its output in $T/out
+# and $T/err.
 customer() {
     local code=$1
     shift
@@ -542,9 +545,9 @@ customer() {
     ODMR_SECRET=tanstaaf run "$code" "$ODMR" customer -u example.org -q "$T/mail" -n example.org "$@"
 }
 
-# at_ATRN [OFFER]: login, ATRN, greeting and the response to EHLO; the provider's first MAIL is what comes next.
+# at_ATRN [OFFER]: logs in, sends ATRN, the greeting and the EHLO response. The next line is the provider's first MAIL.
 at_ATRN() {
-    trap '' PIPE # what is said after the provider has closed the connection is lost
+    trap '' PIPE # output after the provider has closed the connection is lost
     OFFER=${1:-}
     login
     ask ATRN '^250 '
@@ -553,8 +556,8 @@ at_ATRN() {
     offer_extensions
 }
 
-# receiver PROGRAM [WORD...]: a customer in perl on the open line, after ATRN's 250. It has said(LINE), heard() and
-# content(N).
+# receiver PROGRAM [WORD...]: runs a customer in perl on the open connection, after the 250 to ATRN. PROGRAM can call
+# said(LINE), heard(), content(N) and greets(KEYWORD...).
 receiver() {
     timeout "$PATIENCE" perl -e 'use strict; use Socket; $SIG{PIPE} = "IGNORE"; binmode STDIN; binmode STDOUT; $| = 1;
         sub said { print "$_[0]\r\n" } sub heard { my $l = <STDIN>; defined $l or exit; $l =~ s/\r\n\z//; $l }
@@ -566,8 +569,8 @@ receiver() {
 
 # ---- A scripted provider, for the customer under test ----
 #
-# serve FUNCTION: listens (socat); each connection runs the function, which talks with say, ask and expect
-# like everybody. Sets PORT; peer_ok checks that no function failed.
+# serve FUNCTION: listens (socat) and sets PORT. Each connection runs FUNCTION, which uses say, ask and expect as a test
+# does. peer_ok checks that no FUNCTION failed.
 
 serve() {
     needs socat
@@ -576,7 +579,7 @@ serve() {
         [ -f "$T/server.pem" ] || authority
         listen=OPENSSL-LISTEN:0,cert=$T/server.pem,${CLIENTS:-verify=0}
     fi
-    [ ! -e "$T/socat.log" ] || rm "$T/socat.log" # an older one says that it listens, too
+    [ ! -e "$T/socat.log" ] || rm "$T/socat.log" # an older log names a port, too
     socat -d -d "$listen,bind=127.0.0.1,reuseaddr,fork" EXEC:"bash $self --peer $T $1" 2> "$T/socat.log" &
     STARTED+=($!)
     until_true listens "$T/socat.log"
@@ -590,7 +593,7 @@ run_peer() {
     LINE_OUT=1
     ( "$2" ) 2> "$T/peer.err.$$" || cat "$T/peer.err.$$" > "$T/peer.failed"
 }
-# provide [REPLY]: the provider's part up to ATRN, and its reply to it (250). The challenge is
+# provide [REPLY]: plays the provider up to ATRN and replies to ATRN, with 250 by default. The challenge is
 # <1896.697170952@example.net>.
 provide() {
     dialogue <<'END'
@@ -615,16 +618,16 @@ expect_line() {
     WANTED[-1]="${OTHER_SIDE[$SIDE]}: (like $1)"
     match "$HEARD" "$1" line
 }
-# reverse: provide, and the customer's greeting and EHLO.
+# reverse: provide, then the customer's greeting and its response to EHLO.
 reverse() { provide; expect '^220 '; ask 'EHLO example.net' '^250'; }
-# The same in parts: up to AUTH, with these mechanisms; from ATRN on; when the customer gives up.
+# Parts of a session: up to the response to EHLO, with these mechanisms; from ATRN on; from QUIT on.
 offer_mechanisms() {
     say '220 example.net ready'; expect_line '^EHLO '; say '250-example.net'; say "250-AUTH $*"; say '250 ATRN'
 }
 no_mail() { expect_line '^ATRN$'; say '453 no mail'; goodbye; }
 goodbye() { expect_line '^QUIT$'; say '221 bye'; }
 mailbox() { how_many "\"\$T\"/mail/${1:-example.org}/new/*"; }
-# The content of the only message in the customer's Maildir, without what the customer put on top.
+# Prints the content of the only message in the customer's Maildir, without the fields that the customer added.
 stored() { sed '1,/^Received: /d' "$T/mail/${1:-example.org}/new"/* | sed '1,2d'; }
 
 store() {
@@ -634,8 +637,8 @@ store() {
 
 # ---- TLS, and SCRAM by hand --------------------------------------------------------------------------
 
-# certificate NAME SUBJECT [SAN [ISSUER [PURPOSE]]]: $T/NAME.crt, and $T/NAME.pem with its key; signed by ISSUER, or
-# by itself: then it is an authority.
+# certificate NAME SUBJECT [SAN [ISSUER [PURPOSE]]]: makes $T/NAME.crt, and $T/NAME.pem with its key. ISSUER signs the
+# certificate. Without ISSUER it is self-signed and an authority.
 certificate() {
     local kind=FALSE
     [ -n "${4:-}" ] || kind=TRUE
@@ -645,7 +648,7 @@ certificate() {
         -keyout "$T/$1.pem" -out "$T/$1.crt" 2> "$T/$1.err" || { cat "$T/$1.err" >&2; fail "no certificate $1"; }
     cat "$T/$1.crt" >> "$T/$1.pem"
 }
-# An authority, and a server for this machine.
+# Copies to $T an authority and a server certificate for localhost and 127.0.0.1. The first caller makes them.
 authority() {
     [ -f "$SCRATCH/authority/server.pem" ] ||
         ( flock 9; [ -f "$SCRATCH/authority/server.pem" ] || found_authority ) 9> "$SCRATCH/lock"
@@ -658,14 +661,14 @@ found_authority() {
     certificate server /CN=example.net DNS:localhost,IP:127.0.0.1 ca
     mv "$T" "$SCRATCH/authority"
 }
-# tls_provider [OPTION...]: offers STARTTLS on $PORT, and TLS from the first octet on $TLS_PORT.
+# tls_provider [OPTION...]: starts a provider with STARTTLS on $PORT and implicit TLS on $TLS_PORT.
 tls_provider() {
     [ -f "$T/server.pem" ] || authority
     provider --cert "$T/server.pem" --tls-listen 127.0.0.1:0 "$@"
     until_true listens "$LOG" 2
     TLS_PORT=${PORTS[1]}
 }
-# tunnel [CERTIFICATE]: from now on $PORT leads through TLS to $TLS_PORT.
+# tunnel [CERTIFICATE]: sets PORT to a port from which socat connects to $TLS_PORT over TLS.
 tunnel() {
     needs socat
     [ ! -e "$T/tunnel.log" ] || rm "$T/tunnel.log"
@@ -675,7 +678,7 @@ tunnel() {
     until_true listens "$T/tunnel.log"
     PORT=${PORTS[0]}
 }
-# noise [OPTION...] PORT: TLS in which each message is followed by records without data (.ci/tls.c); sets NOISE.
+# noise [OPTION...] PORT: starts a proxy to PORT that adds TLS records without data (.ci/tls.c); sets NOISE.
 noise() {
     [ ! -e "$T/noise" ] || rm "$T/noise"
     "$here/build/tls" "${@:1:$#-1}" "127.0.0.1:${*: -1}" > "$T/noise" 2> "$T/noise.err" &
@@ -684,7 +687,7 @@ noise() {
     NOISE=$(< "$T/noise")
 }
 
-# name_with_nul NAME: a DNS name that reads as NAME up to its NUL octet, in DER, which is the only way to write it.
+# name_with_nul NAME: prints a DNS name that reads as NAME up to its NUL octet. Only DER can express this name.
 name_with_nul() {
     local octets
     octets=$(printf '%s\0.example' "$1" | od -An -v -tx1 | tr -d ' \n')
@@ -696,7 +699,7 @@ external() {
     run "$code" "$ODMR" customer --trace --ca "$T/ca.crt" --cert "$T/$name.pem" -q "$T/mail" "$@" "localhost:$PORT"
 }
 
-# verifier SECRET ROUNDS: as odmr account --scram makes it, but for the number of rounds.
+# verifier SECRET ROUNDS: prints a verifier like that of odmr account --scram, but with this number of rounds.
 verifier() {
     local salt
     salt=$(b64 'sixteen octets..')
@@ -704,8 +707,8 @@ verifier() {
     echo "{SCRAM-SHA-256}$2,$salt,$STORED_KEY,$SERVER_KEY"
 }
 
-# scram SECRET BARE CHALLENGE FINAL: what follows from them, in base64: the customer's PROOF_OF_IT, the provider's
-# SIGNATURE, and the STORED_KEY and SERVER_KEY of a verifier.
+# scram SECRET BARE CHALLENGE FINAL: computes, in base64, the customer's PROOF_OF_IT, the provider's SIGNATURE, and the
+# STORED_KEY and SERVER_KEY of a verifier.
 scram() { compute scram "$@"; read -r PROOF_OF_IT SIGNATURE STORED_KEY SERVER_KEY <<< "$COMPUTED"; }
 
 # ---- Receivers that the customer hands the session on to ---------------------------------------------
@@ -718,11 +721,11 @@ free_port() {
     done
     echo "$port"
 }
-# sink [OPTION...]: Postfix's own test receiver, which dumps what it gets into $T/sink; sets SINK.
+# sink [OPTION...]: starts smtp-sink, Postfix's test receiver, which writes what it receives to $T/sink; sets SINK.
 sink() {
     local as=(-u nobody -R "$T/sink" -d "%M.")
     needs smtp-sink
-    [ "$(id -u)" = 0 ] || as=(-d "$T/sink/%M.") # only root can become another, and needs to
+    [ "$(id -u)" = 0 ] || as=(-d "$T/sink/%M.") # only root can change the user, and must
     SINK=$(free_port)
     mkdir -p "$T/sink"; chmod 777 "$T/sink"; chmod 755 "$T"
     PATH=$PATH:/usr/sbin smtp-sink "${as[@]}" "$@" "127.0.0.1:$SINK" 100 2> "$T/sink.log" &
@@ -730,9 +733,10 @@ sink() {
     until_true reachable "$SINK"
 }
 
-# perl_provider END: a provider that says all of $T/batch at once after EHLO and then ends: it closes, or, where END is
-# half, ends its own direction only and keeps what it hears in $T/replies; stay: it waits for the customer's end. Port
-# in PORT.
+# perl_provider END: starts a provider that sends all of $T/batch at once after EHLO; sets PORT. END says what follows:
+#   close   the provider closes the connection
+#   half    the provider ends its own direction only, and writes the replies to $T/replies
+#   stay    the provider waits for the customer to close, and writes the replies to $T/replies
 perl_provider() {
     [ ! -e "$T/perl.port" ] || rm "$T/perl.port"
     perl -MIO::Socket::INET -e '
@@ -759,12 +763,12 @@ perl_provider() {
     until_true [ -s "$T/perl.port" ]
     PORT=$(< "$T/perl.port")
 }
-# relay CODE COMMAND [OPTION...]: our customer with --exec COMMAND.
+# relay CODE COMMAND [OPTION...]: runs our customer with --exec COMMAND.
 relay() {
     ODMR_SECRET=tanstaaf run "$1" "$ODMR" customer -u example.org -n example.org --exec "${@:2}" "127.0.0.1:$PORT"
 }
-# perl_server [SECONDS]: a program for --exec that speaks SMTP, waits so long before it answers a content, and keeps
-# what it heard in $T/heard and contents in $T/contents.
+# perl_server [SECONDS]: sets SERVER to a program for --exec that speaks SMTP. The program waits SECONDS before it
+# replies to the content of DATA. It writes commands to $T/heard and contents to $T/contents.
 perl_server() {
     cat > "$T/server.pl" << 'END'
 #!/usr/bin/perl
@@ -792,10 +796,10 @@ END
 
 # ---- RFC 2645, 4: Description ------------------------------------------------------------------------
 
-# What becomes of a message for eva, bob and zoe after each kind of reply: to which recipients it is still owed, which
-# are in the sender's notice, and which have it. It is the same in all three ways of sending.
+# The next functions check a message for eva, bob and zoe after each kind of reply: which recipients are deferred, which
+# are named in the sender's notice, and which have the message. The outcome is the same in all three ways of sending.
 
-# outcome STILL_OWED NOTICED DELIVERED COMMAND REPLY...: lists are words in the order of the envelope.
+# outcome DEFERRED NOTICED DELIVERED COMMAND REPLY...: the lists are words in the order of the envelope.
 outcome() {
     local owed=$1 noticed=$2 delivered=$3 what=$4
     shift 3
@@ -814,8 +818,8 @@ outcome() {
     [ -z "$owed" ] || equal "$OTHERS" "$WHAT_STAYS" 'what stays'
     equal "$(unfinished)" 0 'left in tmp'
 }
-# named_in PREFIX FILE...: the local parts after it, as words in NAMED, but not those that are struck out; the other
-# lines in OTHERS.
+# named_in PREFIX FILE...: sets NAMED to the local parts in lines that begin with PREFIX, as words, without those that
+# are struck out. Sets OTHERS to the other lines.
 named_in() {
     local line prefix=$1 file
     shift
