@@ -872,7 +872,7 @@ outcomes() {
 }
 
 # The provider listens on port 366 of every address and the customer connects to port 366, unless an option names
-# another (RFC 2645, 4).
+# another port (RFC 2645, 4).
 # shows: 4-a
 # not with: OVER_TLS
 t_4-a_port_366() {
@@ -890,8 +890,7 @@ t_4-a_port_366() {
     equal "$(grep -cE "^$MOMENT odmr: listening on (0.0.0.0|\[::\]):366\$" "$T/log")" 2
 }
 
-# A new message and the passing of time make the provider send nothing: it sends what waited at ATRN, when ATRN comes
-# (RFC 2645, 4).
+# The provider sends messages only after ATRN, and only those that were queued when ATRN came (RFC 2645, 4).
 # shows: 4-d
 t_4-d_nothing_is_sent_without_being_asked() {
     provider
@@ -907,8 +906,8 @@ t_4-d_nothing_is_sent_without_being_asked() {
     equal "$(waiting)" 1
 }
 
-# If the customer fails at any step, for now or by closing, the provider keeps the message for the next session (RFC
-# 2645, 4).
+# If the customer replies 4xx or closes the connection at any step, the message stays queued for the next session
+# (RFC 2645, 4).
 # shows: 4-e
 t_4-e_mail_stays_until_it_is_taken() {
     local step reply
@@ -928,22 +927,22 @@ t_4-e_mail_stays_until_it_is_taken() {
     equal "$N_GOT $(waiting)" '1 0'
 }
 
-# Each recipient is delivered, returned or kept as the replies say when each command waits for its reply (RFC 2645, 4;
-# RFC 5321, 4.2).
+# If each command waits for its reply, the replies decide which recipients are delivered, deferred or returned
+# (RFC 2645, 4; RFC 5321, 4.2).
 # shows: 4-e
 t_4-e_outcomes_plain() {
     OFFER='' outcomes;
 }
 
-# Each recipient is delivered, returned or kept as the replies say when commands are sent in groups (RFC 2645, 4; RFC
-# 2920, 3.1).
+# If commands are sent in groups, the replies decide which recipients are delivered, deferred or returned
+# (RFC 2645, 4; RFC 2920, 3.1).
 # shows: 4-e
 t_4-e_outcomes_pipelining() {
     OFFER=PIPELINING outcomes;
 }
 
-# Each recipient is delivered, returned or kept as the replies say when the content is sent with BDAT (RFC 2645, 4;
-# RFC 3030, 2).
+# If the content is sent with BDAT, the replies decide which recipients are delivered, deferred or returned
+# (RFC 2645, 4; RFC 3030, 2).
 # shows: 4-e
 t_4-e_outcomes_chunking() {
     OFFER='PIPELINING CHUNKING' outcomes;
@@ -991,7 +990,7 @@ X-Long: a
     has "$T/notice.1" '^  <eva@example.org>$'
     hasnt "$T/notice.1" 'body\.'
     match "$(sed -n 's/^Arrival-Date: //p' "$T/notice.1")" '^[A-Z][a-z]{2}, '
-    # a tool that knows MIME finds three parts
+    # a MIME parser finds three parts
     needs perl
     equal "$(sed 1d "$T/notice.1" | perl -ne '$b ||= $1 if /boundary="(.*)"/; $n++ if $b && /^--\Q$b\E$/;
         $e++ if $b && /^--\Q$b\E--$/; END { print "$n $e" }')" '3 1'
@@ -1008,15 +1007,14 @@ t_exactly_once() {
         pids+=($!)
     done
     for i in "${pids[@]}"; do wait "$i"; done
-    # who came when all was claimed got 451, and asks again
+    # a customer that came when all mail was claimed got 451; this one finds nothing left
     customer 1 "127.0.0.1:$PORT"
     equal "$(waiting)" 0
     equal "$(cat "$T"/mail*/example.org/new/* | sed -n 's/^Text of \(.*\)\./\1/p' | sort -n | tr '\n' ' ')" \
         "$(seq 600 | tr '\n' ' ')"
 }
 
-# The customer's Maildirs are a queue that another provider can serve, with the same envelope and content (RFC 2645,
-# 4).
+# Another provider can use the customer's Maildirs as its queue, with the same envelope and content (RFC 2645, 4).
 t_a_customer_is_a_provider_in_turn() {
     provider
     put_letter one 1.a '' '"e va"@example.org' bob@example.org
@@ -1033,8 +1031,7 @@ t_a_customer_is_a_provider_in_turn() {
 
 # ---- RFC 2645, 5: States -----------------------------------------------------------------------------
 
-# Each state begins with its command, QUIT ends each of them, and a command that fails leads to no other state
-# (RFC 2645, 5).
+# Only the command of a state that succeeds leads to that state, and QUIT ends the session in each state (RFC 2645, 5).
 # shows: 5-a 5-b
 t_5-a_the_three_states() {
     provider --trace
@@ -1089,8 +1086,8 @@ states() { sed -n 's/^\[[0-9]*\] -- \([a-z]*\) state (RFC 2645, 5\.[123]).*/\1/p
 
 # ---- RFC 2645, 5.1: Initial State --------------------------------------------------------------------
 
-# A customer that is silent for longer than a time-out, or closes early, gets 421 where a reply can still be sent, and
-# its mail stays queued (RFC 5321, 4.5.3.2.7).
+# If a customer is silent for longer than a time-out, or closes early, its mail stays queued, and the provider replies
+# 421 where it still can (RFC 5321, 4.5.3.2.7).
 t_silence_and_early_close() {
     provider --timeout 3 --login-timeout 5
     dialogue_on_a_new_connection <<'END'
@@ -1136,7 +1133,7 @@ END
     equal "$N_GOT" 1
 }
 
-# A client that pipelines without pause is not authenticated in time like any other, and gets 421 (RFC 5321, 4.5.3.2).
+# A client that pipelines without pause also gets 421 when the log-in time-out is over (RFC 5321, 4.5.3.2).
 t_no_time_without_end() {
     provider --login-timeout 1
     dial; expect '^220'
@@ -1144,7 +1141,7 @@ t_no_time_without_end() {
     timeout "$PATIENCE" grep -q -m 1 '^421 .*not authenticated in time' <&"$LINE" || fail 'no 421'
 }
 
-# A customer in the middle of an AUTH exchange gets the 421 for its time-out or for the shutdown, too (RFC 5321, 3.8).
+# The 421 for a time-out or the shutdown is also sent in the middle of an AUTH exchange (RFC 5321, 3.8).
 t_421_in_the_middle_of_auth() {
     provider --login-timeout 4
     open_session
@@ -1160,7 +1157,7 @@ END
     wait "$PROVIDER"; equal $? 0
 }
 
-# After the 421 of a shutdown no command has a reply any more, though more of them have arrived (RFC 5321, 3.8).
+# After the 421 of a shutdown the provider sends no more replies, even if more commands have arrived (RFC 5321, 3.8).
 t_no_reply_after_421() {
     provider
     dial; expect '^220'
@@ -1190,8 +1187,8 @@ P: (closes)
 END
 }
 
-# A provider without ATRN, without a usable mechanism, or with a 421 ends the customer with an exit code for that case
-# (RFC 2645, 5.1.1).
+# If the provider has no ATRN, has no usable mechanism, or replies 421, the customer's exit code says so (RFC 2645,
+# 5.1.1).
 t_customer_wants_atrn_and_a_mechanism() {
     serve peer_without_atrn
     customer 69 "127.0.0.1:$PORT"
@@ -1225,8 +1222,7 @@ END
 peer_busy() { say '421 too busy'; hear || true; }
 peer_closes() { say '220 x'; expect_line '^EHLO'; }
 
-# All keywords of an EHLO response count, on however many lines and in whatever order (RFC 4954, 3; the form with = is
-# older).
+# The customer uses all AUTH lines of an EHLO response, in any order, also in the older form with = (RFC 4954, 3).
 t_keywords_on_several_lines() {
     local order
     for order in '250-AUTH=LOGIN\r\n250-AUTH LOGIN CRAM-MD5' '250-AUTH LOGIN CRAM-MD5\r\n250-AUTH=LOGIN'; do
@@ -1253,10 +1249,10 @@ P: 221 bye
 END
 }
 
-# STARTTLS is found in a long EHLO response; if the response is too long, nothing more is sent in the clear (RFC 3207,
-# 4).
+# The customer finds STARTTLS in a long EHLO response. If the response is too long, the customer sends nothing more in
+# the clear (RFC 3207, 4).
 t_a_very_long_ehlo_response() {
-    unset OVER_TLS # it speaks in the clear
+    unset OVER_TLS # this test speaks in the clear
     OFFERED=100 serve peer_that_offers_much
     customer 75 --trace "127.0.0.1:$PORT"
     has "$T/err" 'C: STARTTLS$'
@@ -1293,7 +1289,7 @@ P: (closes)
 END
 }
 
-# Each mechanism authenticates a session that brings mail, and TLS goes on through the reversal (RFC 2645, 5.1.2).
+# Each mechanism authenticates a session that delivers mail, and TLS continues after the reversal (RFC 2645, 5.1.2).
 # shows: 5.1.2-d 8-b
 # not with: OVER_TLS
 t_5.1.2-d_each_mechanism() {
@@ -1366,7 +1362,7 @@ t_5.1.2-f_external() {
     external 77 stranger
     external 77 forged; has "$T/err" 'no usable SASL mechanism: .* offers'
     has "$LOG" 'authentication failed'
-    # who has a certificate may still log in by a secret, and who has none is not offered EXTERNAL
+    # a client with a certificate may also log in with a secret; a client without one is not offered EXTERNAL
     customer 1 --cert "$T/forged.pem" --ca "$T/ca.crt" "localhost:$PORT"
     customer 77 --ca "$T/ca.crt" --cert "$T/forged.pem" --mechanism EXTERNAL "localhost:$PORT"
     customer 1 --trace --ca "$T/ca.crt" --cert "$T/me.pem" --mechanism EXTERNAL "localhost:$PORT"
@@ -1382,7 +1378,7 @@ t_5.1.2-f_external() {
     ask "$(b64 example.org)" '^235 '
 }
 
-# A wrong secret ends the customer with exit code 77, and the right one does not (RFC 4954, 6).
+# With a wrong secret, and not with the right one, the customer ends with exit code 77 (RFC 4954, 6).
 t_customer_and_a_wrong_secret() {
     provider
     echo wrong > "$T/secret"
@@ -1429,8 +1425,8 @@ END
     ask 'ATRN' '^530 '
 }
 
-# The customer waits ten minutes for the reply to ATRN, whatever --timeout says (RFC 2645, 5.2.1). Five seconds stand
-# for them here, in a session whose --timeout is three.
+# The customer waits ten minutes for the reply to ATRN, whatever --timeout says (RFC 2645, 5.2.1). Here the provider
+# waits five seconds, and --timeout is three.
 # shows: 5.2.1-c
 t_5.2.1-c_patience_for_atrn() {
     serve peer_slow_atrn
@@ -1468,7 +1464,7 @@ t_5.2.1-d_more_domains_than_a_line_holds() {
     equal "$N_GOT" 1
 }
 
-# An account has access to all domains of an ATRN, or the whole command is refused with 450 (RFC 2645, 5.2.1).
+# If the account has no access to one domain of ATRN, the provider refuses the whole command with 450 (RFC 2645, 5.2.1).
 # shows: 4-c 5.2.1-e 5.2.1-f 5.2.1-g 5.2.1-a 5.2.1-d 5.2.1-j 7-a
 t_5.2.1-e_access_to_all_or_nothing() {
     provider
@@ -1490,7 +1486,7 @@ END
     equal "$(waiting)" 1
 }
 
-# After 250 to ATRN the provider may have no mail and say QUIT after EHLO; for the customer that is no error
+# If the provider has no mail, it may reply 250 to ATRN and send QUIT after EHLO; the customer reports no error
 # (RFC 2645, 5.2.1).
 # shows: 5.2.1-h
 t_5.2.1-h_reversal_without_mail() {
@@ -1502,13 +1498,13 @@ t_5.2.1-h_reversal_without_mail() {
 }
 peer_without_mail() { reverse; ask QUIT '^221 '; closed; }
 
-# A provider that says QUIT even without EHLO has no mail, too; RFC 2645, 5.2.1, asks for EHLO first.
+# If the provider sends QUIT without the EHLO that RFC 2645, 5.2.1, requires, the customer still reports no mail.
 t_5.2.1-h_quit_without_ehlo() {
     serve peer_quits
     customer 1 "127.0.0.1:$PORT"
     peer_ok
     hasnt "$T/err" closed
-    unset OVER_TLS # it speaks in the clear
+    unset OVER_TLS # this test speaks in the clear
     serve peer_quits
     perl_server
     relay 1 "$SERVER"
@@ -1518,7 +1514,7 @@ t_5.2.1-h_quit_without_ehlo() {
 }
 peer_quits() { provide; expect '^220 '; ask QUIT '^221 '; }
 
-# With --interval an account that asks again too soon gets 450; another account is not concerned (RFC 2645, 5.2.1).
+# With --interval an account that repeats ATRN too soon gets 450; other accounts are not affected (RFC 2645, 5.2.1).
 # shows: 5.2.1-i
 t_5.2.1-i_interval() {
     provider --interval 5
@@ -1543,7 +1539,7 @@ END
     ask 'ATRN' '^453 '
 }
 
-# A refused ATRN starts no interval: only mail or 453 does (RFC 2645, 5.2.1).
+# A refused ATRN starts no interval, because only mail or 453 does (RFC 2645, 5.2.1).
 t_5.2.1-i_a_refusal_starts_no_interval() {
     provider --interval 3600
     login
@@ -1586,7 +1582,7 @@ END
     login; ask ATRN '^450 '
 }
 
-# Mail that the provider cannot open has the reply 451, not 453 (RFC 2645, 5.2.1).
+# If the provider cannot open a message, the reply to ATRN is 451, not 453 (RFC 2645, 5.2.1).
 # shows: 5.2.1-k
 t_5.2.1-k_mail_that_cannot_be_opened() {
     needs_capabilities 'file that the provider may not read' CHOWN SETUID
@@ -1600,7 +1596,7 @@ t_5.2.1-k_mail_that_cannot_be_opened() {
     ask ATRN '^250 '
 }
 
-# A queue that the provider cannot read has the reply 451, and only its own domain does (RFC 2645, 5.2.1).
+# If the provider cannot read the queue of a domain, only an ATRN for that domain has the reply 451 (RFC 2645, 5.2.1).
 # shows: 5.2.1-k 7-a
 t_5.2.1-k_queue_that_cannot_be_read() {
     needs_capabilities 'file that the provider may not read' CHOWN SETUID
@@ -1615,7 +1611,7 @@ t_5.2.1-k_queue_that_cannot_be_read() {
     ask 'ATRN example.com' '^453 '
 }
 
-# A domain that cannot be read holds back no other domain's mail, but without such mail the reply is 451 (RFC 2645,
+# If a domain cannot be read, the mail of other domains is sent; if they have no mail, the reply is 451 (RFC 2645,
 # 5.2.1).
 t_5.2.1-k_one_domain_that_cannot_be_read() {
     provider
@@ -1627,7 +1623,7 @@ t_5.2.1-k_one_domain_that_cannot_be_read() {
     equal "$(grep -c 'cannot read the queue of example.com: Not a directory; its mail waits$' "$LOG")" 2
 }
 
-# The log gives the reason of each 450 and 451 to ATRN (RFC 2645, 5.2.1).
+# The log gives the reason for each 450 and 451 to ATRN (RFC 2645, 5.2.1).
 t_5.2.1-k_the_log_says_why() {
     needs flock
     provider
@@ -1682,8 +1678,8 @@ END
 }
 ask_after_log_in() { login; ask_raw "$@"; hang_up; }
 
-# Mail that another session has claimed has the reply 451, not 453, and the claim ends with the process that holds it
-# (RFC 2645, 5.2.1).
+# If another session has claimed the mail, the reply to ATRN is 451, not 453; the claim ends with the process that holds
+# it (RFC 2645, 5.2.1).
 t_claimed_by_another_session() {
     needs flock
     provider
@@ -1713,7 +1709,7 @@ t_a_domain_named_twice() {
 
 # ---- RFC 2645, 5.3: Reversed State -------------------------------------------------------------------
 
-# The customer is an SMTP server after ATRN, and what it accepts is in its Maildir (RFC 2645, 5.3).
+# After ATRN the customer is an SMTP server, and the messages that it accepts are in its Maildir (RFC 2645, 5.3).
 # shows: 5.3-a 5.3-b
 t_5.3-b_the_customer_as_server() {
     local date='[A-Z][a-z]{2}, [0-9 ][0-9] [A-Z][a-z]{2} 20[0-9]{2} [0-9:]{8} [+-][0-9]{4}'
@@ -1828,7 +1824,7 @@ C: 221 *
 END
 }
 
-# If the customer's server does not know EHLO, the provider says HELO and uses no extension (RFC 2645, 5.3; RFC 5321,
+# If the customer's server does not know EHLO, the provider sends HELO and uses no extension (RFC 2645, 5.3; RFC 5321,
 # 3.2).
 t_5.3-c_helo_where_ehlo_is_unknown() {
     provider
@@ -1839,8 +1835,8 @@ t_5.3-c_helo_where_ehlo_is_unknown() {
     equal "$(sed 's/:.*//' "$T/heard" | tr '\n' ' ')" 'EHLO example.net HELO example.net MAIL FROM RCPT TO DATA QUIT '
 }
 
-# A keyword of EHLO counts after any number of others; if the response is too long, no message is sent or returned
-# (RFC 2645, 5.3).
+# The provider finds a keyword after any number of others. If the EHLO response is too long, no message is sent or
+# returned (RFC 2645, 5.3).
 t_5.3-c_endless_offer() {
     provider
     printf 'Subject: a\n\n\374\n' | put 1.a a@example.edu eva@example.org
@@ -1852,8 +1848,8 @@ t_5.3-c_endless_offer() {
     equal "$N_GOT $(waiting) $(notices)" '1 0 0'
 }
 
-# A session in which 100 commands in a row bring no mail forward ends with 421; a command that does starts the count
-# anew (RFC 5321, 3.8).
+# If 100 commands in a row do not advance a message, the session ends with 421; a command that does restarts the count
+# (RFC 5321, 3.8).
 t_idle_commands() {
     serve peer_that_idles
     customer 76 "127.0.0.1:$PORT"
@@ -1909,14 +1905,14 @@ t_replies_about_the_session() {
             done
         done
     done
-    # after the final dot any number is a verdict on the message
+    # after the final dot, any 5xx code refuses the message
     OFFER=PIPELINING ANSWERS=([CONTENT]='500 5.5.2 Line too long')
     turn
     until_true settled
     equal "$(waiting) $(notices)" '0 4'
 }
 
-# A server that refuses every message makes the provider return ten messages and no more (RFC 2645, 5.3).
+# If a server refuses every message, the provider returns ten messages and no more (RFC 2645, 5.3).
 t_a_server_that_refuses_everything() {
     provider
     for OFFER in '' PIPELINING 'PIPELINING CHUNKING'; do
@@ -1928,7 +1924,7 @@ t_a_server_that_refuses_everything() {
         equal "$(waiting) $(notices) $(tail -n 1 "$T/heard")" '15 10 QUIT' "$OFFER"
         has "$LOG" "the customer's server refused 10 messages and accepted none; the rest of the mail stays queued"
     done
-    # one that was taken: then each is judged by itself
+    # if one message was accepted, each refused message is returned
     rm -rf "$T/queue/example.org" "$T"/notice.*
     put_many 15 r%d@example.org
     ANSWERS=([RCPT]='554 5.7.1 relay access denied' ['RCPT TO:<r1@example.org>']='250 ok')
@@ -1937,8 +1933,8 @@ t_a_server_that_refuses_everything() {
     equal "$(waiting) $(notices)" '0 14'
 }
 
-# What was accepted before a connection broke has left the queue, so repeated breaks still make progress (RFC 2645,
-# 5.3).
+# Messages that were accepted before a connection broke have left the queue, so the next session goes on from there
+# (RFC 2645, 5.3).
 t_a_broken_line_makes_progress() {
     local i way
     provider
@@ -1961,8 +1957,8 @@ t_a_broken_line_makes_progress() {
     done
 }
 
-# An accepted message leaves the queue while the session goes on, so a provider that is killed sends few messages
-# twice (RFC 2645, 5.3).
+# An accepted message leaves the queue during the session, so a provider that is killed sends few messages twice
+# (RFC 2645, 5.3).
 t_replies_are_settled_as_they_arrive() {
     local i PATIENCE=$((PATIENCE * 3)) # 35 MB pass through the receiver
     provider
@@ -1982,8 +1978,8 @@ t_replies_are_settled_as_they_arrive() {
 
 # ---- RFC 2645, 5.4: Other Commands -------------------------------------------------------------------
 
-# Every command has its reply in each state; a command that ODMR does not have there is 502 (RFC 2645, 5.1, 5.2 and
-# 5.4).
+# Every command has its reply in each state; the reply is 502 if ODMR does not have the command there (RFC 2645, 5.1,
+# 5.2 and 5.4).
 # shows: 4-c 5.1-a 5.2-a 5.4-a 7-a
 t_5.4-a_each_command_in_each_state() {
     provider
@@ -2071,7 +2067,7 @@ END
             -e '/^C: 250[- ](PIPELINING|8BITMIME|SMTPUTF8|CHUNKING|LIMITS RCPTMAX=1000|ENHANCEDSTATUSCODES)/d' \
             -e 's/^(C: 2[0-9][0-9]) [0-9.]+ /\1 /' -e 's/(FROM:<[^>]*>).*/\1/' \
             -e '/^P: BDAT/d' -e '/^P: \.\.\./d' -e '/message stored/d' > "$T/seen"
-        for who in P C; do # with PIPELINING each side's lines are in order, not both together
+        for who in P C; do # with PIPELINING only the lines of one side are in order
             same <(grep "^$who" "$T/expected") <(grep "^$who" "$T/seen") "$who: in $side"
         done
     done
@@ -2080,7 +2076,7 @@ END
 
 # ---- RFC 2645, 7: Response Codes ---------------------------------------------------------------------
 
-# Each reply to ATRN ends the customer with an exit code of its own meaning (RFC 2645, 7).
+# The customer's exit code says which reply ATRN had (RFC 2645, 7).
 t_customer_exit_codes() {
     local code reply
     serve peer_atrn
@@ -2107,7 +2103,7 @@ END
 }
 peer_atrn() { provide "$(cat "$T/reply")"; hear || true; }
 
-# A reply of several lines is one line of the log (RFC 5321, 4.2.1).
+# The customer reports a reply of several lines on one line (RFC 5321, 4.2.1).
 t_replies_of_several_lines_in_the_log() {
     serve peer_with_a_long_refusal
     customer 75 "127.0.0.1:$PORT"
@@ -2117,7 +2113,7 @@ peer_with_a_long_refusal() { provide $'450-not now\r\n450 nor later'; goodbye; }
 
 # ---- RFC 2645, 8: Security Considerations ------------------------------------------------------------
 
-# With --allow only the listed networks are served, and AUTH is required all the same (RFC 2645, 8).
+# With --allow only the listed networks are served, and AUTH is still required (RFC 2645, 8).
 # shows: 8-a
 # not with: OVER_TLS
 t_8-a_access_by_address() {
@@ -2125,14 +2121,14 @@ t_8-a_access_by_address() {
     dial; expect '^554 '; closed
     provider --allow 10.0.0.0/8 --allow 127.0.0.0/30
     dial; expect '^220 '
-    ask ATRN '^530 '                       # never instead of AUTH
+    ask ATRN '^530 '                       # --allow does not replace AUTH
     provider -l '[::1]:0' --allow ::1/128
     PORT=$(sed -n 's/.*listening on \[::1\]:\([0-9]*\)$/\1/p' "$LOG")
     exec {LINE}<> "/dev/tcp/::1/$PORT"; expect '^220 '
 }
 
-# --allow takes prefixes of any length and both families. An IPv4 address equals the IPv6 one that contains it, but a
-# prefix shorter than 96 is of IPv6 only (RFC 2645, 8; RFC 4291, 2.5.5.2).
+# --allow takes prefixes of any length and both families. An IPv4 address equals its IPv4-mapped IPv6 address, but an
+# IPv6 prefix shorter than 96 matches IPv6 only (RFC 2645, 8; RFC 4291, 2.5.5.2).
 # shows: 8-a
 # not with: OVER_TLS
 t_8-a_prefixes() {
@@ -2156,7 +2152,7 @@ t_8-a_prefixes() {
 
 # ---- RFC 5321: SMTP ----------------------------------------------------------------------------------
 
-# The messages that show whether content survives, with the envelopes that must.
+# Queues ten messages whose contents and envelopes are easily damaged, and copies the queue to $T/copy.
 make_messages() {
     printf 'Subject: dots\n\n.\n..\n.a\nb.\n.\n' | put 1 a@example.edu eva@example.org
     printf 'Subject: no body\n' | put 2 '' eva@example.org
@@ -2167,11 +2163,11 @@ make_messages() {
     printf 'Subject: stray CR\n\none\rtwo\r\rthree\n\r\nfour\r' | put 7 a@example.edu eva@example.org
     : | put 8 a@example.edu eva@example.org
     printf 'Return-Path-Not: x\nDelivered-To: earlier@hop.example\n\nbody\n' | put 9 a@example.edu eva@example.org
-    # 17 octets again and again: whatever edges there are between what is read, each of them is at every edge once
+    # 17 octets, repeated: wherever the sender divides the content, each octet is at a boundary once
     perl -e 'print "Subject: edges\n\n", ".\r\na\r\n\n.b\n..\r\r\n\r." x 20000' | put 10 a@example.edu eva@example.org
     cp -r "$T/queue" "$T/copy"
 }
-# Content octet for octet, envelopes and order, in the three ways of sending, with a receiver not ours.
+# Checks each octet of the content, the envelopes and the order, at a receiver that is not our customer.
 check_content() {
     local n
     provider
@@ -2190,7 +2186,7 @@ check_content() {
     equal "$(waiting)" 0
 }
 
-# The commands of this side arrive with an octet that is none of SMTP's, or with a line end of its own, or too long
+# The provider refuses a command that has an octet outside SMTP or over 512 octets, and accepts LF alone as the line end
 # (RFC 5321, 2.3.8 and 4.5.3.1.4).
 t_bad_lines() {
     local long
@@ -2241,7 +2237,7 @@ END
     closed
 }
 
-# A line over the limit has the reply 500 and is read to its end: 512 octets, 12,288 for AUTH, 8,192 for ATRN (RFC 5321,
+# A line over 512 octets, 12,288 for AUTH, or 8,192 for ATRN, has the reply 500 and is read to its end (RFC 5321,
 # 4.5.3.1.4; RFC 4954, 4).
 t_long_lines() {
     local long
@@ -2302,8 +2298,8 @@ t_content_into_our_maildir() {
     done
 }
 
-# Only CRLF.CRLF ends a message; a message with a bare CR or LF is refused with 550, and nothing of it is stored
-# (RFC 5321, 2.3.8 and 4.1.1.4).
+# Only CRLF.CRLF ends a message, and a message with a bare CR or LF is refused with 550 and not stored (RFC 5321, 2.3.8
+# and 4.1.1.4).
 t_no_smuggling() {
     serve peer_smuggler
     customer 1 "127.0.0.1:$PORT"
@@ -2341,8 +2337,7 @@ C: 221 *
 END
 }
 
-# A reply to DATA that is neither 354 nor a refusal, or 503, neither delivers the message nor returns it (RFC 5321,
-# 4.1.1.4).
+# If the reply to DATA is 2xx or 503, the message is neither delivered nor returned (RFC 5321, 4.1.1.4).
 t_nonsense_in_reply_to_data() {
     local reply
     provider
@@ -2358,7 +2353,7 @@ t_nonsense_in_reply_to_data() {
 }
 
 # A message for 250 recipients is sent in transactions of 100, the number that every server must accept (RFC 5321,
-# 4.5.3.1.8). One recipient is refused for now, and only that one is not struck out in the file.
+# 4.5.3.1.8). One recipient is deferred, and only that one is not struck out in the file.
 t_many_recipients() {
     local file=$T/queue/example.org/new/1.a
     provider
@@ -2389,8 +2384,8 @@ t_the_same_recipient_twice() {
     equal "$N_GOT $(waiting)" '1 0'
 }
 
-# <postmaster> without a domain is postmaster of the first domain asked for, else of the first that mail was stored for
-# (RFC 5321, 4.5.1); after a bare ATRN the summary names the domains.
+# <postmaster> without a domain is postmaster of the first domain in ATRN, or else of the first domain that mail was
+# stored for (RFC 5321, 4.5.1). If ATRN has no domain, the summary names the domains.
 t_postmaster_without_a_domain() {
     serve peer_to_postmaster
     customer 0 "127.0.0.1:$PORT" example.org example.com
@@ -2419,7 +2414,7 @@ END
     store eva@mail.example.com; store bob@example.org; store postmaster; ask QUIT '^221 '
 }
 
-# A message for more domains than files can be open for is taken for 32, and the other domains get 452 (RFC 5321,
+# The customer takes a message for 32 domains, because each needs an open file, and replies 452 to the others (RFC 5321,
 # 4.5.3.1.10).
 t_recipients_in_very_many_domains() {
     serve peer_with_many_domains
@@ -2463,8 +2458,8 @@ peer_with_two_recipients_a_domain() {
     ask DATA '^354 '; say 'Subject: x'; ask . '^250 '; ask QUIT '^221 '
 }
 
-# The Received field has no name that could be read as something else, a registered protocol keyword, and nothing of the
-# content (RFC 5321, 4.4).
+# The Received field has a safe name of the peer, a registered protocol keyword, and nothing of the content (RFC 5321,
+# 4.4).
 t_received_says_what_it_should() {
     serve peer_with_odd_names
     customer 0 "127.0.0.1:$PORT"
@@ -2516,8 +2511,8 @@ peer_loop() {
     ask QUIT '^221 '
 }
 
-# Whatever address enqueue and the customer accept, the provider can send; what they refuse is held (RFC 5321, 4.1.2;
-# RFC 6531, 3.3).
+# The provider can send to each address that enqueue and the customer accept, and holds mail with an address that they
+# refuse (RFC 5321, 4.1.2; RFC 6531, 3.3).
 t_one_definition_of_a_mailbox() {
     local address
     mkdir -p "$T/queue/example.org/new"
@@ -2598,7 +2593,7 @@ t_a_message_of_20_megabytes() {
         sink $way
         put 1.a a@example.edu eva@example.org < "$T/big"
         ODMR_SECRET=tanstaaf run 0 "$ODMR" customer -u example.org --smtp "127.0.0.1:$SINK" "127.0.0.1:$PORT"
-        cp "$T"/sink/* "$T/got" # it starts with fields of smtp-sink's own, and ends with an empty line
+        cp "$T"/sink/* "$T/got" # smtp-sink adds fields at the start and an empty line at the end
         equal "$(sed -n '/^Subject: big/,$p' "$T/got" | sed '$d' | cksum)" "$(cksum < "$T/big")"
         rm "$T"/sink/*
     done
@@ -2607,7 +2602,7 @@ t_a_message_of_20_megabytes() {
     stored | cmp - "$T/big" || fail 'our own customer has something else'
 }
 
-# Pipelined messages are accepted after they are on disk, and one that cannot be stored does not affect the others
+# Pipelined messages are accepted after they are on disk, and a message that cannot be stored does not affect the others
 # (RFC 5321, 4.2.5).
 t_answers_wait_for_the_disk() {
     serve peer_in_a_hurry
@@ -2635,7 +2630,7 @@ peer_in_a_hurry() {
 # If the connection ends before the customer's final reply, the message is not stored, so it cannot arrive twice (RFC
 # 5321, 4.5.3.2.6).
 t_no_answer_no_message() {
-    unset OVER_TLS # it speaks in the clear
+    unset OVER_TLS # this test speaks in the clear
     local pid
     serve peer_that_goes
     ODMR_SECRET=tanstaaf "$ODMR" customer -u example.org -q "$T/mail" "127.0.0.1:$PORT" 2> "$T/err" & pid=$!
@@ -2655,7 +2650,7 @@ peer_that_goes() {
     printf 'MAIL FROM:<a@b.example>\r\nRCPT TO:<x@example.org>\r\nBDAT 4 LAST\r\nn: 1'; touch "$T/gone"
 }
 
-# The customer answers what came before half a command without waiting for its other half (RFC 2920, 3.2).
+# If half a command has arrived, the customer replies to the commands before it without waiting (RFC 2920, 3.2).
 t_answers_do_not_wait_for_half_a_command() {
     serve peer_with_half_a_command
     customer 0 "127.0.0.1:$PORT"
@@ -2665,7 +2660,7 @@ t_answers_do_not_wait_for_half_a_command() {
 peer_with_half_a_command() {
     reverse
     printf 'MAIL FROM:<a@b.example>\r\nRCPT TO:<x@example.org>\r\nBDAT 4 LAST\r\nn: 1QU' > "$T/half"
-    cat "$T/half" # in one write; bash's printf writes each line by itself
+    cat "$T/half" # in one write; bash's printf writes each line separately
     dialogue <<'END'
 C: 250 2.1.0 *
 C: 250 2.1.5 *
@@ -2677,8 +2672,8 @@ END
 
 # ---- RFC 4954: AUTH, and the SASL mechanisms ---------------------------------------------------------
 
-# scram_by_hand NAME SECRET HEADER: up to the proof; the reply to it is left to be expected. NONCE, CHANNEL
-# and PROOF, when set, are sent instead of the right ones.
+# scram_by_hand NAME SECRET HEADER: plays SCRAM up to the proof; the caller expects the reply. NONCE, CHANNEL and PROOF,
+# if set, replace the right values.
 scram_by_hand() {
     local bare="n=$1,r=fyko+d2lbbFgONRv9qkxdawL" challenge nonce final
     [ -n "${DIALLED:-}" ] || open_session
@@ -2691,8 +2686,8 @@ scram_by_hand() {
     say "$(b64 "$final,p=${PROOF:-$PROOF_OF_IT}")"
 }
 
-# A response that is not base64 has the reply 501, and the third authentication that fails ends the session with 421,
-# each a second after the response (RFC 4954, 4 and 6).
+# A response that is not base64 has the reply 501, and the third failed authentication ends the session with 421; each
+# failure takes a second (RFC 4954, 4 and 6).
 t_bad_base64_and_three_failures() {
     local start
     provider
@@ -2725,7 +2720,7 @@ END
     [ $(($(date +%s%N) - start)) -ge 3000000000 ] || fail 'failures were answered too fast'
     login
 }
-# cram_md5_gets RESPONSE CODE: in a new session, the reply to this response to CRAM-MD5; the session goes on.
+# cram_md5_gets RESPONSE CODE: sends this response to CRAM-MD5 in a new session, which continues after the reply CODE.
 cram_md5_gets() {
     open_session
     dialogue <<END
@@ -2739,8 +2734,8 @@ C: (closes)
 END
 }
 
-# An exchange that the client gives up, with an asterisk, without base64 or with too long a line, counts as a failed
-# authentication and costs a second; the third ends the session (RFC 4954, 4).
+# An exchange that ends with an asterisk, a response that is not base64, or too long a line, is a failed authentication
+# and takes a second; the third ends the session (RFC 4954, 4).
 t_cancelled_exchanges_count_as_failed() {
     local start way
     provider
@@ -2756,8 +2751,8 @@ t_cancelled_exchanges_count_as_failed() {
     equal "$(grep -c ': SCRAM-SHA-256, Authentication cancelled, attempt [123] of 3$' "$LOG")" 3
 }
 
-# Whatever is not base64 in its canonical form has the reply 501, as response and as initial response, and the session
-# goes on (RFC 4648, 3.5 and 4; RFC 4954, 4).
+# A response or initial response that is not canonical base64 has the reply 501, and the session continues (RFC 4648,
+# 3.5 and 4; RFC 4954, 4).
 # not with: OVER_TLS
 t_auth_responses_that_are_not_base64() {
     provider --max-per-address 100
@@ -2789,7 +2784,7 @@ no_base64_gets() {
     hang_up
 }
 
-# A challenge that is not base64 makes the customer cancel the exchange with an asterisk (RFC 4954, 4).
+# If a challenge is not base64, the customer cancels the exchange with an asterisk (RFC 4954, 4).
 t_challenge_that_is_no_base64() {
     serve peer_without_base64
     customer 76 "127.0.0.1:$PORT"
@@ -2807,7 +2802,7 @@ P: 221 bye
 END
 }
 
-# The customer answers the challenge of RFC 2195, 2, as that example does.
+# The customer's response to the challenge in the example of RFC 2195, 2, is that of the example.
 # not with: OVER_TLS
 t_cram_md5_of_the_rfc() {
     serve rfc2195
@@ -2825,7 +2820,7 @@ END
     no_mail
 }
 
-# PLAIN is for the account itself only, and its response is never in the provider's trace (RFC 4616, 2).
+# PLAIN cannot authorize another account than its own, and its response is never in the provider's trace (RFC 4616, 2).
 # not with: OVER_TLS
 t_plain_by_hand() {
     tls_provider --trace
@@ -2844,7 +2839,7 @@ END
     dial; expect '^220'; ask $'auth \tplain\tmy secret' '^500 '; ask 'AUTH  PLAIN my secret' '^503 '
     hasnt "$LOG" 'my secret'
 }
-# As initial response, and as the answer to an empty challenge.
+# Sends the response as initial response, and as the response to an empty challenge.
 plain_by_hand() {
     local response
     response=$(encoded "$1")
@@ -2857,7 +2852,8 @@ plain_by_hand() {
     [ -z "$response" ] || ! grep -qF "$response" "$LOG" || fail "$response is in the trace"
 }
 
-# A provider that offers only PLAIN in the clear gets no secret and no session (RFC 4616, 3; RFC 4954, 4).
+# If a provider offers only PLAIN in the clear, the customer sends no secret and ends the session (RFC 4616, 3; RFC
+# 4954, 4).
 # not with: OVER_TLS
 t_plain_never_leaves_in_the_clear() {
     serve only_plain
@@ -2870,7 +2866,7 @@ t_plain_never_leaves_in_the_clear() {
 }
 only_plain() { offer_mechanisms PLAIN; goodbye; }
 
-# A NUL octet does not end a response early: what follows it makes the response wrong (RFC 4954, 4).
+# If a response has a NUL octet, the octets after it count, so the response is wrong (RFC 4954, 4).
 # not with: OVER_TLS
 t_responses_with_a_nul_octet() {
     local bare=n=example.org,r=abc challenge final
@@ -2898,7 +2894,7 @@ t_scram_by_hand() {
     ask "AUTH SCRAM-SHA-256 $(b64 n,,n=x,r=y)" '^503 '
 }
 
-# Both sides compute the example of RFC 7677, 3, in .ci/vectors.c, which can give them its nonces.
+# Both sides compute the example of RFC 7677, 3, in .ci/vectors.c, which can set the nonces.
 # not with: OVER_TLS
 t_scram_of_the_rfc() {
     make -s -C "$here" build/vectors || fail 'not built'
@@ -2946,7 +2942,7 @@ first_message_gets() {
     hang_up
 }
 
-# A proof that is bound to another TLS channel than this one has the reply 535 (RFC 5802, 6; RFC 9266).
+# A proof that is bound to another TLS channel has the reply 535 (RFC 5802, 6; RFC 9266).
 # not with: OVER_TLS
 t_scram_wrong_channel() {
     tls_provider
@@ -2962,7 +2958,7 @@ t_scram_wrong_channel() {
     expect '^421 '
 }
 
-# If an attacker removes -PLUS from the offer, the customer's flag y tells the provider, which refuses (RFC 5802, 6).
+# If an attacker has removed -PLUS from the offer, the provider refuses the customer's flag y (RFC 5802, 6).
 # not with: OVER_TLS
 t_scram_downgrade() {
     tls_provider
@@ -2970,13 +2966,14 @@ t_scram_downgrade() {
     open_session
     ask "AUTH SCRAM-SHA-256 $(b64 'y,,n=example.org,r=abcdef')" '^535 '
     hang_up
-    # without TLS there is nothing to bind to, and y is what an able client says
+    # without TLS there is no channel to bind to, so the flag y of a client that can bind is accepted
     provider
     scram_by_hand example.org tanstaaf y,,
     expect '^334'; ask '' '^235 '
 }
 
-# SCRAM-SHA-256-PLUS binds to tls-exporter with TLS 1.3 and to tls-server-end-point before it (RFC 9266; RFC 5929, 4).
+# SCRAM-SHA-256-PLUS binds to tls-exporter with TLS 1.3, and to tls-server-end-point with older TLS (RFC 9266; RFC 5929,
+# 4).
 # not with: OVER_TLS
 t_channel_bindings() {
     printf 'openssl_conf = o\n[o]\nssl_conf = s\n[s]\nsystem_default = d\n[d]\nMaxProtocol = TLSv1.2\n' > "$T/old.cnf"
@@ -3012,8 +3009,8 @@ hear_flag() {
     say '535 no'; goodbye
 }
 
-# The customer breaks off with a provider whose nonce, salt, count or signature is not valid (RFC 5802, 5.1; RFC 7677,
-# 4).
+# If the provider's nonce, salt, count or signature is not valid, the customer ends the session without ATRN (RFC 5802,
+# 5.1; RFC 7677, 4).
 # not with: OVER_TLS
 t_customer_and_scram_impostors() {
     local impostor
@@ -3040,7 +3037,8 @@ END
         peer_ok
     done
 }
-# scram_serve CHALLENGE: with NONCE in it for the customer's; the customer's final message in FINAL.
+# scram_serve CHALLENGE: sends the challenge, in which NONCE stands for the customer's nonce. Sets FINAL to the
+# customer's final message.
 scram_serve() {
     offer_mechanisms SCRAM-SHA-256 CRAM-MD5 PLAIN
     expect_line '^AUTH SCRAM-SHA-256 '
@@ -3082,7 +3080,7 @@ scram_honest() {
     expect_line '^$'
     say '235 welcome'; no_mail
 }
-# Extensions follow the count and the signature (RFC 5802, 7).
+# This provider adds an extension after the count and after the signature (RFC 5802, 7).
 scram_extended() {
     scram_serve 'r=NONCEx,s=QSXCR+Q6sek8bf92,i=4096,x=more'
     scram tanstaaf "$BARE" "$CHALLENGE" "${FINAL%,p=*}"
@@ -3092,8 +3090,7 @@ scram_extended() {
     say '235 welcome'; no_mail
 }
 
-# A failure inside OpenSSL during an exchange has the reply 454, and the next exchange in the session succeeds (RFC
-# 4954, 4).
+# If OpenSSL fails during an exchange, the reply is 454, and the next exchange in the session succeeds (RFC 4954, 4).
 # not with: OVER_TLS
 t_openssl_fails_in_the_middle_of_scram() {
     local n bare=n=example.org,r=abc challenge final
@@ -3160,8 +3157,7 @@ t_verifier_is_no_secret() {
 }
 
 # An unknown name, a wrong secret and an account with a verifier have the same challenge, reply and time (RFC 5802,
-# 9). The verifier has many rounds, so a PBKDF2 that is left out would show in the times; with a sanitizer each takes
-# longer.
+# 9). The verifier has many rounds, so the times would show a missing PBKDF2. With a sanitizer each round takes longer.
 # not with: OVER_TLS
 t_failures_tell_nothing() {
     local kind mechanism i tries=() rounds=100000
@@ -3171,7 +3167,7 @@ t_failures_tell_nothing() {
     until
         for i in {1..9}; do for kind in example.org verifier nobody; do time_of_challenge "$kind"; done; done
         near_each_other "$(median example.org)" "$(median verifier)" "$(median nobody)"
-    do # a machine that is busy with something else spoils some of the times
+    do # other load on the machine spoils some of the times
         tries+=(once)
         [ ${#tries[@]} -lt 5 ] || fail "medians in microseconds: $MEDIANS"
         rm "$T"/times.*
@@ -3186,9 +3182,9 @@ t_failures_tell_nothing() {
     equal "$(cat "$T"/refusal.* | sort | uniq -c | sed 's/^ *//')" '9 535 Authentication failed'
     equal "$(cat "$T"/form.* | sort -u)" "16,i=$rounds" 'octets of salt and rounds'
 }
-# refusal MECHANISM NAME: comes a second after the wrong response, however long the answer took to find: for PLAIN two
-# PBKDF2, so one of them is the latest that we take. A machine that is busy with something else makes it later, never
-# sooner; then it is tried again. What it takes to make a response is not in the time.
+# refusal MECHANISM NAME: checks that the refusal comes a second after the wrong response, whatever the provider has to
+# compute. For PLAIN that is two PBKDF2, so LATEST is a second and one PBKDF2. A busy machine can delay the reply, so a
+# late one is tried again. The time to make the response is not measured.
 refusal() {
     local i before took
     [ "$1" = PLAIN ] || PORT=$CLEAR
@@ -3204,7 +3200,7 @@ refusal() {
     done
     fail "$1, $2: after $took microseconds, not $LATEST"
 }
-# Up to the challenge; the wrong response, well-formed like a right one, in RESPONSE.
+# wrong_MECHANISM NAME: plays the exchange up to the challenge; sets RESPONSE to a well-formed, wrong response.
 wrong_CRAM-MD5() { ask 'AUTH CRAM-MD5' '^334 '; cram_response "$1" wrong "${ANSWER#334 }"; }
 wrong_PLAIN() { ask 'AUTH PLAIN' '^334 $'; RESPONSE=$(encoded "\0$1\0wrong"); }
 wrong_SCRAM-SHA-256() {
@@ -3214,7 +3210,7 @@ wrong_SCRAM-SHA-256() {
     echo "$(unb64 "${salt#s=}" | wc -c),$rounds" >> "$T/form.$1"
     RESPONSE=$(b64 "c=biws,$nonce,p=$(head -c 32 /dev/zero | openssl base64 -A)")
 }
-# The time from the name to the challenge, in microseconds.
+# time_of_challenge NAME: writes the microseconds from the name to the challenge to $T/times.NAME.
 time_of_challenge() {
     local before line
     open_session
@@ -3227,8 +3223,8 @@ time_of_challenge() {
 median() { sort -n "$T/times.$1" | sed -n "$(($(wc -l < "$T/times.$1") / 2 + 1))p"; }
 near_each_other() { local a b; MEDIANS=$*; for a; do for b; do [ $((a * 2)) -gt "$b" ] || return 1; done; done; }
 
-# The salt of a name without a verifier stays the same after SIGHUP and a restart, and its count is the most frequent
-# one, as for a verifier (RFC 5802, 9).
+# A name without a verifier has the same salt after SIGHUP and after a restart, as a verifier has, and the most frequent
+# count of the verifiers (RFC 5802, 9).
 # not with: OVER_TLS
 t_salts_tell_nothing() {
     local name before
@@ -3260,8 +3256,8 @@ t_salts_tell_nothing() {
     [ "$(salts)" != "$before" ] || fail 'salts that any other file has, too'
 }
 
-# EXTERNAL refuses a certificate for servers only, one signed by a customer's, and one with a NUL octet in its name
-# (RFC 5280, 4.2.1.12 and 6.1).
+# EXTERNAL refuses a certificate for servers only, one that a customer's certificate signed, and one with a NUL octet in
+# its name (RFC 5280, 4.2.1.12 and 6.1).
 # not with: OVER_TLS
 t_external_takes_no_other_certificate() {
     authority
@@ -3284,7 +3280,7 @@ t_external_takes_no_other_certificate() {
 
 # ---- RFC 3207: STARTTLS ------------------------------------------------------------------------------
 
-# s_client LINES [OPTION...]: what OpenSSL's client sees of the dialogue, in $T/s_client.
+# s_client LINES [OPTION...]: sends the lines with OpenSSL's client, which writes the replies to $T/s_client.
 s_client() {
     local lines=$1
     shift
@@ -3294,8 +3290,8 @@ s_client() {
         -CAfile "$T/ca.crt" -verify_return_error "$@" > "$T/s_client" 2> "$T/s_client.err"
 }
 
-# OpenSSL's client gets a session over TLS 1.2 and 1.3 by STARTTLS and by implicit TLS, and none over TLS 1.1 (RFC
-# 3207, 4; RFC 8996).
+# OpenSSL's client has a session over TLS 1.2 and 1.3, by STARTTLS and by implicit TLS, and none over TLS 1.1 (RFC 3207,
+# 4; RFC 8996).
 # shows: 5.1.1-b
 # not with: OVER_TLS
 t_starttls_with_openssl() {
@@ -3316,7 +3312,7 @@ t_starttls_with_openssl() {
     has "$T/s_client" '^221 '
 }
 
-# The provider answers STARTTLS, and the mechanisms for TLS only, as its state asks for it (RFC 3207, 4; RFC 4954, 4).
+# The provider's replies to STARTTLS, and to the mechanisms that need TLS, fit its state (RFC 3207, 4; RFC 4954, 4).
 # not with: OVER_TLS
 t_starttls_replies() {
     tls_provider
@@ -3365,7 +3361,8 @@ P: 504 *
 END
 }
 
-# STARTTLS discards the EHLO before it and any octets received with it in the clear (RFC 3207, 4.2).
+# After STARTTLS the provider forgets the EHLO before it and discards octets received with it in the clear (RFC 3207,
+# 4.2).
 # not with: OVER_TLS
 t_starttls_forgets() {
     tls_provider
@@ -3374,8 +3371,8 @@ t_starttls_forgets() {
     equal "$(cut -c1-3 "$T/s_client" | tr '\n' ' ')" '503 250 221 '
     has "$LOG" 'sent input after STARTTLS in the clear; it is discarded'
 }
-# An attacker between $REAL_PORT and the customer removes reply lines with $STRIP, adds $INJECT after STARTTLS and
-# $INJECT_REPLY after the reply to it. From there on, and after ATRN, all octets are passed on unchanged.
+# An attacker between $REAL_PORT and the customer. The attacker removes reply lines with $STRIP, adds $INJECT after
+# STARTTLS, and adds $INJECT_REPLY after its reply. After STARTTLS or ATRN all octets are passed on unchanged.
 man_in_the_middle() {
     local line there
     exec {there}<> "/dev/tcp/127.0.0.1/$REAL_PORT"
@@ -3395,7 +3392,7 @@ man_in_the_middle() {
     { cat <&"$there"; kill $BASHPID; } &
     cat >&"$there"
 }
-at_once() { printf '%s\n%b' "$1" "$2" > "$T/at_once"; cat "$T/at_once"; } # bash would write line by line
+at_once() { printf '%s\n%b' "$1" "$2" > "$T/at_once"; cat "$T/at_once"; } # in one write, unlike printf
 pass_reply() {
     local reply
     while IFS= read -r reply <&"$there"; do
@@ -3404,8 +3401,8 @@ pass_reply() {
     done
 }
 
-# If an attacker removes STARTTLS, --require-tls and PLAIN send no credentials, and SCRAM does not reveal them (RFC
-# 3207, 6).
+# If an attacker removes STARTTLS, the customer sends no credentials with --require-tls or PLAIN, and SCRAM does not
+# reveal them (RFC 3207, 6).
 # not with: OVER_TLS
 t_starttls_stripped() {
     tls_provider
@@ -3422,7 +3419,7 @@ t_starttls_stripped() {
     equal "$(mailbox)" 1
 }
 
-# If TLS is not available for the moment, STARTTLS has the reply 454 and the session goes on in the clear (RFC 3207, 4).
+# If TLS is temporarily not available, STARTTLS has the reply 454 and the session continues in the clear (RFC 3207, 4).
 # not with: OVER_TLS
 t_starttls_not_available() {
     echo 'void *SSL_new(void *context) { (void)context; return 0; }' | cc -shared -fPIC -o "$T/no_tls.so" -xc -
@@ -3459,7 +3456,7 @@ t_customer_ignores_what_stands_behind_starttls() {
     equal "$(mailbox)" 1
 }
 
-# With --require-tls neither AUTH nor ATRN works in the clear: 538 and 530 (RFC 3207, 4).
+# With --require-tls, in the clear, AUTH has the reply 538 and ATRN 530 (RFC 3207, 4).
 # not with: OVER_TLS
 t_require_tls() {
     tls_provider --require-tls
@@ -3473,8 +3470,8 @@ END
     customer 1 --ca "$T/ca.crt" "localhost:$PORT"
 }
 
-# With SSLKEYLOGFILE both sides append the same secrets of a TLS session to a file that only its owner can read, and
-# nothing through a link (RFC 8446, 7.1).
+# With SSLKEYLOGFILE both sides append the same TLS secrets to a file that only its owner can read, and write nothing
+# through a link (RFC 8446, 7.1).
 # not with: OVER_TLS
 t_secrets_of_tls_for_wireshark() {
     local lines
@@ -3495,8 +3492,8 @@ t_secrets_of_tls_for_wireshark() {
     [ ! -e "$T/elsewhere" ] || fail 'it was written through a link'
 }
 
-# The 421 after the third failure is followed by TLS's close alert, so a client can tell it from a cut (RFC 8446, 6.1;
-# RFC 3207, 4).
+# TLS's close alert follows the 421 after the third failure, so a client can tell the end from a lost connection
+# (RFC 8446, 6.1; RFC 3207, 4).
 # not with: OVER_TLS
 t_421_ends_tls_properly() {
     local wrong
@@ -3525,7 +3522,7 @@ t_tls_versions() {
     has "$T/err" 'TLS handshake failed'
 }
 handshake() { timeout "$PATIENCE" openssl s_client -connect "127.0.0.1:$PORT" "$@" < /dev/null > "$T/s_client" 2>&1; }
-# A server that knows nothing newer than TLS 1.1.
+# Starts a server that has no TLS newer than 1.1.
 old_server() {
     openssl s_server -accept 127.0.0.1:0 -tls1_1 -cert "$T/server.pem" -key "$T/server.pem" -www > "$T/s_server" 2>&1 &
     STARTED+=($!)
@@ -3533,7 +3530,7 @@ old_server() {
     PORT=$(sed -n 's/^ACCEPT .*:\([0-9]*\)$/\1/p' "$T/s_server")
 }
 
-# TLS records without application data after a message make neither side wait for more (RFC 8446, 4.6).
+# If TLS records without application data follow a message, neither side waits for more (RFC 8446, 4.6).
 # not with: OVER_TLS
 t_tls_records_without_data() {
     local start
@@ -3558,7 +3555,7 @@ t_tls_records_without_data() {
     equal "$(waiting)" 0
 }
 
-# Key updates without end before the log-in keep neither the session nor the shutdown waiting (RFC 8446, 4.6.3).
+# Endless key updates before the log-in delay neither the end of the session nor the shutdown (RFC 8446, 4.6.3).
 # not with: OVER_TLS
 t_flood_of_key_updates() {
     local start
@@ -3576,7 +3573,7 @@ t_flood_of_key_updates() {
     [ $((SECONDS - start)) -lt 40 ] || fail 'the shutdown waited for the end of the log-in time'
 }
 
-# Handshakes that do not go on delay no other session and end at the log-in time-out (RFC 3207, 4).
+# A handshake that stops delays no other session and ends at the log-in time-out (RFC 3207, 4).
 # not with: OVER_TLS
 t_slow_handshakes() {
     local i
@@ -3613,7 +3610,7 @@ t_certificates_that_do_not_verify() {
     customer 1 --trace --ca "$T/ca.crt" "127.0.0.1:$PORT"
     customer 1 --trace --ca "$T/ca.crt" --tls "localhost:$TLS_PORT"
     hasnt "$T/err" STARTTLS
-    customer 77 --trace "localhost:$PORT" # the system's authorities do not know ours
+    customer 77 --trace "localhost:$PORT" # our authority is not one of the system's
     customer 64 --ca "$T/ca.crt" --insecure "localhost:$PORT"
     customer 78 --ca "$T/nothing" "localhost:$PORT"
 }
@@ -3630,8 +3627,8 @@ refuses_certificate() {
     stop_provider
 }
 
-# The customer refuses a certificate for another address or purpose, or signed by one that is no authority (RFC 5280,
-# 6.1; RFC 9525, 6).
+# The customer refuses a certificate for another address or purpose, or with an issuer that is not an authority (RFC
+# 5280, 6.1; RFC 9525, 6).
 # not with: OVER_TLS
 t_certificates_for_something_else() {
     authority
@@ -3659,8 +3656,7 @@ t_ca_replaces_the_system_s() {
     hasnt "$T/err" 'C: AUTH'
 }
 
-# Certificates that SIGHUP reads are used from the next session on, and unreadable ones leave the old ones in use (RFC
-# 3207, 4).
+# After SIGHUP the next session uses the new certificates, or the old ones if the new cannot be read (RFC 3207, 4).
 # not with: OVER_TLS
 t_sighup_reads_certificates_again() {
     authority
@@ -3690,7 +3686,7 @@ certificate_shown() {
 # An encrypted key is refused without asking for a pass phrase, at the start and at SIGHUP (RFC 5958, 3).
 # not with: OVER_TLS
 t_encrypted_key() {
-    needs unbuffer # expect comes with it; that name is ours here
+    needs unbuffer # its package has expect(1); "expect" is our function here
     authority
     openssl pkey -in "$T/server.pem" -aes256 -passout pass:phrase -out "$T/encrypted.key"
     mkdir "$T/queue"; accounts
@@ -3749,7 +3745,7 @@ t_words_for_files_of_tls() {
 
 # ---- RFC 2920: PIPELINING ----------------------------------------------------------------------------
 
-# A server that refuses every command which arrives before its reply to the end of a message still gets each message
+# If a server refuses every command that arrives before its reply to the end of a message, it still gets each message
 # once, in one session (RFC 2920, 3.2).
 t_2920_a_server_that_refuses_what_follows_the_final_dot() {
     local i offer
@@ -3782,8 +3778,8 @@ t_2920_a_server_that_refuses_what_follows_the_final_dot() {
     done
 }
 
-# Two peers that block never wait for each other: when a customer's replies are longer than the 512 octets for which the
-# provider's receive buffer has room, each command waits (RFC 2920, 3.2; RFC 5321, 4.5.3.1.5).
+# If a customer's replies are longer than the 512 octets that the provider reserves for each, the provider waits after
+# each command, so two blocking peers never wait for each other (RFC 2920, 3.2; RFC 5321, 4.5.3.1.5).
 # not with: OVER_TLS
 t_2920_a_customer_with_long_replies() {
     local i
@@ -3801,7 +3797,7 @@ t_2920_a_customer_with_long_replies() {
     equal "$(< "$T/taken") $(waiting)" '80 0'
 }
 
-# With PIPELINING no more replies are outstanding than the receive buffer has room for, as large as the kernel made it
+# With PIPELINING no more replies are outstanding than fit the receive buffer of the size that the kernel gave it
 # (RFC 2920, 3.1).
 t_2920_no_more_replies_than_the_buffer_holds() {
     local line='setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &(int){RECEIVE_BUFFER}' size wanted
@@ -3817,7 +3813,7 @@ t_2920_no_more_replies_than_the_buffer_holds() {
         wanted=320
         [ -z "$size" ] || wanted=98
         receiver 'greets(qw(PIPELINING CHUNKING)); my ($in, $n) = ("", 0);
-            while (1) { # up to the number expected, and one second more
+            while (1) { # until the number expected, and one second longer
                 $n = () = $in =~ /^(?:MAIL|RCPT|BDAT) /gm;
                 my $r = ""; vec($r, 0, 1) = 1; select $r, undef, undef, $n < $ARGV[0] ? 10 : 1 or last;
                 sysread STDIN, $in, 65536, length $in or last;
@@ -3867,8 +3863,8 @@ END
     [ "$(waiting)" = 1 ] || has "$T/line" '^Text of one'
 }
 
-# 100 messages need next to no waits with CHUNKING and one each with PIPELINING (RFC 2920, 1; RFC 3030, 4.2). A wait
-# is counted when the provider has sent something and must then wait for the customer.
+# 100 messages need fewer than 12 waits with CHUNKING, and about one each with PIPELINING (RFC 2920, 1; RFC 3030, 4.2).
+# A wait is counted when the provider has sent something and must then wait for the customer.
 t_round_trips() {
     local waits
     provider
@@ -3888,8 +3884,8 @@ t_round_trips() {
 
 # ---- RFC 3030: CHUNKING ------------------------------------------------------------------------------
 
-# If a server behind a proxy does not know BDAT, no message leaves the queue and no QUIT is sent (RFC 3030, 2). It
-# reads the content as commands, and lines like NOOP in it bring replies of 250.
+# If a server behind a proxy does not know BDAT, no message leaves the queue and no QUIT is sent (RFC 3030, 2). The
+# server reads the content as commands, so lines like NOOP in the content cause replies of 250.
 t_3030_a_server_that_does_not_know_bdat() {
     local i code
     provider
@@ -3926,8 +3922,8 @@ t_chunking_needs_pipelining() {
 
 # ---- RFC 1870: SIZE ----------------------------------------------------------------------------------
 
-# A message that is too large for the customer, or has 8-bit content or UTF-8 addresses that it does not take, is
-# returned without being sent (RFC 1870, 5; RFC 6152, 3; RFC 6531, 3.2).
+# If a message is too large for the customer, or has 8-bit content or UTF-8 addresses that the customer does not take,
+# it is returned unsent (RFC 1870, 5; RFC 6152, 3; RFC 6531, 3.2).
 t_what_the_customer_cannot_take() {
     provider
     { letter one; head -c 2000 /dev/zero | tr '\0' x; } | put 1.a sender@example.edu eva@example.org
@@ -3939,7 +3935,7 @@ t_what_the_customer_cannot_take() {
     OFFER='SIZE=0 SMTPUTF8'; turn
     has "$T/notice.2" '^Status: 5.6.3$'
     OFFER=8BITMIME
-    # an address in UTF-8: that recipient only
+    # with an address in UTF-8, only that recipient is returned
     put_letter one 1.a sender@example.edu $'\xc3\xa9va@example.org' bob@example.org
     rm -r "$T/got"; turn
     equal "$N_GOT" 1
@@ -3955,7 +3951,7 @@ t_what_the_customer_cannot_take() {
 
 # ---- RFC 6152: 8BITMIME ------------------------------------------------------------------------------
 
-# MAIL has SIZE, BODY=8BITMIME and SMTPUTF8 where the message needs them and the customer offers them (RFC 6152, 2;
+# MAIL has SIZE, BODY=8BITMIME and SMTPUTF8 if the message needs them and the customer offers them (RFC 6152, 2;
 # RFC 1870, 5; RFC 6531, 3.4).
 t_what_the_customer_can_take_is_declared() {
     provider
@@ -4017,7 +4013,7 @@ t_3464_what_a_notice_shows() {
     ! grep -q '.\{999\}' "$T/notice.1" || fail 'a line over 998 octets'
 }
 
-# If a notice cannot be handed over, its message stays until it can (RFC 5321, 6.1; RFC 3464, 1).
+# If sendmail does not accept a notice, the refused message stays queued until it does (RFC 5321, 6.1; RFC 3464, 1).
 t_notice_that_is_not_accepted() {
     sed /exec/d "$SCRATCH/sendmail" > "$T/sendmail"; chmod 755 "$T/sendmail"
     provider
@@ -4036,8 +4032,8 @@ t_notice_that_is_not_accepted() {
     equal "$(waiting) $(notices)" '0 1'
 }
 
-# A refused message with the null sender brings no notice and is set aside for its refused recipients (RFC 5321,
-# 4.5.5; RFC 3464, 2).
+# If a message with the null sender is refused, no notice is sent, and it is set aside for its refused recipients
+# (RFC 5321, 4.5.5; RFC 3464, 2).
 t_refused_mail_from_the_null_sender() {
     local folder=$T/queue/example.org/.Undeliverable
     provider
@@ -4055,11 +4051,11 @@ t_refused_mail_from_the_null_sender() {
     has "$T/out" 'to <eva@example.org>'
     ANSWERS=(); turn
     equal "$(find "$T/queue/example.org/new" -type f | wc -l)" 0
-    login; ask ATRN '^453 ' # what is set aside is never sent
+    login; ask ATRN '^453 ' # a message that is set aside is never sent
 }
 
-# A sendmail that hangs is waited for once in a session; the other refused messages stay without another wait (RFC
-# 5321, 6.1).
+# If sendmail hangs, a session waits for it once, and the other refused messages stay queued without another wait
+# (RFC 5321, 6.1).
 t_a_sendmail_that_hangs() {
     local start
     mkdir "$T/impatient"
@@ -4439,7 +4435,7 @@ t_customer_quiet_and_progress() {
     ODMR_SECRET=tanstaaf unbuffer "$ODMR" customer -u example.org -q "$T/mail" "127.0.0.1:$PORT" > "$T/terminal"
     match "$(tr '\r' '|' < "$T/terminal")" '^\|odmr: 0 messages, [0-9]+ octets \| +\|odmr: \[1\] 1 message,'
     # an error has a line of its own
-    unset OVER_TLS # it speaks in the clear
+    unset OVER_TLS # this test speaks in the clear
     serve peer_cuts
     ODMR_SECRET=tanstaaf unbuffer "$ODMR" customer -u example.org -n example.org -q "$T/mail" "127.0.0.1:$PORT" \
         > "$T/terminal"
@@ -4479,7 +4475,7 @@ t_poll_knows_what_will_not_change() {
 # After SIGTERM a customer with --poll completes the message under way and answers the next command with 421, also
 # with --exec.
 t_poll_and_sigterm() {
-    unset OVER_TLS # it speaks in the clear
+    unset OVER_TLS # this test speaks in the clear
     local way pid
     perl_server
     for way in "-q $T/mail" "--exec $T/server"; do
@@ -4633,7 +4629,7 @@ t_relay_reaches_a_lost_receiver_again() {
 # The reply to the end of a message has ten minutes, whatever --timeout says, and other replies have --timeout (RFC
 # 5321, 4.5.3.2.6). Commands with trailing blanks are understood.
 t_relay_waits_for_the_final_reply() {
-    unset OVER_TLS # it speaks in the clear
+    unset OVER_TLS # this test speaks in the clear
     local server
     perl_server 4
     serve peer_with_trailing_blanks
@@ -6165,7 +6161,7 @@ t_account() {
     run 64 "$ODMR" account me example.org x
     run 65 "$ODMR" account me example.org
     echo '{SCRAM-SHA-256}x' | run 65 "$ODMR" account me example.org
-    needs unbuffer # expect comes with it; that name is ours here
+    needs unbuffer # its package has expect(1); "expect" is our function here
     env expect > "$T/tty" 2>&1 <<END
 set timeout $PATIENCE
 spawn $ODMR account me example.org
@@ -6241,7 +6237,7 @@ t_no_place_after_the_end() {
 # A customer that reads steadily but slowly gets the whole message, even if the kernel buffers more than it reads
 # within --timeout.
 t_slow_reader() {
-    unset OVER_TLS # it speaks in the clear
+    unset OVER_TLS # this test speaks in the clear
     provider --timeout 1
     {
         printf 'Subject: big\n\n'; head -c 5000000 /dev/zero | tr '\0' x | fold -w 70
