@@ -4109,14 +4109,14 @@ t_order_of_arrival() {
     turn
     equal "$(for i in $(seq "$N_GOT"); do sed -n 's/^Text of //p' "$T/got/$i"; done | tr -d '\r\n')" \
         '1.2.3.4.5.9.10.u9.u10.'
-    # the microseconds are digits behind an M or H, not any digits after it
+    # the microseconds are the digits directly after an M or H
     put_letter later 1700000030.Mx1M10.host a@example.edu eva@example.org
     put_letter sooner 1700000030.Mx9M2.host a@example.edu eva@example.org
     rm -r "$T/got"; turn
     equal "$(sed -n 's/^Subject: //p' "$T/got/1" | tr -d '\r')" sooner
 }
 
-# The envelope is read from the fields of other mail servers too, and fields below it belong to earlier hops.
+# The provider reads the envelope fields of other mail servers, too; fields below them belong to earlier hops.
 t_envelopes_of_other_writers() {
     local box
     provider
@@ -4135,7 +4135,7 @@ t_envelopes_of_other_writers() {
     equal "$(sed '1,/^$/d' "$T/got/3" | tr '\r\n' ' /')" 'Received: here /Delivered-To: y@example.edu / /t /'
 }
 
-# A second Return-Path belongs to an earlier hop: the envelope ends before it.
+# The envelope ends before a second Return-Path, because that belongs to an earlier hop.
 t_the_envelope_ends_before_a_second_return_path() {
     local box=$T/queue/example.org/new
     mkdir -p "$box"
@@ -4178,8 +4178,8 @@ t_directories_that_are_not_ours() {
     has "$T/out" '^      held: its directory is not in lower case'
 }
 
-# A message that changes while it is sent is not completed, stays in the queue, and nothing that was added to it is
-# sent. Sent short, or with a CR where none was, it would be another message; octets after a BDAT would be commands.
+# If a message changes while it is sent, it is not completed, stays in the queue, and no added octet is sent. A shorter
+# message, or one with a new CR, would be another message, and added octets after BDAT would be commands.
 t_message_that_somebody_writes_into() {
     local size change file=$T/queue/example.org/new/1.a
     provider
@@ -4210,7 +4210,7 @@ t_message_that_somebody_writes_into() {
     equal "$(grep -c 'a queued file became unreadable or was changed while it was sent; what is not' "$LOG")" 12
 }
 
-# A message that is still being written in new, instead of tmp, is not sent until it is whole.
+# If a message is still being written, in new instead of tmp, it is not sent until it is whole.
 t_message_that_is_still_being_written() {
     local i file=$T/queue/example.org/new/1.a
     provider
@@ -4246,7 +4246,8 @@ t_customer_leaves_alone_what_is_not_its_own() {
 
 ONE_MORE='MAIL FROM:<a@b.example>\r\nRCPT TO:<x@example.org>\r\nBDAT 6 LAST\r\nn: 1\r\n'
 
-# at_80 FILE: plain ASCII, 79 columns at the most but for the names of files, which have the host's name in them.
+# at_80 FILE: checks that FILE is plain ASCII within 79 columns. Lines with a file name may be longer, because the name
+# has the host's name in it.
 at_80() {
     ! LC_ALL=C grep -n '[^ -~]' "$1" >&2 || fail "$1 is not plain ASCII"
     ! grep -vE '/new/[0-9]+\.M' "$1" | grep -nE '.{80}' >&2 || fail "$1 is too wide"
@@ -4339,8 +4340,8 @@ END
     matches "$T/out" '^odmr [0-9]+\.[0-9]+$'
 }
 
-# --help of each command has an example with options of this command, its exit codes and its files, and that of the
-# two long-running commands has its signals.
+# --help of each command has an example with options of the command, its exit codes and its files; that of provider and
+# customer has their signals.
 t_help_has_examples_exit_codes_and_files() {
     local command word
     for command in provider customer enqueue queue account demo; do
@@ -4361,8 +4362,7 @@ t_help_has_examples_exit_codes_and_files() {
     done
 }
 
-# The secret is the first line of its file, without the line end, and a program of --exec does not inherit
-# ODMR_SECRET.
+# The secret is the first line of its file without the line end, and the program of --exec does not inherit ODMR_SECRET.
 t_customer_secret() {
     local file=$T/secret
     provider
@@ -4379,8 +4379,8 @@ t_customer_secret() {
     hasnt "$T/inherited" '^ODMR_SECRET=.\|tanstaaf'
 }
 
-# A file of the secret that others can write is refused, and one that others can read brings a warning; a secret of up
-# to 1022 octets is taken whole.
+# A secret's file that others can write is refused, and one that others can read causes a warning. A secret may have up
+# to 1022 octets.
 t_secret_files() {
     local secret
     secret=$(printf '%01022d' 0)
@@ -4421,7 +4421,7 @@ t_customer_defaults() {
     equal "$(mailbox)" 1
 }
 
-# The customer prints one line a session, with --quiet nothing, and a running count on a terminal.
+# The customer prints one line for each session, nothing with --quiet, and a running count on a terminal.
 t_customer_quiet_and_progress() {
     provider
     put_letter one 1.a a@example.edu eva@example.org
@@ -4434,7 +4434,7 @@ t_customer_quiet_and_progress() {
     put_letter three 1.a a@example.edu eva@example.org
     ODMR_SECRET=tanstaaf unbuffer "$ODMR" customer -u example.org -q "$T/mail" "127.0.0.1:$PORT" > "$T/terminal"
     match "$(tr '\r' '|' < "$T/terminal")" '^\|odmr: 0 messages, [0-9]+ octets \| +\|odmr: \[1\] 1 message,'
-    # an error has a line of its own
+    # an error is on a separate line
     unset OVER_TLS # this test speaks in the clear
     serve peer_cuts
     ODMR_SECRET=tanstaaf unbuffer "$ODMR" customer -u example.org -n example.org -q "$T/mail" "127.0.0.1:$PORT" \
@@ -4459,7 +4459,7 @@ t_customer_polls() {
 has_mail() { [ "$(mailbox)" -ge 1 ]; }
 two_mails() { [ "$(mailbox)" = 2 ]; }
 
-# --poll ends at once if a retry cannot help, and waits longer after each other failure.
+# With --poll the customer ends at once if a retry cannot help, and waits longer after each other failure.
 t_poll_knows_what_will_not_change() {
     local pid
     ODMR_SECRET=tanstaaf run 64 timeout "$PATIENCE" "$ODMR" customer -u example.org -q "$T/mail" --poll 1 \
@@ -4472,8 +4472,8 @@ t_poll_knows_what_will_not_change() {
     equal $? 0 'exit of a customer that waits'
 }
 
-# After SIGTERM a customer with --poll completes the message under way and answers the next command with 421, also
-# with --exec.
+# After SIGTERM a customer with --poll completes the message under way and replies 421 to the next command, also with
+# --exec.
 t_poll_and_sigterm() {
     unset OVER_TLS # this test speaks in the clear
     local way pid
@@ -4529,7 +4529,7 @@ t_receiver_out_of_reach() {
     equal "$(waiting)" 1
 }
 
-# --smtp and --exec hand the whole session to a receiver that is not ours.
+# With --smtp and --exec another receiver than ours gets the whole session.
 t_receiver_by_smtp_and_exec() {
     local i
     sink
@@ -4547,7 +4547,7 @@ t_receiver_by_smtp_and_exec() {
     equal "$(waiting)" 0
 }
 
-# The customer names a receiver that does not end, or ends early, and goes on.
+# If a receiver does not end, the customer does not wait for it; if it ends early, the customer's error names it.
 t_receivers_that_misbehave() {
     local start=$SECONDS
     provider
@@ -4560,7 +4560,7 @@ t_receivers_that_misbehave() {
     equal "$(waiting)" 1
 }
 
-# The program of --exec ends with all its children, first by SIGTERM.
+# The customer ends the program of --exec with all its children, and sends SIGTERM first.
 t_exec_ends_as_a_process_group() {
     local start=$SECONDS
     PORT=1 relay 75 "sleep 600 & echo \$! > $T/child; wait; true" --timeout 1
@@ -4572,8 +4572,8 @@ t_exec_ends_as_a_process_group() {
     [ $((SECONDS - start)) -lt 15 ] || fail 'it took too long'
 }
 
-# What arrives before the provider closes is passed on before the close counts, in the middle of content too. QUIT and
-# an immediate close are a proper end, with TLS and without.
+# If the provider closes the connection, the relay first passes on all that arrived before, even half a message. QUIT
+# and an immediate close are a proper end, with TLS and without.
 t_relay_passes_on_what_came_before_the_end() {
     local n plain
     perl_server
@@ -4609,7 +4609,7 @@ t_relay_brings_replies_back_after_a_half_close() {
     equal "$(grep -c '^250 kept' "$T/replies") $(grep -c '^221 bye' "$T/replies")" '9 1'
 }
 
-# A receiver that is lost after its greeting, or has said 421, is connected to again, once.
+# If a receiver is lost after its greeting, or has sent 421, the relay connects to it again, once.
 t_relay_reaches_a_lost_receiver_again() {
     local words
     perl_server
@@ -4626,7 +4626,7 @@ t_relay_reaches_a_lost_receiver_again() {
     has "$T/err" 'does not take mail (.*); the mail stays with the provider$'
 }
 
-# The reply to the end of a message has ten minutes, whatever --timeout says, and other replies have --timeout (RFC
+# The reply to the end of a message may take ten minutes, whatever --timeout says, and other replies --timeout (RFC
 # 5321, 4.5.3.2.6). Commands with trailing blanks are understood.
 t_relay_waits_for_the_final_reply() {
     unset OVER_TLS # this test speaks in the clear
@@ -4663,10 +4663,10 @@ C: 221 *
 END
 }
 
-# The relay ends after --timeout if the receiver never replies or the provider stops in the middle of a message. What
-# was not accepted stays with the provider, and the receiver sees the end.
+# If the receiver never replies or the provider stops in the middle of a message, the relay ends after --timeout.
+# Messages that were not accepted stay with the provider, and the receiver sees the end of the connection.
 t_relay_and_a_silent_side() {
-    unset OVER_TLS # the log names another peer then
+    unset OVER_TLS # over TLS the log names another peer
     local start=$SECONDS content port
     perl_server
     provider
@@ -4691,7 +4691,7 @@ t_relay_and_a_silent_side() {
 }
 peer_that_only_greets() { say '220 me'; cat <&"$LINE" > "$T/unanswered"; echo end >> "$T/unanswered"; }
 
-# When the provider uses the receiver's STARTTLS, the relay passes octets on and counts nothing.
+# If the provider uses the receiver's STARTTLS, the relay passes octets on and counts nothing.
 t_relay_knows_when_tls_hides_the_session() {
     perl_server
     printf 'STARTTLS\r\n\x16\x03\x01 BDAT 1000000 LAST\r\nDATA\r\nQUIT\r\n' > "$T/batch"
@@ -4704,8 +4704,8 @@ t_relay_knows_when_tls_hides_the_session() {
     equal "$(grep -c '250 OK' "$T/replies")" 3
 }
 
-# The demo sends the same mail three times: as the RFC does, with PIPELINING, with CHUNKING, each time with fewer round
-# trips. It shows in 80 columns the states, the requirements, a refused recipient and what is left on either side.
+# The demo sends the same mail as the RFC does, with PIPELINING and with CHUNKING, each time with fewer round trips. In
+# 80 columns it shows the states, the requirements, a refused recipient, and the mail on either side at the end.
 t_demo() {
     local plain pipelining chunking
     run 0 "$ODMR" demo
@@ -4728,7 +4728,7 @@ t_demo() {
     run 64 "$ODMR" demo --mechanism ROT13
 }
 
-# The demo shows one of the three sessions from its beginning. In the first, no command leaves before the last reply.
+# The demo can show one of the three sessions alone. With --plain each command waits for the reply before it.
 t_demo_one_way() {
     local way verb verbs
     for way in plain pipelining chunking; do
@@ -4744,13 +4744,13 @@ t_demo_one_way() {
     done
     run 0 "$ODMR" demo --plain
     hasnt "$T/out" 'PIPELINING'
-    # never two commands, nor two replies, one after the other; a multi-line reply and a content count as one
+    # commands and replies alternate; a multi-line reply and a content count as one
     sed -n '/REVERSED/,$p' "$T/out" | grep '^\[1\]' | grep -v '|- [0-9]*-\| \.\.\. .* of message \.\.\. \|^.....- 220' |
         sed 's/^\[1\] |\(.\).*/\1/' | uniq -d > "$T/twice"
     equal "$(cat "$T/twice")" ''
 }
 
-# The demo shows sessions that fail: what the provider and the customer have after them, and after the next session.
+# For a session that fails, the demo shows the mail on both sides after that session and after the next one.
 t_demo_that_fails() {
     local how held has later reply
     while read -r how held has later reply; do
@@ -4793,7 +4793,7 @@ t_demo_with_tls_and_each_mechanism() {
     done
 }
 
-# The demo ends when its customer cannot connect, and names /tmp when it cannot write there.
+# If its customer cannot connect, the demo ends; if it cannot write to /tmp, it says so.
 # not with: SANITIZE, OVER_TLS
 t_demo_that_cannot_work() {
     local code=0
@@ -4811,13 +4811,13 @@ t_demo_that_cannot_work() {
     has "$T/err" '^odmr: demo: cannot make a scratch directory in /tmp: '
 }
 
-# The demo with --step tells what comes next and waits for a key on a terminal, and NO_COLOR turns the colours off.
+# With --step the demo names the next command and, on a terminal, waits for a key; NO_COLOR turns the colours off.
 t_demo_step_by_step() {
     yes '' | head -n 100 | run 0 "$ODMR" demo --step
     [ "$(grep -c '(Return, q, ?)' "$T/out")" -ge 15 ] || fail 'too few stops'
     has "$T/out" '^    Next, the customer: EHLO, says who it is. (Return, q, ?) $'
     has "$T/out" '^    Next, the provider: RCPT, a recipient. (Return, q, ?) $'
-    run 0 "$ODMR" demo --step # no input: it goes on by itself
+    run 0 "$ODMR" demo --step # without input it does not wait
     printf '\n?\nq\n' | run 0 "$ODMR" demo --step
     equal "$(grep -c '^    Next, ' "$T/out")" 3
     has "$T/out" '^    Return: the next command. q: quit. ?: this help.$'
@@ -4831,7 +4831,7 @@ t_demo_step_by_step() {
     has "$T/coloured" $'\e'
 }
 
-# If the demo is interrupted by a key or a closed terminal, no file and no process of it stays.
+# If a key or a closed terminal interrupts the demo, none of its files and processes remains.
 t_demo_interrupted() {
     local signal pid keys dir
     mkfifo "$T/keys"
@@ -4849,14 +4849,14 @@ t_demo_interrupted() {
     done
 }
 
-# ladder_at COLUMNS OPTION...: the lines of the demo's ladder, into $T/ladder.
+# ladder_at COLUMNS OPTION...: writes the lines of the demo's ladder to $T/ladder.
 ladder_at() {
     COLUMNS=$1 run 0 "$ODMR" demo "${@:2}"
     grep -E '^\[|^    ' "$T/out" | grep -vE '<nobody@|550 5.1.1 Nobody of that name here$' > "$T/ladder"
     ! grep -E ".{$1}" "$T/ladder" || fail "wider than $1 columns"
 }
 
-# The ladder is as wide as the terminal: at 60 columns the text of an arrow is cut, at 140 it is whole.
+# The ladder is as wide as the terminal, so the text of an arrow is cut at 60 columns and whole at 140.
 t_ladder_width() {
     needs unbuffer
     ladder_at 60 --tls --mechanism SCRAM-SHA-256-PLUS
@@ -4871,7 +4871,7 @@ t_ladder_width() {
     ! grep -E '.{70}' "$T/ladder" || fail 'wider than the terminal'
 }
 
-# What base64 hides is shown below its arrow, without what was made with a secret. TLS is marked, ids are explained.
+# Below its arrow the ladder shows decoded base64 without values made from a secret. It marks TLS and explains the ids.
 t_ladder_decodes() {
     run 0 "$ODMR" demo --plain
     has "$T/out" '^      = challenge: <[0-9a-z]*'
@@ -4891,7 +4891,7 @@ t_ladder_decodes() {
     has "$T/out" '^      = name: example.org$'
     run 0 "$ODMR" demo --tls --plain --mechanism PLAIN
     hasnt "$T/out" '^      = \|a secret'
-    # of a response that nobody knows nothing is shown; what else the peer sends is escaped
+    # nothing of an unknown response is shown; other text of the peer is escaped
     provider --trace=ladder
     dial; expect '^220'; ask 'EHLO x' '^250'
     ask 'AUTH CRAM-MD5' '^334'; ask "$(printf 'eva tanstaaf' | base64)" '^535'
@@ -4900,7 +4900,7 @@ t_ladder_decodes() {
     until_true shows "$LOG" '= name: name.x1b.31m'
 }
 
-# With PIPELINING each reply has the number of its command: the one that was refused, and the end of each message.
+# With PIPELINING a number joins a refused recipient, and the end of each message, to its reply.
 t_ladder_numbers_join_replies() {
     local number
     for number in pipelining chunking; do
@@ -4908,7 +4908,7 @@ t_ladder_numbers_join_replies() {
         number=$(sed -n 's/^\[1\] |<\([0-9]*\)-* RCPT TO:<nobody@example.com> -|.*/\1/p' "$T/out")
         [ "$number" -gt 5 ] || fail "no number"
         has "$T/out" "^\\[1\\] |- 550 5.1.1 Nobody of that name here -*$number>| 4-e"
-        # each number twice: at a command, and at its reply
+        # each number is at a command and at its reply
         grep -o '^\[1\] |<[0-9]*' "$T/out" | grep -o '[0-9]*$' | sort > "$T/commands"
         grep -o '[0-9]*>|' "$T/out" | tr -d '>|' | grep . | sort > "$T/replies"
         [ "$(wc -l < "$T/commands")" -gt 9 ] || fail 'too few numbers'
@@ -4918,7 +4918,7 @@ t_ladder_numbers_join_replies() {
     hasnt "$T/out" '^\[1\] |<[0-9]\|[0-9]>|'
 }
 
-# The trace of a real session is the same picture on either side, and hostile lines do not break it.
+# The trace of a real session is the same ladder on either side, and hostile lines do not damage it.
 t_trace_ladder() {
     local i long
     provider --trace=ladder
@@ -4942,7 +4942,7 @@ t_trace_ladder() {
 
 # ---- The program: the queue --------------------------------------------------------------------------
 
-# odmr enqueue writes one file a domain with the envelope in its first lines, and refuses addresses that are no
+# odmr enqueue writes one file for each domain, with the envelope in the first lines, and refuses addresses that are not
 # mailboxes.
 t_enqueue() {
     mkdir "$T/queue"
@@ -4974,8 +4974,8 @@ t_enqueue() {
     equal "$(waiting)" 0
 }
 
-# All octets of a message are queued in each of its domains, at sizes around those of the pieces in which it is
-# copied.
+# All octets of a message are queued in each of its domains. The sizes are near multiples of the pieces that enqueue
+# copies.
 t_enqueue_copies_every_octet() {
     local size
     mkdir "$T/queue"
@@ -4989,7 +4989,7 @@ t_enqueue_copies_every_octet() {
     done
 }
 
-# The first line "From " of mbox is removed, and a field "From" with blanks before its colon is kept.
+# enqueue removes the first line "From " of mbox, and keeps a field "From" with blanks before its colon.
 t_enqueue_keeps_a_from_field() {
     local first
     mkdir "$T/queue"
@@ -5005,8 +5005,8 @@ t_enqueue_keeps_a_from_field() {
     done
 }
 
-# A message for several domains is queued in all of them or in none, whatever call fails. If the process is killed
-# after the last file is on disk, some can be visible; a failure leaves no file.
+# Whatever call fails, a message for several domains is queued in all of them or in none. A failure leaves no file. If
+# the process is killed after the last file is on disk, a part of the files can be visible.
 # not with: SANITIZE, OVER_TLS
 t_enqueue_for_all_domains_or_none() {
     local call n code
@@ -5035,8 +5035,8 @@ t_enqueue_for_all_domains_or_none() {
         'exits when fsync, renameat, openat failed'
 }
 
-# What root queues or receives in a directory of another user belongs to that directory's owner and group; another
-# user is refused.
+# Files that root queues or receives in another user's directory belong to the owner and group of that directory. Any
+# other user is refused.
 t_enqueue_as_root() {
     needs_capabilities 'user to change to' CHOWN SETUID
     needs setpriv
@@ -5045,7 +5045,7 @@ t_enqueue_as_root() {
     mkdir -m 700 "$T/queue" "$T/mail"; accounts; chown nobody:daemon "$T/accounts" "$T/queue" "$T/mail"
     letter one | run 0 "$ODMR" enqueue -q "$T/queue" -f a@example.edu eva@example.org bob@example.com
     mkdir -m 700 "$T/queue/other.example" "$T/queue/root.example"; chown nobody:daemon "$T/queue/other.example"
-    # the provider could not read that
+    # the provider could not read root's directory
     letter two | run 75 "$ODMR" enqueue -q "$T/queue" eva@other.example eva@root.example
     rmdir "$T/queue/root.example"
     mkdir "$T/elsewhere"; mkdir -p "$T/queue/link.example"; ln -s "$T/elsewhere" "$T/queue/link.example/tmp"
@@ -5074,13 +5074,13 @@ t_enqueue_as_root() {
 t_enqueue_edges() {
     local box=$T/queue/example.org/new
     mkdir "$T/queue"
-    # a first line that would continue our own field above it names nobody
+    # a first line that would continue our field above it does not add a recipient
     printf ' <mallory@example.org>\nSubject: x\n\nt\n' | run 0 "$ODMR" enqueue -q "$T/queue" eva@example.org
     printf '\tmallory@example.org\n' | run 0 "$ODMR" enqueue -q "$T/queue" eva@example.org
     run 0 "$ODMR" queue -q "$T/queue" -l
     equal "$(grep -c '      to <eva@example.org>' "$T/out") $(grep -c mallory "$T/out")" '2 0'
     rm "$box"/*
-    # nothing at all, quoted mailboxes, the null sender by name, CRLF, one domain in two spellings
+    # an empty message, quoted mailboxes, --from '<>', CRLF, one domain in two spellings
     run 0 "$ODMR" enqueue --queue "$T/queue" --from '<>' -- '"a b"@example.org' < /dev/null
     equal "$(cat "$box"/*)" $'Return-Path: <>\nDelivered-To: "a b"@example.org'
     rm "$box"/*
@@ -5088,11 +5088,11 @@ t_enqueue_edges() {
     equal "$(cat "$box"/*)" \
         $'Return-Path: <"x y"@example.edu>\nDelivered-To: a@example.org\nDelivered-To: b@EXAMPLE.org\nA: b\r\n\r\nt\r'
     rm "$box"/*
-    # the disk is full: later, and nothing is left
+    # if the disk is full, the exit code is 75 and no file is left
     ( ulimit -f 64; head -c 100000 /dev/zero | run 75 "$ODMR" enqueue -q "$T/queue" a@example.org b@example.com )
     has "$T/err" 'File too large; try again later'
     equal "$(find "$T/queue" -type f)" ''
-    # two domains, and one of them cannot be had: nothing is queued for the other
+    # if one of two domains cannot be written, nothing is queued for the other
     mkdir -p "$T/queue/example.net"; touch "$T/queue/example.net/new"
     letter one | run 75 "$ODMR" enqueue -q "$T/queue" a@example.org b@example.net
     has "$T/err" 'Not a directory; try again later'
@@ -5121,8 +5121,9 @@ t_queue_shows_what_waits() {
     equal "$(sed 1d "$T/out" | awk '{ print $1, $2, $NF }' | tr '\n' '|')" 'example.com 1 0|nobody.example 0 0|'
 }
 
-# odmr queue shows what no ATRN can ask for, with the reason: names that are no domains, files, links, and with -a
-# domains without an account. The exit code is 75 if a domain cannot be read or the output cannot be written.
+# odmr queue shows, with the reason, mail that no ATRN can request, under names that are not domains, files and links,
+# and with -a under domains without an account. If a domain cannot be read or the output cannot be written, the exit
+# code is 75.
 t_queue_shows_what_nobody_can_ask_for() {
     mkdir -p "$T/queue"/{localhost,example.org,.hidden}/{new,cur,tmp} \
         "$T/queue"/{linked.example,misspelt.example}/{cur,tmp}
@@ -5150,7 +5151,7 @@ t_queue_shows_what_nobody_can_ask_for() {
     has "$T/err" '^odmr: queue: cannot write the table: No space left on device$'
 }
 
-# odmr queue -l shows the envelope of held mail as far as it can be read, escaped.
+# odmr queue -l shows the readable part of the envelope of held mail, escaped.
 t_queue_lists_the_envelope_of_held_mail() {
     local box=$T/queue/example.org/new
     mkdir -p "$box" "$T/queue/example.org/cur"
@@ -5179,7 +5180,7 @@ END
     equal "$(grep -c 'held: ' "$T/out")" 7
 }
 
-# A user who cannot read all of the queue sees what is missing, and gets exit code 75.
+# If the user cannot read all of the queue, odmr queue names the missing parts and ends with exit code 75.
 t_queue_that_is_not_ours() {
     needs_capabilities 'user who may not read the queue' SETUID
     put_letter one 1.a a@example.edu eva@example.org
@@ -5188,7 +5189,7 @@ t_queue_that_is_not_ours() {
     cp "$ODMR" "$T/odmr"
     chmod 444 "$T/queue/example.org/new/1.a"
     run 75 setpriv --reuid nobody --regid nogroup --clear-groups "$T/odmr" queue -q "$T/queue" -l
-    has "$T/out" '^example.org  *1  .* 0$' # it is opened for reading only
+    has "$T/out" '^example.org  *1  .* 0$' # the file is opened for reading only
     chmod 600 "$T/queue/example.org/new/1.a"
     run 75 setpriv --reuid nobody --regid nogroup --clear-groups "$T/odmr" queue -q "$T/queue" -l
     has "$T/out" '^example.org  *0  *0  .* 1$'
@@ -5257,7 +5258,7 @@ t_why_mail_is_held() {
         "$(sed -n 's/^      held: //p' "$T/out" | sort)"
 }
 
-# A recipient is struck out in the file itself by one octet; inode, size and time stay.
+# Striking out a recipient changes one octet of the file and preserves its inode, size and time.
 t_recipients_are_struck_out_in_place() {
     local file=$T/queue/example.org/new/1.a before
     provider
@@ -5271,7 +5272,7 @@ t_recipients_are_struck_out_in_place() {
             x@elsewhere.example; letter one)"
     ANSWERS=(); turn
     equal "$(sed '/^\r*$/,$d' "$T/got/1")" $'MAIL FROM:<a@example.edu>\nRCPT TO:<Zoe@Example.ORG>' 'the second session'
-    # one is somebody else's, so the file stays, and is held
+    # one recipient is in a domain of another account, so the file stays and is held
     login; ask ATRN '^453 '
     has "$LOG" 'held example.org/new/1.a: its recipients belong to another domain$'
 }
@@ -5314,8 +5315,8 @@ t_recipients_are_struck_out_on_a_full_disk() {
     equal "$N_GOT $(ls "$root$T/queue/example.org/new")" '1 '
 }
 
-# A delivered message that cannot be removed is not sent again: its recipients are struck out and it is held. The next
-# messages of that directory are not tried.
+# If a delivered message cannot be removed, it is not sent again, because its recipients are struck out and it is held.
+# The next messages of that directory are not tried.
 t_message_that_cannot_be_removed() {
     local box=$T/queue/example.org/new
     needs chattr
@@ -5343,8 +5344,8 @@ t_message_that_cannot_be_removed() {
     equal "$N_GOT $(sed -n 's/^Subject: //p' "$T/got/1" | tr -d '\r')" '1 two'
 }
 
-# If a file is replaced or written into while it is sent, the new content stays in the queue, whatever was replied to
-# the old one.
+# If a file is replaced or written into while it is sent, the new content stays in the queue, whatever the reply to the
+# old content was.
 t_what_is_removed_is_what_was_sent() {
     local file=$T/queue/example.org/new/1.a change what
     provider
@@ -5384,7 +5385,7 @@ END
     done
 }
 
-# If the message, or its directory with it, is gone when it is delivered, there is nothing to remove and no error.
+# If the message or its directory is gone when the message is delivered, nothing is removed and no error is logged.
 t_message_that_is_gone_when_it_is_delivered() {
     local gone
     provider
@@ -5412,7 +5413,7 @@ END
     done
 }
 
-# A recipient that is set aside stays there when another is set aside later.
+# A recipient that is set aside stays in .Undeliverable when another is set aside later.
 t_setting_aside_twice() {
     provider
     put_letter one 1.a '' eva@example.org bob@example.org
@@ -5423,7 +5424,7 @@ t_setting_aside_twice() {
     equal "$(find "$T/queue/example.org/new" -type f | wc -l)" 0
 }
 
-# If a copy for .Undeliverable cannot be made safe, the message stays and the copy is removed.
+# If a copy for .Undeliverable cannot be written and synced, the message stays and the copy is removed.
 # not with: SANITIZE, OVER_TLS
 t_setting_aside_that_fails() {
     local call n
@@ -5536,8 +5537,8 @@ t_the_log_tells_each_recipients_fate() {
     has "$LOG" '\[3\] delivered to=<eva@example.org> from=<> message-id=none file=example.org/new/2.a: 250 OK$'
 }
 
-# A name from AUTH cannot forge a line of the log: the address stands before it, and it is quoted, escaped and cut.
-# The expression is README's for fail2ban.
+# A name from AUTH cannot forge a line of the log, because it comes after the address and is quoted, escaped and cut.
+# The test uses README's expression for fail2ban.
 t_names_cannot_forge_the_log() {
     local name regex wanted
     regex=$(sed -n 's/^ *failregex = //p' "$here/README")
@@ -5562,7 +5563,7 @@ END
     has "$LOG" "\\] authentication failed from 127.0.0.1:[0-9]* for \"$wanted[a]*\"[.][.][.]: CRAM"
     exec {LINE}<> "/dev/tcp/::1/$(sed -n 's/.*listening on \[::1\]:\([0-9]*\)$/\1/p' "$LOG")"
     expect '^220'; ask 'EHLO x' '^250'; auth_cram_md5 6 wrong '^535 '
-    # fail2ban takes the time away, and its <HOST> is an address with or without brackets
+    # fail2ban removes the time, and its <HOST> is an address with or without brackets
     perl -e 'my $regex = shift =~ s/<HOST>/\\[?([0-9a-f.:]+)\\]?/r;
         while (<>) { s/^\d{4}-\d\d-\d\dT\S+//; print "$1\n" if /$regex/; }' "$regex" "$LOG" > "$T/banned"
     equal "$(sort "$T/banned" | uniq -c | tr -s ' \n' ' ')" ' 4 127.0.0.1 1 ::1 '
@@ -5590,8 +5591,8 @@ END
     ! grep -q $'[\x1b\x07]' "$LOG" || fail 'a control character in the log'
 }
 
-# After SIGUSR1 the log has a line for each session, with its number, peer, account, state and messages so far, and all
-# sessions go on.
+# After SIGUSR1 the log has a line for each session, with its number, peer, account, state and messages so far. All
+# sessions continue.
 t_sigusr1_lists_the_sessions() {
     local peers=()
     provider
@@ -5616,7 +5617,7 @@ END
     until_true counted 1 '\[1\] 127\.0\.0\.1:[0-9]+, no account yet, initial state, 0 messages so far$' "$LOG"
     until_true counted 1 '\[2\] 127\.0\.0\.1:[0-9]+, account other, authenticated state, 0 messages so far$' "$LOG"
     until_true counted 1 '\[3\] 127\.0\.0\.1:[0-9]+, account example\.org, reversed state, 1 message so far$' "$LOG"
-    hang_up # or the provider waits for this customer's reply
+    hang_up # otherwise the provider waits for this customer's reply
     LINE=${peers[1]}; ask ATRN '^453 '
     stop_provider
 }
@@ -5631,9 +5632,10 @@ t_sigusr1_while_sessions_come_and_go() {
     stop_provider
 }
 
-# A flood of refused connections is two lines in the log every few seconds: the first, and how many more there were.
+# A flood of refused connections causes two lines in the log every few seconds, for the first and for the number of the
+# others.
 t_refused_connections_are_counted() {
-    local i OVER_TLS= # where it gets no reply
+    local i OVER_TLS= # over TLS a refused connection gets no reply
     provider --allow 192.0.2.1
     for i in {1..50}; do dial; expect '^554 '; closed; hang_up; done
     until_true shows "$LOG" '49 more connections were refused'
@@ -5644,7 +5646,7 @@ t_refused_connections_are_counted() {
     has "$LOG" ': 1 more connection was refused$'
 }
 
-# At the start the log names domains without an account and certificates that have expired or soon will.
+# At the start the log says if there is no account, and if a certificate has expired or soon will.
 t_start_says_what_will_surprise() {
     local days
     needs faketime
@@ -5670,7 +5672,7 @@ t_start_says_what_will_surprise() {
 
 # ---- The program: services ---------------------------------------------------------------------------
 
-# The log names each socket with its port, and a socket that cannot be had ends the start.
+# The log names each socket with its port. If a socket cannot be opened, the start fails.
 # not with: OVER_TLS
 t_listening_sockets() {
     provider -l '[::1]:0' -l localhost:0
@@ -5685,7 +5687,7 @@ t_listening_sockets() {
     run 68 "$ODMR" provider -l nonexistent.invalid:0 -q "$T/queue" -a "$T/accounts"
 }
 
-# A system without sockets of either family, or too many sockets, is reported by either side with its reason.
+# Without sockets of an address family, or with too many sockets, each side ends with a message that gives the reason.
 # not with: SANITIZE, OVER_TLS
 t_sockets_that_cannot_be_had() {
     make -s -C "$here" build/fail.so || fail 'not built'
@@ -5720,8 +5722,7 @@ t_standard_streams_that_are_closed() {
     equal "$(waiting)" 0
 }
 
-# Programs that odmr starts inherit no descriptor but their standard streams, also when a lost receiver is started
-# again.
+# Programs that odmr starts inherit only their standard streams, also when a lost receiver is started again.
 t_programs_inherit_nothing() {
     local inherited="for fd in /proc/self/fd/*; do case \$fd in */[0-2]) ;; *) readlink \$fd ;; esac; done"
     printf '#!/bin/sh\n{ echo ran; %s; } > %s\n' "$inherited" "$T/descriptors" > "$T/sendmail"; chmod 755 "$T/sendmail"
@@ -5738,8 +5739,8 @@ t_programs_inherit_nothing() {
     hasnt "$T/descriptors" 'socket:'
 }
 
-# Signals that the parent process ignored or blocked change nothing, and programs that odmr starts have SIGPIPE,
-# SIGCHLD and SIGXFSZ at their defaults.
+# Signals that the parent process ignored or blocked work as usual, and programs that odmr starts have SIGPIPE, SIGCHLD
+# and SIGXFSZ at their defaults.
 t_signals_of_the_parent_process() {
     local ignored
     AROUND=(perl -MPOSIX=:signal_h -e '$SIG{CHLD} = "IGNORE"; $SIG{TERM} = "IGNORE";
@@ -5768,7 +5769,7 @@ t_signals_of_the_parent_process() {
     stop_provider
 }
 
-# After --user there is no way back to root, nor to files that only root can read.
+# After --user the process cannot become root again or open files that only root can read.
 t_user_drops_privileges() {
     local uid gid
     needs_capabilities 'privilege to drop' CHOWN SETUID
@@ -5790,7 +5791,7 @@ t_user_drops_privileges() {
         -a "$T/accounts" --user root
 }
 
-# If the privileges are still there after they were dropped, the provider does not start.
+# If dropping the privileges has no effect, the provider does not start.
 t_user_who_keeps_privileges() {
     mkdir "$T/queue"; accounts
     printf '%s\n' 'int initgroups(const char *u, int g) { return 0; }' 'int setgid(int g) { return 0; }' \
@@ -5802,8 +5803,8 @@ t_user_who_keeps_privileges() {
     has "$T/err" '--user nobody: the privileges did not go away$'
 }
 
-# At the start the provider tests as the user of --user whether it can read accounts, key, certificate and each domain
-# of the queue, and names what it cannot.
+# At the start the provider tests, as the user of --user, if it can read the accounts, the key, the certificate and each
+# domain of the queue, and names those that it cannot read.
 t_user_can_read_what_it_needs() {
     needs_capabilities 'another user' CHOWN SETUID
     local path
@@ -5826,7 +5827,7 @@ t_user_can_read_what_it_needs() {
     kill -HUP "$PROVIDER"; until_true shows "$LOG" 'certificates too'
 }
 
-# SIGHUP reads the accounts again, and a file with an error leaves the old ones in use.
+# After SIGHUP the provider uses the new accounts, or the old accounts if the file has an error.
 t_sighup_reads_accounts_again() {
     provider
     printf 'example.org:example.org:new secret\n' > "$T/accounts"
@@ -5840,8 +5841,8 @@ t_sighup_reads_accounts_again() {
     login example.org 'new secret'
 }
 
-# When SIGHUP takes an account away, or its secret or a domain, open sessions notice it at AUTH, in the middle of an
-# exchange, and at ATRN (RFC 2645, 5.2.1).
+# If SIGHUP removes an account or a domain, or changes a secret, open sessions apply this to AUTH, in the middle of an
+# exchange, and to ATRN (RFC 2645, 5.2.1).
 t_sighup_takes_accounts_away() {
     local connected asked logged_in
     put_letter one 1.a a@example.edu eva@example.org
@@ -5884,7 +5885,7 @@ END
     LINE=$asked; ask QUIT '^221 '
 }
 
-# An accounts file that could not be used at the start leaves the old accounts in use at SIGHUP.
+# If SIGHUP finds an accounts file that the start would refuse, the old accounts stay in use.
 t_sighup_keeps_what_works() {
     provider
     login
@@ -5898,7 +5899,7 @@ t_sighup_keeps_what_works() {
     open_session; auth_cram_md5 example.org tanstaaf '^535 '
 }
 
-# Any number of SIGHUPs at any moment leaves the provider and its threads running.
+# The provider and its threads survive any number of SIGHUPs at any moment.
 t_a_storm_of_sighups() {
     local i threads storm=()
     provider
@@ -5915,7 +5916,7 @@ t_a_storm_of_sighups() {
 }
 poll_for_nothing() { login; ask ATRN '^453 '; ask QUIT '^221 '; closed; hang_up; until_true settled; }
 
-# Signals are handled while connections wait that cannot be accepted, or when more arrive without pause.
+# The provider handles signals while waiting connections cannot be accepted, or when more arrive without pause.
 t_signals_are_heard_when_connections_wait() {
     local i
     AROUND=(bash -c 'ulimit -n 20; exec "$@"' -)
@@ -5929,7 +5930,7 @@ t_signals_are_heard_when_connections_wait() {
     stop_provider
 }
 
-# SIGTERM ends sessions that wait with 421, and the listening socket is closed.
+# After SIGTERM waiting sessions end with 421, and the listening socket is closed.
 t_sigterm_while_waiting() {
     local first
     provider
@@ -5943,8 +5944,8 @@ t_sigterm_while_waiting() {
     ! (dial "${TLS_PORT:-$PORT}") 2> /dev/null || fail 'still listening'
 }
 
-# A provider that stops waits for no customer to close its end of the connection, neither after 421 nor after QUIT. The
-# machine may be slow, so one of three attempts is enough.
+# A provider that stops does not wait, after 421 or QUIT, for a customer to close its end of the connection. The machine
+# may be slow, so one of three attempts is enough.
 t_sigterm_waits_for_no_close() {
     unset OVER_TLS # the tunnel would close
     local attempt start reversed
@@ -5984,8 +5985,8 @@ t_sigterm_while_sending() {
     equal "$(waiting)" $((500 - got))
 }
 
-# When the last session ends during the shutdown, the process waits until its thread has finished. The address
-# sanitizer sees the difference.
+# If the last session ends during the shutdown, the process waits until the session's thread has finished. The address
+# sanitizer detects a thread that has not.
 t_sigterm_as_a_session_ends() {
     local i
     put_letter one 1.a a@example.edu eva@example.org
@@ -6029,8 +6030,7 @@ t_sigint_twice_ends_at_once() {
 
 # ---- The program: the accounts -----------------------------------------------------------------------
 
-# An accounts file with an error, or one that others can read, ends the start with exit code 78 and the number of the
-# line.
+# If the accounts file has an error, or others can read it, the start fails with exit code 78 and the line number.
 t_accounts_file() {
     local bad key=AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA=
     mkdir "$T/queue"
@@ -6060,7 +6060,7 @@ t_accounts_file() {
     run 78 "$ODMR" provider -l 127.0.0.1:0 -q "$T/accounts" -a "$T/accounts"
     printf 'a:example.org:x\0y\n' > "$T/accounts"; chmod 600 "$T/accounts"
     run 78 "$ODMR" provider -l 127.0.0.1:0 -q "$T/queue" -a "$T/accounts"
-    for bad in other:other.example:se '# a com' $'\r'; do # cut off in the middle
+    for bad in other:other.example:se '# a com' $'\r'; do # the file is cut off in the middle
         printf 'a:example.org:x\n%s' "$bad" > "$T/accounts"
         run 78 "$ODMR" provider -l 127.0.0.1:0 -q "$T/queue" -a "$T/accounts"
         has "$T/err" 'accounts:2: the line has no end'
@@ -6071,8 +6071,8 @@ t_accounts_file() {
     ask 'ATRN example.org' '^453 '
 }
 
-# An accounts file with a byte order mark, other line ends or a link is refused with the reason, and an empty one does
-# not replace accounts at SIGHUP.
+# An accounts file that has a byte order mark or other line ends, or is a link, is refused with the reason. At SIGHUP an
+# empty file does not replace the accounts.
 t_accounts_that_an_editor_left() {
     mkdir "$T/queue"
     refused() {
@@ -6102,7 +6102,7 @@ t_accounts_that_an_editor_left() {
     login example.org other
 }
 
-# A lack of memory while accounts are read is an error and loses no account.
+# If memory runs out while accounts are read, the provider reports an error and loses no account.
 # not with: SANITIZE, OVER_TLS
 t_accounts_and_a_lack_of_memory() {
     local kb code=0 tried=0
@@ -6129,14 +6129,15 @@ t_account_of_many_domains_is_read_fast() {
             echo 'first.example,example.org,First.Example:tanstaaf'; } > "$T/accounts" )
         read_accounts_thrice
     done
-    # Ten times the domains may take fifteen times as long. To compare each with each would take a hundred times.
+    # Sorting ten times the domains takes about fifteen times as long, and the limit is forty times. Comparing each with
+    # each would take a hundred times as long.
     [ "$MS" -lt 3000 ] || [ "$MS" -lt $((40 * tenth)) ] ||
         fail "the accounts are read slowly: $MS ms, $tenth ms for a tenth of them"
     login
     ask 'ATRN domain40000.example,FIRST.example,domain1.example,first.example,domain1.example' '^453 '
     has "$LOG" 'ATRN domain40000.example,first.example,domain1.example answered 453'
 }
-# read_accounts_thrice: how many milliseconds that takes, into MS.
+# read_accounts_thrice: sets MS to the milliseconds that three readings take.
 read_accounts_thrice() {
     local i start
     start=$(date +%s%N)
@@ -6173,7 +6174,7 @@ END
     equal "$(grep -c hidden "$T/tty")" 1
 }
 
-# A verifier in the accounts file has a count within the customer's bounds, and every part of its length.
+# A verifier in the accounts file must have a count within the customer's bounds, and each part the right length.
 # not with: OVER_TLS
 t_verifiers_in_the_accounts_file() {
     local salt key bad
@@ -6200,7 +6201,7 @@ t_verifiers_in_the_accounts_file() {
 
 # ---- The program: hostile peers ----------------------------------------------------------------------
 
-# Ten commands that are not known end a session before the log-in with 421.
+# Ten unknown commands before the log-in end a session with 421.
 t_ten_bad_commands() {
     local i
     provider
@@ -6211,7 +6212,7 @@ t_ten_bad_commands() {
     closed
 }
 
-# Thousands of pipelined commands are each answered.
+# Each of thousands of pipelined commands has its reply.
 t_thousands_of_commands_at_once() {
     local i
     provider
@@ -6222,7 +6223,7 @@ t_thousands_of_commands_at_once() {
     ask 'QUIT' '^221'
 }
 
-# A peer that sends an octet now and then after its 421 does not keep its place among the sessions.
+# A peer that still sends octets after its 421 does not count as a session any longer.
 t_no_place_after_the_end() {
     local n drip
     provider --max-sessions 1 --login-timeout 1
@@ -6256,8 +6257,8 @@ t_slow_reader() {
     equal "$(waiting)" 0
 }
 
-# All lines of a reply together have one --timeout, on either side (RFC 5321, 4.5.3.2). The reply drips for 16
-# seconds, or longer on a machine under load, and the session must end before it does.
+# On either side, all lines of a reply together have one --timeout (RFC 5321, 4.5.3.2). The reply takes 16 seconds, or
+# longer on a busy machine, and the session must end before the reply does.
 t_a_reply_that_drips() {
     serve peer_that_drips
     customer 75 --timeout 3 "127.0.0.1:$PORT"
@@ -6278,8 +6279,7 @@ drip() {
 }
 peer_that_drips() { say '220 x'; hear; drip; }
 
-# A connection over --max-per-address or --max-sessions has the reply 421, and a place is free again when a session has
-# ended (RFC 5321, 3.8).
+# A connection over --max-per-address or --max-sessions gets 421, until another session has ended (RFC 5321, 3.8).
 # not with: OVER_TLS
 t_limits_on_sessions() {
     local a b
@@ -6294,7 +6294,7 @@ t_limits_on_sessions() {
     dial; expect '^421 '; closed
 }
 
-# --max-per-address counts a /64 of IPv6 as one address and each IPv4 address by itself, also in its IPv6 form.
+# --max-per-address counts an IPv6 /64 as one address and each IPv4 address separately, also in its IPv6 form.
 t_limit_of_an_address_is_that_of_a_network() {
     needs socat
     needs_namespaces -n 'a network with more addresses'
@@ -6332,8 +6332,8 @@ t_connection_that_is_reset_at_once() {
     hasnt "$LOG" 'local program'
 }
 
-# A provider that cuts a message, sends malformed or endless lines or is silent ends the session with an exit code, and
-# nothing half-written stays.
+# If a provider cuts a message, sends malformed or endless lines, or is silent, the customer ends with an exit code and
+# leaves no half-written file.
 t_customer_and_broken_providers() {
     serve peer_cuts
     customer 75 "127.0.0.1:$PORT"
@@ -6417,7 +6417,7 @@ t_memory_of_a_large_message() {
     equal "$(waiting)" 0
 }
 
-# Each of 100,000 recipients of a message uses some hundred octets and is sent once; a message with one more is held.
+# Each of 100,000 recipients uses some hundred octets and is sent once, and a message with one more is held.
 # not with: SANITIZE, OVER_TLS
 t_memory_of_many_recipients() {
     local small
@@ -6441,7 +6441,7 @@ t_memory_of_many_recipients() {
 
 # ---- The program: faults -----------------------------------------------------------------------------
 
-# If the customer cannot write, it replies 452 and ends with exit code 73; the mail stays with the provider.
+# If the customer cannot write, it replies 452 and ends with exit code 73, and the mail stays with the provider.
 t_customer_cannot_write() {
     provider
     : > "$T/file"
@@ -6454,7 +6454,7 @@ t_customer_cannot_write() {
     rm "$T/mail/example.org"
     { letter two; printf '%0100000d\n' 0; } | put 2.a a@example.edu eva@example.org
     until_true claimable "$T/queue/example.org/new/1.a"
-    ( ulimit -f 64; customer 73 --trace "127.0.0.1:$PORT" )  # the disk ends after 64 kB
+    ( ulimit -f 64; customer 73 --trace "127.0.0.1:$PORT" )  # a file has at most 64 kB
     has "$T/err" 'C: 250 .*stored'
     has "$T/err" 'C: 452 '
     equal "$(mailbox)" 1
@@ -6487,7 +6487,7 @@ t_customer_with_a_full_disk() {
     equal "$(waiting)" 0
 }
 
-# A customer that is short of descriptors stores the messages that wait for the disk and then takes the next.
+# If the customer is short of descriptors, it stores the messages that wait for the disk and then takes the next.
 t_customer_short_of_descriptors() {
     serve peer_in_a_hurry_for_one
     ( ulimit -n 14; customer 0 "127.0.0.1:$PORT" ) || exit 1
@@ -6506,7 +6506,7 @@ peer_in_a_hurry_for_one() {
     expect '^221 '
 }
 
-# A provider that is short of descriptors handles the replies it awaits and goes on; it skips no message.
+# If the provider is short of descriptors, it handles the outstanding replies, continues, and skips no message.
 t_a_provider_short_of_descriptors() {
     local PATIENCE=$((PATIENCE * 4))
     needs prlimit
@@ -6518,7 +6518,7 @@ t_a_provider_short_of_descriptors() {
         while (1) {
             my $l = heard(); if ($l eq "QUIT") { said(221); print STDERR "$n with QUIT\n"; exit }
             if ($l =~ /^BDAT (\d+)/) { content($1); $n++ }
-            $owed++; my $r = ""; vec($r, 0, 1) = 1; # replies as late as can be
+            $owed++; my $r = ""; vec($r, 0, 1) = 1; # sends replies as late as possible
             if (!select $r, undef, undef, 0.02) { print "250 ok\r\n" x $owed; $owed = 0 }
         }' 2> "$T/count" || fail "exit $? of the receiver: it was not done in $PATIENCE s"
     matches "$T/count" '^60 with QUIT$'
@@ -6526,7 +6526,7 @@ t_a_provider_short_of_descriptors() {
     equal "$(waiting)" 0
 }
 
-# OpenSSL's algorithms are fetched at the start, so the first session needs no more memory than the second.
+# odmr fetches OpenSSL's algorithms at the start, so the first session needs no more memory than the second.
 # not with: SANITIZE, OVER_TLS
 t_algorithms_are_fetched_at_the_start() {
     local options before sessions count i OVER_TLS=
@@ -6550,8 +6550,8 @@ t_algorithms_are_fetched_at_the_start() {
     done
 }
 
-# If another host has handled a message between open and lock, as on NFS with a stale cache, each recipient is still
-# served once.
+# If another host has handled a message between open and lock, as on NFS with a stale cache, each recipient still gets
+# it once.
 # not with: SANITIZE, OVER_TLS
 t_stale_look_ups() {
     local stale n name ports=() pids=()
@@ -6594,7 +6594,8 @@ t_removed_before_the_claim() {
     rm "$T/queue/example.org/new/1.a"
     wait "$session" || fail 'the file was removed, and the reply to ATRN is not 453'
 }
-# Six sessions of a customer that defers some recipients; the recipients that have the message are in $T/sN.got.
+# receives_some N PORT: plays six sessions of a customer that defers some recipients. $T/sN.got has the recipients that
+# have their message.
 receives_some() {
     local n=$1 i
     : > "$T/s$n.got"
@@ -6614,7 +6615,7 @@ receives_some() {
     done
 }
 
-# A mount that is gone has the reply 451, and one line in the log for each ATRN.
+# If the queue's mount is gone, ATRN has the reply 451 and the log has one line for each ATRN.
 # not with: SANITIZE, OVER_TLS
 t_a_mount_that_is_gone() {
     run 0 make -s -C "$here" build/stale.so
@@ -6627,7 +6628,7 @@ t_a_mount_that_is_gone() {
     equal "$(waiting)" 30
 }
 
-# If all mail is too old at the start, the clock is doubted and none is returned until the next look.
+# If all mail is too old at the start, the clock may be wrong, so the provider returns none until the next look.
 t_a_clock_that_is_years_ahead() {
     local n
     for n in 1 2 3; do put_letter "$n" "$((1000000000 + n)).M1.a" sender@example.edu eva@example.org; done
@@ -6645,7 +6646,7 @@ t_a_clock_that_is_years_ahead() {
     equal "$(grep -c 'check the clock$' "$LOG")" 1
 }
 
-# A file whose time is beyond the calendar is listed, sent and named in a notice like any other.
+# A file with a time beyond the calendar is listed, sent and named in a notice like any other.
 t_time_beyond_the_calendar() {
     local queue=/dev/shm/odmr-test.$$
     mkdir "$queue" 2> /dev/null || skip 'there is no /dev/shm'
@@ -6665,7 +6666,7 @@ t_time_beyond_the_calendar() {
     equal "$(waiting)" 0
 }
 
-# A message over 4 GiB is sent whole, on 32 bits too.
+# A message over 4 GiB is sent whole, also on a 32-bit system.
 t_messages_over_4_gib() {
     mkdir -p "$T/queue/example.org"/{new,cur,tmp}
     printf 'Return-Path: <a@example.edu>\nDelivered-To: eva@example.org\nSubject: long\n\n' \
@@ -6675,7 +6676,7 @@ t_messages_over_4_gib() {
     run 0 "$ODMR" queue -q "$T/queue" -l
     has "$T/out" '4300000000 '
     has "$T/out" '2200-01-01'
-    [[ $(head -c 5 "$ODMR") == *$'\x01' ]] || return 0 # to read it takes ten seconds: where size_t is not as large
+    [[ $(head -c 5 "$ODMR") == *$'\x01' ]] || return 0 # reading takes ten seconds, so only on 32 bits
     PATIENCE=200
     provider
     OFFER='SIZE=1000000'
@@ -6687,9 +6688,9 @@ t_messages_over_4_gib() {
 
 # ---- Real peers --------------------------------------------------------------------------------------
 
-# postfix_instance MAIN_CF_LINES MASTER_CF_LINES: a Postfix of our own, on 127.0.0.1:$MX, with its own spool; stopped
-# when the test ends. Its master is started without the hundred processes of "postfix start", which would look at the
-# rest.
+# postfix_instance MAIN_CF_LINES MASTER_CF_LINES: starts a Postfix on 127.0.0.1:$MX with its own spool, which stops when
+# the test ends. The test starts master directly, without the hundred processes of "postfix start" that check the
+# installation.
 postfix_instance() {
     needs postfix
     [ "$(id -u)" = 0 ] || skip 'Postfix refuses to start without root'
@@ -6723,7 +6724,7 @@ END
         >> "$T/postfix/etc/master.cf"
     : > "$T/postfix/etc/dynamicmaps.cf"
     "$(PATH=$PATH:/usr/sbin postconf -dh daemon_directory)/master" -c "$T/postfix/etc" > "$T/postfix/started" 2>&1 &
-    MASTER=$! # it ends its own
+    MASTER=$! # master ends its own processes
     trap 'kill "$MASTER"; for p in "${STARTED[@]}"; do kill -9 "$p" 2> /dev/null; done; wait 2> /dev/null' EXIT
     until_true eval '! kill -0 "$MASTER" || reachable "$MX"'
     kill -0 "$MASTER" || { cat "$T/postfix/started" "$T/postfix/log"; fail 'Postfix does not start'; }
@@ -6731,7 +6732,7 @@ END
 
 boxed() { how_many '"$T"/boxes/{,*/*/}new/*'; }
 
-# recipe FILE: what README or odmr-queue(5) has in its blocks "# FILE".
+# recipe FILE: prints the blocks "# FILE" of README and odmr-queue(5).
 recipe() {
     {
         cat "$here/README"
@@ -6741,8 +6742,8 @@ recipe() {
             on { print substr($0, 5) } END { exit !found }' || fail "there is no recipe for $1"
 }
 
-# unpacked PACKAGE...: TREE is a root directory with these Debian packages, installed or not, and what they
-# need to run in it. It is made once, in build/.
+# unpacked PACKAGE...: sets TREE to a root directory with these Debian packages, installed or not, and their libraries.
+# The first caller makes it, in build/.
 unpacked() {
     needs apt-get dpkg-deb flock
     TREE=$here/build/unpacked/$1
@@ -6760,14 +6761,14 @@ unpack() {
     rm -r "$TREE/archives"
     libraries | xargs cp -L --parents -t "$TREE" /bin/sh && touch "$TREE/complete"
 }
-# What the programs of the tree need of this system.
+# Prints the libraries of this system that the programs of the tree need.
 libraries() {
     find "$TREE" -type f \( -perm /111 -o -name '*.so*' \) -exec ldd {} + 2> /dev/null |
         sed -n 's/^\t\(.* => \)\{0,1\}\(\/[^ ]*\) (0x.*/\2/p' | sort -u
 }
 
-# jail PACKAGES USER...: JAIL is a root directory of this test's own in which they run under the paths they
-# were built for, with these users and odmr, who is nobody outside. Its queue is $T/queue.
+# jail PACKAGES USER...: sets JAIL to this test's copy of the packages' root directory, in which they find their usual
+# paths, with these users and odmr. The user odmr is nobody outside. The jail's queue is $T/queue.
 jail() {
     local user n=900
     needs_capabilities 'jail' CHOWN SETUID SYS_CHROOT MKNOD
@@ -6786,7 +6787,7 @@ jail() {
     install -d -m 700 -o nobody "$JAIL/var/spool/odmr"
     ln -s jail/var/spool/odmr "$T/queue"
 }
-# jailed PORT COMMAND...: runs it in there, and waits until it listens on this port.
+# jailed PORT COMMAND...: runs the command in the jail, and waits until it listens on this port.
 jailed() {
     local port=$1
     shift
@@ -6795,14 +6796,14 @@ jailed() {
     until_true reachable "$port"
 }
 
-# awkward NAME: a letter with lines that a mail server might change.
+# awkward NAME: prints a letter with lines that a mail server might change.
 awkward() {
     printf '%s\n' 'From: a@example.edu' 'To: b@example.org' "Subject: $1" 'Date: Mon, 1 Jan 2024 09:00:00 +0000' \
         "Message-ID: <$1@example.edu>" 'Delivered-To: earlier@hop.example' 'MIME-Version: 1.0' \
         'Content-Type: text/plain; charset=utf-8' 'Content-Transfer-Encoding: 8bit' '' "Text of $1." '.' '..' \
         'From the start of a line' '>From' $'a tab\tand blanks  ' $'\xc3\xa9' "$(printf '%0990d' 0)" '' ''
 }
-# submit PORT SENDER FILE RECIPIENT...: gives a letter to a mail server.
+# submit PORT SENDER FILE RECIPIENT...: sends a letter to a mail server.
 submit() {
     local sender=$2 file=$3 recipient
     dial "$1"
@@ -6817,7 +6818,7 @@ submit() {
     ask QUIT '^221 '
     hang_up
 }
-# envelopes FILE...: of what take_mail kept: subject, sender and recipient, one recipient a line, in order.
+# envelopes FILE...: prints subject, sender and recipient of take_mail's files, one recipient a line, sorted.
 envelopes() {
     awk -F '[<>]' 'FNR == 1 { n = 0; sender = $2 } /^RCPT TO:/ { to[n++] = $2 }
         /^Subject: / { sub(/\r$/, ""); for (i = 0; i < n; i++) print substr($0, 10), "<" sender ">", "<" to[i] ">";
@@ -6825,8 +6826,8 @@ envelopes() {
 }
 waits() { [ "$(waiting)" = "$1" ]; }
 
-# fills_the_queue PORT FILES: the mail server on this port makes that many files of two letters, and they
-# leave the queue with the envelopes and the octets that they came with.
+# fills_the_queue PORT FILES: checks that the mail server on this port makes FILES files of two letters, and that they
+# leave the queue with unchanged envelopes and octets.
 fills_the_queue() {
     local file letter
     awkward one > "$T/one"
@@ -6853,8 +6854,8 @@ two <> <eva+tag@example.org>'
         fail 'envelope fields were relayed'
 }
 
-# hands_on HOW: the letters $T/one and $T/two wait in the provider's queue for the customer's domain, and
-# README's customer gets them into this Postfix; a third is for a domain that it does not receive.
+# hands_on HOW: queues the letters $T/one and $T/two for the customer's domain, and a third for a domain that Postfix
+# does not receive. Checks that README's customer delivers the two to this Postfix.
 hands_on() {
     local command
     provider
@@ -6873,7 +6874,7 @@ hands_on() {
     boxed_as_sent two '<>' eva+tag@example.org
 }
 boxes_have() { [ "$(boxed)" = "$1" ]; }
-# boxed_as_sent LETTER SENDER RECIPIENT...: each has it, with this envelope and every octet.
+# boxed_as_sent LETTER SENDER RECIPIENT...: checks that each recipient has the letter with this envelope, unchanged.
 boxed_as_sent() {
     local letter=$1 sender=$2 recipient file
     shift 2
@@ -6884,7 +6885,7 @@ boxed_as_sent() {
         sed -n '/^From: a@/,$p' "$file" | cmp - "$T/$letter" || fail "letter $letter has changed on its way"
     done
 }
-# A Postfix that receives mail for example.org, all of it in $T/boxes.
+# Starts a Postfix that stores all mail for example.org in $T/boxes.
 customers_postfix() {
     install -d -o nobody "$T/boxes"
     postfix_instance "virtual_mailbox_domains = example.org
@@ -6960,7 +6961,7 @@ virtual_uid_maps = static:$(id -u nobody)
 virtual_gid_maps = static:$(id -g nobody)" ''
 }
 
-# fetchmail in ODMR mode collects 60 messages into a real Postfix, each once.
+# fetchmail in ODMR mode delivers 60 messages to a real Postfix, each once.
 t_fetchmail_into_postfix() {
     local i tld=(org com)
     needs fetchmail
@@ -6980,7 +6981,7 @@ t_fetchmail_into_postfix() {
     equal "$(grep -l '^Return-Path: <sender@example.edu>' "$T"/boxes/*/*/new/* | wc -l)" 60
     equal "$(waiting)" 0
 }
-# With README's configuration.
+# Runs fetchmail with README's configuration.
 fetchmail_collects() {
     { recipe '~/.fetchmailrc' | sed -e "s/odmr.example.net/127.0.0.1/; s/service 366/service $PORT/" \
         -e "s|127.0.0.1/2525|127.0.0.1/$MX|"
@@ -6989,7 +6990,7 @@ fetchmail_collects() {
     FETCHMAILHOME=$T run 0 fetchmail -f "$T/fetchmailrc" --pidfile "$T/fetchmail.pid" --nosyslog -v
 }
 
-# unjailed: the same with the queue, the program and the user of this test.
+# unjailed: puts the queue, the program and the user of this test into a configuration.
 unjailed() {
     sed -e "s|/var/spool/odmr|$T/queue|; s|/usr/local/bin/odmr enqueue|$T/odmr enqueue -q $T/queue|" \
         -e "s|static:998|static:$(id -u nobody)|; s|user=odmr|user=nobody|"
@@ -7051,8 +7052,7 @@ t_dovecot_fills_the_queue() {
     fills_the_queue "$MX" 5
 }
 
-# README's Postfix service for --smtp neither relays nor completes header fields, although the session comes from
-# 127.0.0.1.
+# README's Postfix service for --smtp neither relays nor completes header fields, although its client is 127.0.0.1.
 t_customer_hands_on_to_postfix_by_smtp() {
     local port
     awkward one > "$T/one"
@@ -7074,8 +7074,8 @@ t_customer_hands_on_to_postfix_by_exec() {
     equal "$(notices)" 0
 }
 
-# make install puts the units where systemd looks, systemd-analyze finds no error in them, and make uninstall removes
-# all.
+# make install puts the units where systemd finds them, systemd-analyze finds no error in them, and make uninstall
+# removes all files.
 # not with: SANITIZE, OVER_TLS
 t_systemd_units() {
     local unit
@@ -7092,7 +7092,7 @@ t_systemd_units() {
     done
     run 0 make -s -C "$here" uninstall PREFIX="$T/usr"
     equal "$(find "$T/usr" -type f)" ''
-    # the command of each is one that the program takes
+    # the program accepts the command of each unit
     has "$T/root/usr/lib/systemd/system/odmr-provider.service" 'provider --user odmr \$PROVIDER_OPTIONS$'
     run 78 "$ODMR" provider --user odmr --accounts "$T/none" --queue "$T" \
         $(recipe /etc/odmr/provider | sed 's/^[A-Z_]*=//')
@@ -7100,11 +7100,11 @@ t_systemd_units() {
         $(recipe /etc/odmr/customer | sed 's/^[A-Z_]*=//')
 }
 
-# booted COMMAND...: runs it where systemd_boots has booted.
+# booted COMMAND...: runs the command in the system that systemd_boots has booted.
 booted() { nsenter -t "$INIT" -m -u -i -n -p -C -r -w "$@"; }
 
-# A systemd of this test's own, which knows no unit but odmr's. Of this machine it has the files, but for /etc, /run,
-# /tmp, /usr/local and /var/spool, and a control group. make install has been there.
+# Boots a systemd for this test that has only odmr's units, after make install. It shares this machine's files except
+# /etc, /run, /tmp, /usr/local and /var/spool, and has a control group.
 systemd_boots() {
     [ -x /lib/systemd/systemd ] || skip 'systemd is not installed'
     needs make systemctl nsenter
@@ -7145,7 +7145,7 @@ no_longer_booted() {
         done' "$T" "$BOOT" 2> /dev/null
 }
 
-# systemctl reload reaches the provider that is no longer root, for which kill(1) would need a capability.
+# systemctl reload reaches the provider that is no longer root. kill(1) would need a capability for that.
 # not with: SANITIZE, OVER_TLS
 t_systemd_reloads_the_provider() {
     systemd_boots
@@ -7170,8 +7170,8 @@ t_systemd_reloads_the_provider() {
     equal "$(booted systemctl show -P Result odmr-provider)" success
 }
 
-# The provider's unit reloads with all privileges and names only programs of a bare machine. This stands in for a
-# booted systemd.
+# The provider's unit reloads with all privileges and names only programs of a bare machine. It needs no booted
+# systemd.
 # not with: SANITIZE, OVER_TLS
 t_systemd_unit_reloads_with_privileges() {
     needs make
