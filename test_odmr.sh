@@ -7181,11 +7181,11 @@ t_systemd_unit_reloads_with_privileges() {
 
 # ---- README and the guide ----------------------------------------------------------------------------
 
-# ids: each requirement that is named in the text on standard input, once.
+# ids: prints each requirement id in standard input once.
 ids() { perl -ne 'print "$1\n" while /(?<![a-z0-9.-])([4-8](?:\.[0-9])*-[a-z])(?![a-z0-9-])/g' | sort -u; }
-# named FIELD: every name after "code:" or "test:" in the guide, once.
+# named FIELD: prints each name after "code:" or "test:" in RFC2645.txt once.
 named() { sed -n "s/^    $1: //p" "$here/RFC2645.txt" | tr ',' '\n' | tr -d ' ' | sort -u; }
-# Functions and tables of odmr.c, constants of odmr.h and odmr.c.
+# Prints the functions and tables of odmr.c, and the constants of odmr.h and odmr.c.
 defined() {
     {
         sed -nE 's/^(__attribute__[^_]* )?[a-z][^[(]*[ *]([a-z_0-9]+)[[(].*[^;]$/\2/p' "$here/odmr.c"
@@ -7193,8 +7193,8 @@ defined() {
     } | sort -u
 }
 
-# typed HEADING...: README's commands under these headings as a script; what should come of the n-th is
-# left in $T/expected.n. README_SHOWN: a file in the place of README.
+# typed HEADING...: prints README's commands under these headings as a script, and writes the expected output of the
+# n-th command to $T/expected.n. README_SHOWN names a file to read instead of README.
 typed() {
     perl -e '
         my ($dir, $readme, @wanted) = @ARGV;
@@ -7206,7 +7206,7 @@ typed() {
             else { $block = 0 }
         }' "$T" "${README_SHOWN:-$here/README}" "$@"
 }
-# comes_true FILE: after each command came the lines that README shows, "..." standing for anything.
+# comes_true FILE: checks that each command printed the lines that README shows; "..." is any text.
 comes_true() {
     perl -e '
         my ($dir, $said) = @ARGV;
@@ -7223,7 +7223,7 @@ comes_true() {
         }
         $checked or die "nothing was checked\n"' "$T" "$1" || fail 'README is not true'
 }
-# A copy of the tree's face, for commands that begin there.
+# Makes $T/tree, with links to the files at the top of the source, for commands that start there.
 tree() {
     local name
     mkdir -p "$T/tree"
@@ -7232,11 +7232,11 @@ tree() {
     done
     ln -s "$here/.ci" "$T/tree/.ci"
 }
-# does HEADING...: types it all, and compares; in $T/tree, with odmr in the path.
+# does HEADING...: runs README's commands under these headings in $T/tree, with odmr in the path, and checks the output.
 does() {
     local code=0 ports
     tree
-    ports=$((2000 + RANDOM % 1100)) # README's 3660 to 3669 are somebody else's, when tests run side by side
+    ports=$((2000 + RANDOM % 1100)) # tests run side by side cannot share README's ports
     {
         echo 'trap "kill \$(jobs -p) 2> /dev/null; wait" EXIT'; typed "$@"
     } | sed "s/\b366\([0-9]\)\b/$ports\1/g" > "$T/script"
@@ -7283,7 +7283,7 @@ t_model_names_exist() {
     none 'lines over 120 columns' "$(awk 'length > 120 { print FNR }' "$model")"
 }
 
-# A session is a run of the protocol or not, and .ci/legal says which, and who departs from it.
+# .ci/legal says if a session keeps to the protocol, and which side departs from it.
 # not with: SANITIZE, OVER_TLS
 t_legal_finds_what_departs() {
     cat > "$T/trace" << 'END'
@@ -7323,7 +7323,7 @@ END
     run 66 "$here/.ci/legal" "$T/none"
     run 0 "$here/.ci/legal" "$T/trace"
     equal "$(< "$T/out")" '1 sessions, all lawful'
-    # is_unlawful WHO HOW EDIT: after this edit of sed(1). The peer is not blamed for it.
+    # is_unlawful SIDE HOW EDIT: checks that .ci/legal blames SIDE, and not its peer, after this edit by sed(1).
     is_unlawful() {
         sed "$3" "$T/trace" > "$T/edited"
         run 1 "$here/.ci/legal" "$T/edited"
@@ -7359,7 +7359,7 @@ END
     run 64 "$here/.ci/legal" --both
 }
 
-# The check of the model fails on an error, on a search that is not complete, and on a mutant that breaks nothing.
+# The check of the model fails if the model has an error, a search is not complete, or a mutant breaks nothing.
 # not with: SANITIZE, OVER_TLS, BRIEF
 t_model_check_can_fail() {
     local model=$here/.ci/odmr.pml
@@ -7377,8 +7377,8 @@ t_model_check_can_fail() {
     run 64 "$here/.ci/model" no_such_check
 }
 
-# RFC2645.txt has its form: the front page agrees with the entries, and each entry has its labels in order. An entry
-# is marked "no" exactly if every judge of it is not_observable. The text is plain US-ASCII within 79 columns.
+# The front page of RFC2645.txt agrees with its entries, and each entry has its labels in order. An entry is marked "no"
+# exactly if every judge of it is not_observable. The text is plain US-ASCII within 79 columns.
 # not with: OVER_TLS
 t_guide_has_its_form() {
     local guide=$here/RFC2645.txt id='[4-8][0-9.]*-[a-z]'
@@ -7429,7 +7429,7 @@ t_guide_has_its_form() {
         END { over(); if (questions != 9) print questions " questions" }' "$guide")"
 }
 
-# The manual pages of this program, in $T/man, as make install would put them.
+# Makes the manual pages of this program in $T/man, as make install does.
 manual_pages() {
     local page dir
     for page in odmr.1 odmr-accounts.5 odmr-queue.5; do
@@ -7441,8 +7441,8 @@ manual_pages() {
     sed 's/\\-/-/g' "$T"/man/*/* > "$T/pages"
 }
 
-# Every option, exit code, file, variable and signal in the manual pages is one of the program's. No option, exit code
-# or variable of the program is missing. Examples use options that their command has.
+# The program has every option, exit code, file, variable and signal of the manual pages. The pages have every option,
+# exit code and variable of the program. Examples use options that their command has.
 # not with: OVER_TLS
 t_manual_pages_are_true() {
     local command words word option
@@ -7477,7 +7477,7 @@ t_manual_pages_are_true() {
     none 'no such signal' "$(grep -E '\bDv SIG' "$T/pages" | grep -oE '\bSIG[A-Z0-9]+' | sort -u |
         while read -r word; do grep -q "\\b$word\\b" "$here/odmr.c" || echo "$word"; done)"
 
-    # Lines of examples, with those that a backslash continues.
+    # Lines of examples, joined where a backslash continues them.
     sed -e ':a' -e '/\\e$/{N;s/\\e\n *//;ba' -e '}' "$T/pages" |
         sed -nE 's/^(\.Dl )?[$#] (odmr .*)/\2/p' > "$T/examples"
     [ "$(wc -l < "$T/examples")" -ge 8 ] || fail 'there are fewer examples than there were'
@@ -7489,7 +7489,7 @@ t_manual_pages_are_true() {
     done < "$T/examples"
 }
 
-# The manual pages have no fault that mandoc finds, refer to what exists, and have the usual sections.
+# mandoc finds no fault in the manual pages, their references exist, and they have the usual sections.
 # not with: OVER_TLS
 t_manual_pages_pass_lint() {
     local page
@@ -7504,7 +7504,7 @@ t_manual_pages_pass_lint() {
     for page in SYNOPSIS COMMANDS SIGNALS ENVIRONMENT 'EXIT STATUS'; do has "$T/man/man1/odmr.1" "^\\.Sh $page\$"; done
 }
 
-# The functions of odmr.h stand in the order of odmr.c, and no line of either is over 120 columns.
+# odmr.h lists the functions in the order of odmr.c, and no line of either is over 120 columns.
 # not with: SANITIZE, OVER_TLS
 t_map_is_in_order() {
     none 'in odmr.h, and not there or not in this order in odmr.c' "$(perl -e '
@@ -7518,8 +7518,7 @@ t_map_is_in_order() {
     none 'lines over 120 columns' "$(awk 'length > 120 { print FILENAME ":" FNR }' "$here"/odmr.[ch])"
 }
 
-# odmr.c has the protocol first, in the order of time, and its parts as odmr.h lists them, each with the functions to
-# enter by.
+# odmr.c has the protocol first, in the order of time, and the parts that odmr.h lists, each with its entry functions.
 # not with: SANITIZE, OVER_TLS
 t_program_is_in_the_order_of_the_protocol() {
     none 'not where a reader looks for it' "$(perl -e '
@@ -7550,22 +7549,22 @@ t_program_is_in_the_order_of_the_protocol() {
         print "$listed parts are listed\n" if $listed != 15;' "$here/odmr.h" "$here/odmr.c")"
 }
 
-# README's commands of "TLS and the mechanisms" have the results that it shows.
+# README's commands of "TLS and the mechanisms" have the results that README shows.
 # not with: OVER_TLS
 t_readme_tls_and_the_mechanisms() {
     needs openssl
     does 'TLS and the mechanisms'
 }
 
-# README's commands of "Judging another implementation" have the results that it shows.
+# README's commands of "Judging another implementation" have the results that README shows.
 # not with: SANITIZE, OVER_TLS
 t_readme_judging_another_implementation() {
     needs socat
     does 'Judging another implementation'
 }
 
-# What README says of fetchmail 6.4, whose mail goes to smtp-sink: no row fails, but it gives up on ATRN when its own
-# time-out is over.
+# The judge's rows for fetchmail are as README says: none fails, but fetchmail gives up on ATRN when its own time-out is
+# over. fetchmail's mail goes to smtp-sink.
 # not with: SANITIZE, OVER_TLS
 t_readme_what_the_judge_says_of_others() {
     needs fetchmail smtp-sink
@@ -7589,8 +7588,8 @@ END
     has "$T/out" 'timeout is 300 seconds (default)'
 }
 
-# README's experiments have the results that it shows, in the shell of the section before, which has made certificates.
-# Without tshark, or the privilege to capture, the tenth is left out.
+# README's experiments have the results that README shows. They use the shell and the certificates of "TLS and the
+# mechanisms". Without tshark, or the privilege to capture, the tenth is left out.
 # not with: OVER_TLS
 t_readme_experiments() {
     local README_SHOWN=$here/README
@@ -7602,21 +7601,21 @@ t_readme_experiments() {
     does 'TLS and the mechanisms' 'Experiments'
 }
 
-# README's commands of "The model" have the results that it shows.
+# README's commands of "The model" have the results that README shows.
 # not with: SANITIZE, OVER_TLS, BRIEF
 t_readme_the_model() {
     needs spin cc make
     does 'The model'
 }
 
-# README's commands of "Proof that nothing is lost" have the results that it shows.
+# README's commands of "Proof that nothing is lost" have the results that README shows.
 # not with: OVER_TLS
 t_readme_proof_that_nothing_is_lost() {
     does 'Proof that nothing is lost'
 }
 
-# README's commands for a provider, a customer and their administrator have the results that it shows, as root with
-# users, /etc, /usr/local, /var and a network of their own.
+# README's commands for a provider, a customer and their administrator have the results that README shows. They run as
+# root with their own users, /etc, /usr/local, /var and network.
 # not with: SANITIZE, OVER_TLS
 t_readme_provider_and_customer() {
     needs adduser runuser
@@ -7631,7 +7630,7 @@ t_readme_provider_and_customer() {
 
 # ---- The suite itself --------------------------------------------------------------------------------
 
-# What an ignored signal or standard input could change: these tests wait for signals, or give a program no input.
+# An ignored signal or standard input could change these tests: they wait for signals, or give a program no input.
 SENSITIVE=(t_demo_interrupted t_sighup_reads_accounts_again t_enqueue)
 
 same_result() {
@@ -7656,7 +7655,7 @@ t_suite_wherever_it_is_started() {
     same_result unbuffer bash -ic '"$0" "$@" & wait $!' "$self" "${SENSITIVE[@]}"
 }
 
-# On a machine with only the demo's packages the suite names what is missing, runs what it can and skips the rest.
+# On a machine with only the demo's packages, the suite names the missing programs and skips the tests that need them.
 # not with: SANITIZE, OVER_TLS
 t_suite_says_what_is_missing() {
     local name start=$SECONDS
@@ -7666,7 +7665,7 @@ t_suite_says_what_is_missing() {
     rm "$T/bin/perl"
     printf '#!/bin/sh\ncase $* in *-MDigest*) exit 2 ;; esac\nexec /usr/bin/perl "$@"\n' > "$T/bin/perl"
     chmod 755 "$T/bin/perl"
-    unset OVER_TLS # which needs openssl for each of them
+    unset OVER_TLS # over TLS each of these tests needs openssl
     PATIENCE=200 PATH=$T/bin run 0 "$self" t_bad_arguments t_scram_by_hand t_plain_by_hand \
         t_sighup_reads_certificates_again \
         t_readme_experiments t_customer_quiet_and_progress t_demo
@@ -7682,7 +7681,7 @@ t_suite_says_what_is_missing() {
     has "$here/README" '^Run the tests'
 }
 
-# A test that fails prints the dialogue that was expected beside the one that it saw, and what was still to come.
+# A test that fails prints the expected dialogue beside the one that it saw, and the lines not yet reached.
 # not with: SANITIZE, OVER_TLS
 t_suite_prints_the_dialogue_that_failed() {
     provider
@@ -7700,7 +7699,7 @@ END
     has "$T/report" '^> P: (like ^250 )  *P: 220 example.net '
 }
 
-# When a test is over, its traces are checked: what our provider or our customer did must be allowed by the protocol.
+# After a test, the suite checks that its traces show only what the protocol allows our provider and our customer.
 # not with: SANITIZE, OVER_TLS
 t_suite_checks_the_traces_of_each_test() {
     local where
@@ -7731,7 +7730,7 @@ t_suite_help() {
     run 64 "$self" t_no_such_test
 }
 
-# make names the one thing that is missing, with the compiler's own words.
+# If one thing is missing, make names it and prints the compiler's message.
 # not with: SANITIZE, OVER_TLS
 t_make_says_what_is_missing() {
     local headers
@@ -7755,7 +7754,7 @@ t_make_says_what_is_missing() {
     makes cc 'the headers of OpenSSL are older than version 3$'
 }
 
-# The compiler's protections are on where it knows them, and no flag of the site brings a warning.
+# make turns on the protections that the compiler knows, and no flag of the site causes a warning.
 # not with: SANITIZE, OVER_TLS
 t_make_hardens_what_it_makes() {
     local flag
@@ -7776,7 +7775,7 @@ t_make_hardens_what_it_makes() {
     has "$T/out" ' -fPIE -fstack-clash-protection  *-U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2 -o odmr '
 }
 
-# make bench with a hundredth of the work has a figure in every row, and a ratio where two are compared.
+# make bench with a hundredth of the work prints a figure in each row, and a ratio in each row that compares two.
 # not with: SANITIZE, OVER_TLS, BRIEF
 t_bench_prints_its_table() {
     needs smtp-sink make
@@ -7787,9 +7786,9 @@ t_bench_prints_its_table() {
     equal "$(grep -cE "$row.* [0-9]+\\.?[0-9]*" "$T/out")" 9 'other rows'
 }
 
-# The headings are these, each once and in this order, and each test stands under its own. The number in its name is
-# the heading's; under one heading the letters of the requirements ascend. Each test has a comment that begins with
-# what must hold. The judge keeps to its own functions.
+# The suite has these headings in this order, and each test is under the heading of the number in its name. Under a
+# heading the letters of the requirements ascend. The comment above a test begins with a sentence that says what must
+# hold. The judge calls only its own functions.
 # not with: SANITIZE, OVER_TLS
 t_suite_is_in_order() {
     grep '^# ---- ' "$self" | sed -e 's/^# ---- //' -e 's/ -*$//' > "$T/headings"
@@ -7884,28 +7883,28 @@ END
 
 # ---- Judging another implementation --------------------------------------------------------------------
 #
-# RFC2645.txt says what there is to judge, whose duty it is, and how much it weighs. For each requirement
-# there is a function judge_provider_ID, and for the customer's and both sides' judge_customer_ID; each runs in a
-# shell and a scratch directory of its own, with connections of its own, so that one that hangs or
-# closes does not spoil the next. It ends with a verdict:
+# RFC2645.txt lists the requirements, the side that each binds, and its level. A requirement of the provider has a
+# function judge_provider_ID, one of the customer judge_customer_ID, and one of both sides has both. Each function is a
+# row of the report. A row has its own shell, scratch directory and connections, so a program that hangs or closes in
+# one row does not affect the next. A row ends with a verdict on the judged program:
 #
-#   passes [TEXT]         it does; or, where it may choose, what it chose
-#   departs TEXT          it does not, and this was seen
-#   not_observable TEXT   it cannot be seen from here, or something else came in between
+#   passes [TEXT]         it keeps the requirement; TEXT says what it chose, if it has a choice
+#   departs TEXT          it was seen to break the requirement
+#   not_observable TEXT   the judge cannot see the answer, or another event prevented it
 #
-# What a row says and hears is in functions that begin with judge_. Those of the same name without it belong to the
-# tests, where a mismatch fails the test. For the judge the name says what a mismatch means:
+# A row sends and reads with functions whose names begin with judge_. Functions of the same name without judge_ belong
+# to the tests, where a mismatch fails the test. In the judge the name says what a mismatch means:
 #
-#   judge_ask LINE CODES        the row departs, because the reply is what is judged
-#   judge_get_past LINE CODES   the row is not observable, because the reply is only on the way to what is judged
-#   judge_try LINE CODES        false; so with judge_try_turn and the others, and the row goes on
+#   judge_ask LINE CODES        the row departs, because it judges this reply
+#   judge_get_past LINE CODES   the row is not observable, because it judges something after this reply
+#   judge_try LINE CODES        the function is false and the row goes on, as with all judge_try functions
 #
-# judge_login, judge_turn and other parts of a session are on the way, too. Without judge_ are the verdicts, and
-# statements about the judged program, true or false: offers, notified.
+# For judge_login, judge_turn and other parts of a session, too, a mismatch means not observable. Names without judge_
+# are the verdicts, and questions about the judged program (offers, notified).
 #
-# The judge is the standard and not our own program. Texts behind codes, replies of several lines, keywords of
-# any case and order are anybody's choice, and so is a 421 at any time. Silence proves nothing, for SMTP lets
-# replies take minutes: it is not observable within PATIENCE.
+# The judge applies the standard and does not compare with our own program. The text after a code, the lines of a reply,
+# and the case and order of keywords are free, and a 421 may come at any time. SMTP lets a reply take minutes, so
+# silence for PATIENCE seconds is not observable.
 
 verdict() {
     local expected=
@@ -7915,10 +7914,10 @@ verdict() {
         expected=$PRINTED
     fi
     printed "$2"
-    [ -e "$T/verdict" ] || printf '%s\t%s\t%s\n' "$1" "${PRINTED:-.}" "$expected" > "$T/verdict" # the first stands
+    [ -e "$T/verdict" ] || printf '%s\t%s\t%s\n' "$1" "${PRINTED:-.}" "$expected" > "$T/verdict" # the first counts
     exit 0
 }
-# record MARK LINE: for --transcript.
+# record MARK LINE: adds a line to the row's file of --transcript.
 record() {
     [ -n "${JUDGE_TRANSCRIPT:-}" ] || return 0
     printed "$2"
@@ -7927,16 +7926,16 @@ record() {
 passes() { verdict pass "${1:-}"; }
 departs() { verdict fail "$1"; }
 not_observable() { verdict 'not observable' "$1"; }
-# printed TEXT: what a peer may have sent, on one line in PRINTED: printable ASCII, the rest as \xNN, not too much of
-# it.
+# printed TEXT: sets PRINTED to one line of printable ASCII with the first 160 octets of a peer's text. Other octets are
+# written as \xNN.
 printed() {
     PRINTED=${1:0:160}
     [[ $PRINTED != *[!\ -~]* && $PRINTED != *\\* ]] ||
         PRINTED=$(printf '%s' "$PRINTED" | perl -pe 's/([^ -\[\]-~])/sprintf "\\x%02x", ord $1/ge')
 }
 
-# judge_hear: one line into HEARD; false at the end of the connection. A peer that says a little now and then does not
-# keep a row going for ever.
+# judge_hear: reads one line into HEARD. False if the connection has ended. DEADLINE ends the row of a peer that sends
+# without end.
 judge_hear() {
     local code=0
     [ "$SECONDS" -lt "$DEADLINE" ] || not_observable "it took longer than $((PATIENCE * 6)) s"
@@ -7947,7 +7946,8 @@ judge_hear() {
     HEARD=${HEARD%$'\r'}
     record '<' "$HEARD"
 }
-# judge_silent SECONDS: not an octet came in all that time; else HEARD says what did.
+# judge_silent SECONDS: true if no octet came in that time. Otherwise HEARD is the line that came, or "the end of the
+# connection".
 judge_silent() {
     local code=0
     IFS= read -r -n 400 -t "$1" HEARD <&"$LINE" || code=$?
@@ -7956,8 +7956,8 @@ judge_silent() {
     [ "$code" = 0 ] || HEARD='the end of the connection'
     return 1
 }
-# judge_read_reply: a whole reply into ANSWER, what stands behind its codes into LINES. CODE is "closed" if the
-# connection has ended instead, "malformed" if that was no reply.
+# judge_read_reply: reads a whole reply into ANSWER, its code into CODE and the texts after the code into LINES. CODE is
+# "closed" if the connection has ended, and "malformed" if the lines are no reply.
 judge_read_reply() {
     CODE='' ANSWER='' LINES=()
     while [ ${#LINES[@]} -lt 200 ]; do
@@ -7972,7 +7972,7 @@ judge_read_reply() {
 }
 judge_say() { SAID="\"$1\""; judge_write "$1"; }
 judge_write() { record '>' "$1"; say "$1" 2> /dev/null; }
-# EXPECTED is what the report says was expected, where a row departs.
+# If a row departs, the report prints EXPECTED.
 judge_try() { judge_say "$1"; judge_read_reply; EXPECTED=$2; if [[ $CODE =~ ^($2)$ ]]; then EXPECTED=; else false; fi; }
 judge_ask() {
     judge_try "$@" && return
@@ -7980,22 +7980,22 @@ judge_ask() {
     departs "$SAID: $ANSWER"
 }
 judge_get_past() { judge_try "$@" || not_observable "cannot get past $SAID: $ANSWER"; }
-# judge_closed: the other side closes.
+# judge_closed: the row departs unless the peer closes the connection.
 judge_closed() {
     judge_silent "$PATIENCE" && departs "after $SAID the connection stayed open for $PATIENCE s"
     [ "$HEARD" = 'the end of the connection' ] || departs "after $SAID came: $HEARD"
 }
-# Is it base64? Blanks at the end are the business of 6-a.
+# base64_text TEXT: true if TEXT is base64. Blanks at its end are left to row 6-a.
 base64_text() { without_blanks "$1"; [[ $TEXT =~ ^[A-Za-z0-9+/]*={0,2}$ && $((${#TEXT} % 4)) = 0 ]]; }
 without_blanks() { TEXT=$1; while [[ $TEXT == *[[:blank:]] ]]; do TEXT=${TEXT%?}; done; }
 
 # ---- Judging: TLS and SASL ----
 #
-# TLS is openssl's: its s_client carries the dialogue over a pipe in each direction, and does STARTTLS itself, with the
+# openssl s_client carries the dialogue inside TLS, over a pipe in each direction. s_client itself sends STARTTLS, and
 # EHLO before it. JUDGE_TLS is clear, starttls or tls. For a customer, socat is the server's end of TLS.
 
-# judge_dial HOW: a connection into LINE. Over TLS, LINE_OUT is its other direction and TLS_KEYS the file of its
-# secrets.
+# judge_dial HOW: opens a connection and sets LINE. Over TLS it also sets LINE_OUT, for the other direction, and
+# TLS_KEYS, the file of the TLS secrets.
 judge_dial() {
     local address=$JUDGE_HOST:$JUDGE_PORT how=(-quiet -no_ign_eof -nocommands) pipe
     trap '' PIPE # a write to a closed connection must not end the judge
@@ -8029,13 +8029,12 @@ judge_hang_up() {
     [ -z "${LINE_OUT:-}" ] || exec {LINE_OUT}>&-
     LINE_OUT=
 }
-# judge_cut: the connection ends in the middle.
+# judge_cut: ends the connection without TLS's close.
 judge_cut() {
     [ -z "$LINE_OUT" ] || kill -9 "$LINE_PID"
     judge_hang_up
 }
-# judge_start_tls: STARTTLS was asked for, and what follows on the connection is TLS. The dialogue goes on with a socat
-# of its own.
+# judge_start_tls: replies to STARTTLS and starts TLS on the connection. The dialogue continues through a new socat.
 judge_start_tls() {
     local log=$T/upgrade.$BASHPID pipe=$T/upgrade.$BASHPID.in line=$LINE
     mkfifo "$pipe"
@@ -8050,12 +8049,12 @@ judge_start_tls() {
     exec {line}<&- >&- < /dev/null
 }
 
-# judge_cram_response CHALLENGE [SECRET]: the response of CRAM-MD5 to a challenge.
+# judge_cram_response CHALLENGE [SECRET]: sets RESPONSE to the response of CRAM-MD5 to a challenge.
 judge_cram_response() {
     judge_secret "${@:2}"
     cram_response "$JUDGE_USER" "$SECRET" "$1"
 }
-# judge_secret [SECRET]: this one, or the account's, into SECRET.
+# judge_secret [SECRET]: sets SECRET to the argument, or else to the account's secret.
 judge_secret() {
     SECRET=${1-}
     if [ $# = 0 ]; then
@@ -8064,8 +8063,8 @@ judge_secret() {
         SECRET=${SECRET%$'\r'}
     fi
 }
-# tls_exporter: the channel binding of RFC 9266 in base64 into BINDING, from the secret that s_client left in TLS_KEYS
-# (RFC 8446, 7.5).
+# tls_exporter: sets BINDING to the channel binding of RFC 9266, in base64, from the secret that s_client wrote to
+# TLS_KEYS (RFC 8446, 7.5).
 tls_exporter() {
     BINDING=$(perl -MDigest::SHA=sha256,sha384,hmac_sha256,hmac_sha384 -MMIME::Base64 -ne '
         /^EXPORTER_SECRET \w+ (\w+)/ or next;
@@ -8077,12 +8076,12 @@ tls_exporter() {
         last' "$TLS_KEYS")
     [ -n "$BINDING" ] || not_observable 'without TLS 1.3 the judge has no channel binding'
 }
-# as_base64 and from_base64, into TEXT, of text without NUL octets.
+# as_base64 TEXT [BASE64], from_base64 BASE64: set TEXT to the encoded or decoded text, without NUL octets.
 as_base64() { compute encode "$@"; TEXT=$COMPUTED; }
 from_base64() { compute decode "$1"; TEXT=$COMPUTED; }
 
-# judge_try_response CODES [SECRET]: to the challenge in ANSWER, by JUDGE_MECHANISM, with the right secret or another.
-# EXTERNAL has no secret: the wrong one is a wrong name.
+# judge_try_response CODES [SECRET]: responds to the challenge in ANSWER by JUDGE_MECHANISM, with the right secret or
+# the given one. EXTERNAL has no secret, so it sends a wrong name instead of a wrong secret.
 judge_try_response() {
     case $JUDGE_MECHANISM in
     CRAM-MD5) judge_cram_response "${ANSWER#334 }" "${@:2}" ;;
@@ -8130,7 +8129,7 @@ judge_try_scram() {
 
 # ---- Judging a provider: our side of the dialogue ----
 
-# judge_connect: up to the greeting. s_client keeps to itself what was said before STARTTLS.
+# judge_connect: connects and reads the greeting. With STARTTLS, s_client does not pass the greeting on.
 judge_connect() {
     judge_dial "$JUDGE_TLS"
     if [ "$JUDGE_TLS" = starttls ]; then CODE=220 ANSWER='220'; else judge_read_reply; fi
@@ -8146,8 +8145,8 @@ judge_login() {
     judge_get_past "AUTH $JUDGE_MECHANISM" 334
     judge_try_response 235 || not_observable "cannot log in by $JUDGE_MECHANISM: $ANSWER"
 }
-# judge_learn_channel: in JUDGE_DIR/channel, whether TLS is needed and how to log in. STARTTLS is used when it is
-# offered and nothing to log in with is offered without it. PLAIN is used in the clear only by request.
+# judge_learn_channel: writes the kind of TLS and the mechanism to JUDGE_DIR/channel. STARTTLS is used if it is offered
+# and the judge cannot log in without it. PLAIN is used in the clear only by request.
 judge_learn_channel() {
     local wanted=$JUDGE_MECHANISM
     DEADLINE=$((SECONDS + PATIENCE))
@@ -8178,7 +8177,7 @@ judge_choose_mechanism() {
     done
     return 1
 }
-# offers KEYWORD: among the lines of its EHLO response; PARAMETERS are the words behind.
+# offers KEYWORD: true if the EHLO response has this keyword. Sets PARAMETERS to the words after the keyword.
 offers() {
     local line
     for line in "${EHLO[@]}"; do
@@ -8189,11 +8188,11 @@ offers() {
     done
     return 1
 }
-# Known, allowed and served, whatever there is to fetch.
+# The replies to an ATRN that the provider knows and allows, with or without mail.
 ATRN_CODES='250|450|451|453'
 
-# judge_inject DOMAIN...: a message for judge at each, that this run will know again, by way of the user's command. Its
-# text is BODY, or one with dots.
+# judge_inject DOMAIN...: queues, by the command of --inject, a message for judge at each domain that this run can
+# recognize. Its text is BODY, or else a text with dots.
 judge_inject() {
     local recipients=("${@/#/judge@}")
     MESSAGE_ID=$JUDGE_TOKEN.$RANDOM$RANDOM
@@ -8206,21 +8205,21 @@ judge_inject() {
         timeout -k 1 "$PATIENCE" sh -c "$JUDGE_INJECT" < "$T/letter" > "$T/inject.log" 2>&1 ||
         not_observable "--inject failed: $(tail -n 1 "$T/inject.log")"
 }
-# judge_try_atrn CODES: ATRN without domains, where that is not what the row judges. A provider that refuses it is asked
-# for FIRST from then on; 5.2.1-d reports the refusal, and the head of the report mentions it.
+# judge_try_atrn CODES: sends ATRN without domains in a row that judges something else. If the provider refuses, all
+# later calls send ATRN FIRST. Row 5.2.1-d reports the refusal, and the head of the report mentions it.
 judge_try_atrn() {
     if [ ! -s "$JUDGE_DIR/bare" ]; then
         if judge_try ATRN "$1"; then return 0; fi
         [[ $CODE == 5* ]] || return 1
         printf '%s\n' "$ANSWER" > "$JUDGE_DIR/bare"
-        judge_hang_up # it may close after a failure
+        judge_hang_up # the provider may close after a failure
         judge_login
     fi
     judge_try "ATRN $FIRST" "$1"
 }
-# judge_try_turn [DOMAINS]: true once ATRN is answered 250. Injected mail may still be on its way into the queue, and
-# the provider may want an interval between two requests (5.2.1-i): then ATRN is repeated until PATIENCE is over, in
-# the first row only.
+# judge_try_turn [DOMAINS]: true if the reply to ATRN is 250. Injected mail may need time to reach the queue, so 451 and
+# 453 repeat ATRN until PATIENCE is over. The provider may require an interval between two requests (5.2.1-i), so 450
+# does, too, but only in the first row.
 judge_try_turn() {
     local try
     for ((try = 0; try < PATIENCE; try++)); do
@@ -8234,11 +8233,17 @@ judge_try_turn() {
 }
 judge_turn() { judge_try_turn "$@" || not_observable "mail waits, but $SAID: $ANSWER"; }
 
-# judge_take_mail: the server in the reversed state, until QUIT or the end of the connection, without any extension. A
-# message of this run is answered with OURS, any other is put off and stays where it is. COMMANDS are the verbs
-# in their order, RECIPIENTS those of our messages and ASKED those of all; TEXTS has the text of each of ours. TAKEN is
-# how many of them came, OTHERS how many of others. ON_RCPT is said to RCPT. CUT_AT ends the connection after so many
-# lines of content. HOLDING returns before the first message is answered, and RESUMING answers it and goes on.
+# judge_take_mail: plays the server in the reversed state, without extensions, until QUIT or the end of the connection.
+# The reply to a message of this run is OURS, or else 250. Any other message is deferred, so it stays queued. The
+# results:
+#   COMMANDS                the verbs in their order
+#   RECIPIENTS ASKED        the recipients of this run's messages; those of all messages
+#   TAKEN OTHERS            the number of this run's messages; the number of others
+#   TEXTS                   the text of each of this run's messages
+# A row may set:
+#   ON_RCPT                 the reply to RCPT
+#   CUT_AT                  the number of lines of content after which the connection ends
+#   HOLDING RESUMING        returns before the reply to the first message; sends that reply and continues
 judge_take_mail() {
     local recipients=
     COMMANDS='' RECIPIENTS='' ASKED='' TAKEN=0 OTHERS=0 TEXTS=()
@@ -8275,7 +8280,7 @@ judge_take_content() {
         judge_say '451 only what the judge has sent is taken'
     fi
 }
-# in_domains ADDRESS...: each is in one of the account's domains; else ADDRESS is the first that is not.
+# in_domains ADDRESS...: true if each is in one of the account's domains. Otherwise ADDRESS is the first that is not.
 in_domains() {
     local domain
     for ADDRESS; do
@@ -8283,7 +8288,7 @@ in_domains() {
         [[ ,${JUDGE_DOMAINS,,}, == *",${domain,,},"* ]] || return 1
     done
 }
-# judge_fetch [DOMAINS]: a whole session, in which mail of this run must come.
+# judge_fetch [DOMAINS]: plays a whole session, in which mail of this run must come.
 judge_fetch() {
     judge_login
     judge_turn "$@"
@@ -8291,7 +8296,7 @@ judge_fetch() {
     judge_hang_up
     [ "$TAKEN" -gt 0 ] || not_observable "after 250 came no mail of this run: ${COMMANDS:-nothing}"
 }
-# judge_try_turn_at_once: like judge_try_turn, where there may be no mail.
+# judge_try_turn_at_once: like judge_try_turn, but does not wait for mail.
 judge_try_turn_at_once() {
     local try
     for ((try = 0; try < PATIENCE; try++)); do
@@ -8302,7 +8307,7 @@ judge_try_turn_at_once() {
     if [ "$CODE" = 450 ]; then : > "$JUDGE_DIR/too_soon"; fi
     return 1
 }
-# What earlier rows have left of this run goes; 453, or what else the last ATRN brings, is in CODE and ANSWER.
+# judge_empty_queue: takes the mail that earlier rows of this run left. CODE and ANSWER have the last reply to ATRN.
 judge_empty_queue() {
     local try
     for try in 1 2 3; do
@@ -8359,14 +8364,14 @@ judge_provider_4-e() {
     [ "$TAKEN" -gt 0 ] || departs "a message that was put off with 451 $(was_returned): ${COMMANDS:-nothing}"
     passes 'what was put off with 451 came again; a notice to the sender of what is refused is not seen'
 }
-# was_returned: what has become of a message that does not come again, as far as --notice-dir shows it.
+# was_returned: prints what happened to a message that does not come again, as far as --notice-dir shows.
 was_returned() {
     if notified; then echo 'was returned to its sender instead of kept'
     else echo 'did not come again'; fi
 }
 # A notice has the header of the message that it is about.
 notified() { [ -n "$JUDGE_NOTICE_DIR" ] && grep -rqF -e "$MESSAGE_ID" "$JUDGE_NOTICE_DIR"; }
-# judge_inject_many N: messages whose text says which they are, and has what a careless sender would spoil.
+# judge_inject_many N: queues N messages. The text of each has its number, and lines that a careless sender changes.
 judge_inject_many() {
     local n BODY
     SENT=()
@@ -8379,7 +8384,7 @@ judge_inject_many() {
 text_of() {
     BODY="Message $1 of this row."$'\n\n..two dots\n.one\n\ta tab and blanks at the end  \n.\nend'
 }
-# judge_compare: each message of SENT is once in ALL, as it crossed the wire, or else DIFFERENCE says what is wrong.
+# judge_compare: sets DIFFERENCE, unless each message of SENT is in ALL once, in the form in which it is sent.
 judge_compare() {
     local n text count wire
     DIFFERENCE=
@@ -8445,7 +8450,7 @@ judge_provider_4-e4() {
     [ -z "$DIFFERENCE" ] || departs "$DIFFERENCE"
     passes
 }
-# suspend_line NAME, resume_line NAME: more than one connection of a row.
+# suspend_line NAME, resume_line NAME: save a connection and return to it, for a row with more than one.
 suspend_line() { printf -v "$1" '%s %s %s' "${LINE:-}" "${LINE_OUT:-}" "${LINE_PID:-}"; }
 resume_line() {
     local words=${!1}
@@ -8553,7 +8558,7 @@ judge_provider_5.1.2-a() {
     judge_get_past "AUTH $JUDGE_MECHANISM" 334
     base64_text "${ANSWER:4}" || departs "the challenge is not base64: $ANSWER"
     judge_ask '*' 501
-    judge_hang_up # for it may close after a failure
+    judge_hang_up # because the provider may close after a failure
     judge_open_session
     judge_get_past "AUTH $JUDGE_MECHANISM" 334
     judge_ask 'that is no base64!' 501
@@ -8667,10 +8672,10 @@ judge_provider_5.2.1-e() {
         judge_hang_up
     done
     OURS='250 OK'
-    judge_fetch "$FIRST" # it was there all the time
+    judge_fetch "$FIRST" # the message was there all the time
     passes
 }
-# A message of the account before and one after the foreign one, so that it follows another in any order.
+# The account has a message before and one after the foreign one, so in any order the foreign one follows another.
 judge_provider_5.2.1-e2() {
     local recipients
     judge_empty_queue
@@ -8733,7 +8738,7 @@ judge_provider_5.2.1-g() {
     esac
     departs "$SAID: $ANSWER"
 }
-# After judge_empty_queue: 250 led to EHLO and QUIT; false if mail that is not ours is there.
+# no_mail_after_250: the row departs unless 250 led to EHLO and QUIT in judge_empty_queue. False if other mail waits.
 no_mail_after_250() {
     [ "$OTHERS" = 0 ] || return 1
     [[ ${COMMANDS^^} =~ ^(EHLO|HELO)\ QUIT$ ]] ||
@@ -8746,7 +8751,7 @@ judge_provider_5.2.1-h() {
     no_mail_after_250 || not_observable 'other mail is waiting'
     passes 'no mail: 250, then QUIT after EHLO'
 }
-# The first session keeps what it has claimed until the second has been answered.
+# The first session keeps the mail that it has claimed until the second has its reply.
 judge_provider_5.2.1-h2() {
     local one first
     judge_empty_queue
@@ -8867,16 +8872,16 @@ judge_provider_8-b() {
 
 # ---- Judging a customer: the scripted provider ----
 #
-# Here the function of a row is the provider: it runs once for each connection. Where one run of the customer is
-# not enough the first ends with next_scene.
+# Here the function of a row plays the provider, once for each connection. If a row needs two runs of the customer, the
+# first scene ends with next_scene.
 
 JUDGE_CHALLENGE=PDE4OTYuNjk3MTcwOTUyQGp1ZGdlLmV4YW1wbGU+ # <1896.697170952@judge.example>
 
 next_scene() { : > "$T/scene.$SCENE"; exit 0; }
 
-# judge_try_until_atrn: the provider's part until a valid ATRN has come, in ATRN; false if the customer has left before,
-# and WENT tells after what. AUTH lists MECHANISMS; CHOSEN is the first command AUTH and RESPONSE the last response.
-# VERDICT_ON_AUTH refuses even the right one.
+# judge_try_until_atrn: plays the provider until ATRN has come after the log-in; sets ATRN. False if the customer has
+# left before; WENT says after what. The EHLO response lists MECHANISMS. CHOSEN is the first AUTH command and RESPONSE
+# the last response. VERDICT_ON_AUTH, if set, is the reply even to a right response.
 judge_try_until_atrn() {
     local lines
     trap '' PIPE
@@ -8910,8 +8915,8 @@ judge_offer() {
     if [ "$UNTIL_TLS" ]; then judge_say '250-STARTTLS'; else judge_say "250-AUTH ${MECHANISMS:-$JUDGE_MECHANISM}"; fi
     judge_say '250 ATRN'
 }
-# judge_authenticate: the server's half of the mechanisms that the judge knows. For EXTERNAL the TLS
-# has verified the customer's certificate, which is ODMR_CERT.
+# judge_authenticate: plays the server's part of the mechanisms that the judge knows. For EXTERNAL, TLS has verified the
+# customer's certificate, ODMR_CERT.
 judge_authenticate() {
     local name initial
     without_blanks "${HEARD#* }"
@@ -8940,13 +8945,13 @@ judge_authenticate() {
     *) judge_say '504 not here' ;;
     esac
 }
-# judge_challenge CHALLENGE: its answer into RESPONSE.
+# judge_challenge CHALLENGE: sends the challenge and reads the RESPONSE.
 judge_challenge() {
     judge_say "334 $1"
     judge_hear || return 1
     RESPONSE=$HEARD WENT='its response'
 }
-# judge_reply_to_response RIGHT [RESPONSE]
+# judge_reply_to_response RIGHT [RESPONSE]: sends 235 if the response is RIGHT, or else a refusal.
 judge_reply_to_response() {
     without_blanks "${2-$RESPONSE}"
     if [ -z "${VERDICT_ON_AUTH:-}" ] && [ "$TEXT" = "$1" ]; then
@@ -8980,7 +8985,7 @@ judge_authenticate_by_scram() {
     judge_reply_to_response '' "$RESPONSE"
 }
 judge_until_atrn() { judge_try_until_atrn || not_observable "it left before ATRN, after $WENT"; }
-# judge_hello: what any SMTP server answers. What it offers is in EHLO.
+# judge_hello: sends EHLO, or HELO if EHLO is refused. Sets EHLO to the lines of the response.
 judge_hello() {
     if ! judge_try 'EHLO judge.example' 250; then
         [[ $CODE == 5* ]] || departs "$SAID: $ANSWER"
@@ -8988,7 +8993,7 @@ judge_hello() {
     fi
     EHLO=("${LINES[@]:1}")
 }
-# judge_reverse: up to the customer's response to EHLO.
+# judge_reverse: plays the provider up to the customer's response to EHLO.
 judge_reverse() {
     judge_until_atrn
     judge_say '250 OK now reversing the connection'
@@ -9075,7 +9080,7 @@ judge_customer_5.2.1-c() {
     local start=${EPOCHREALTIME/./} tenths
     if ! judge_silent "$JUDGE_ATRN_WAIT"; then
         tenths=$(((${EPOCHREALTIME/./} - start) / 100000))
-        # A customer counts from when it sent ATRN, or from when it connected.
+        # A customer may count the 600 s from ATRN or from its connection.
         [ "$tenths" -lt 5980 ] || passes "it waited $((tenths / 10)).$((tenths % 10)) s"
         EXPECTED='it waits 600 s'
         departs "ATRN had no answer yet, and after $((tenths / 10)).$((tenths % 10)) s came: $HEARD"
@@ -9100,7 +9105,7 @@ judge_customer_5.3-a() {
     judge_ask RSET 250
     passes
 }
-# judge_send TEXT [PARAMETERS]: a message for judge at FIRST; its last reply is in CODE.
+# judge_send TEXT [PARAMETERS]: sends a message for judge at FIRST; sets CODE to that of the last reply.
 judge_send() {
     judge_ask "MAIL FROM:<judge@example.edu>${2:-}" 250
     judge_try "RCPT TO:<judge@$FIRST>" 25. || not_observable "its server takes no mail for judge@$FIRST: $ANSWER"
@@ -9110,8 +9115,8 @@ judge_send() {
     judge_write "${1//$'\n'/$'\r\n'}"
     judge_try . '2..'
 }
-# judge_count_stored TEXT: how many files of the customer's scratch directory have it, into STORED. Those that are still
-# being written, in a directory tmp, do not count.
+# judge_count_stored TEXT: sets STORED to the number of files in the customer's scratch directory that have TEXT. Files
+# in a directory tmp are still being written and do not count.
 judge_count_stored() {
     local try
     for try in {1..5}; do
@@ -9222,7 +9227,7 @@ judge_customer_5.3-a7() {
     judge_try 'RCPT TO:<judge@not-asked-for.example>' '[245]..' || departs "$SAID: $ANSWER"
     passes "for a domain that it did not ask for: $CODE"
 }
-# A server that waits for EHLO where it should greet answers when EHLO comes.
+# If the customer's server waits for EHLO instead of greeting, the row sends EHLO and reports the reply.
 judge_customer_5.3-b() {
     judge_until_atrn
     judge_say '250 OK now reversing the connection'
@@ -9245,7 +9250,8 @@ judge_customer_6-a() {
     done
     passes
 }
-# departs_if_only_the_blank COMMAND REPLY: with the blank it was refused; without it, too?
+# departs_if_only_the_blank COMMAND REPLY: COMMAND was refused. The row departs if the server accepts the same command
+# without the blank.
 departs_if_only_the_blank() {
     judge_get_past "${1/: </:<}" '25.'
     departs "\"$1\": $2"
@@ -9258,7 +9264,7 @@ judge_customer_8-b() {
 
 # ---- Judging: one row, and the report ----
 
-# judge_row SIDE ID: in this shell, in the scratch directory $T.
+# judge_row SIDE ID: runs a row in this shell and in the scratch directory $T.
 judge_row() {
     STARTED=()
     trap 'kill -9 "${STARTED[@]}" 2> /dev/null; wait 2> /dev/null' EXIT
@@ -9266,7 +9272,7 @@ judge_row() {
     DEADLINE=$((SECONDS + PATIENCE * 6))
     if [ "$1" = provider ]; then "judge_provider_$2"; else run_scenes "judge_customer_$2"; fi
 }
-# run_scenes FUNCTION: starts the customer, once for each scene, and waits for the verdict on it.
+# run_scenes FUNCTION: starts the customer, once for each scene, and waits for the verdict.
 run_scenes() {
     local customer tenths OVER_TLS=
     export SCENE
@@ -9287,8 +9293,8 @@ run_scenes() {
     [ -e "$T/verdict" ] || [ -e "$T/connected" ] ||
         not_observable "it did not connect; it said: $(tail -n 1 "$T/customer.log")"
 }
-# wait_for_customer PID TENTHS [gone]: until the scene is over, or, then, until it has left by itself. When it has
-# left first, its peer has a moment to say what that means.
+# wait_for_customer PID TENTHS [gone]: waits until the scene is over, or, with "gone", until the customer has ended. If
+# the customer ends first, the scene has a few seconds to reach its verdict.
 wait_for_customer() {
     local n grace=0
     for ((n = 0; n < $2 && grace < 60; n++)); do
@@ -9309,7 +9315,7 @@ start_customer() {
     exec timeout -k 1 $((PATIENCE * 5 + JUDGE_ATRN_WAIT)) sh -c "$JUDGE_CUSTOMER" > "$T/customer.log" 2>&1 < /dev/null
 }
 
-# requirements: REQUIREMENTS, "id level who" of each, as the guide has them.
+# requirements: sets REQUIREMENTS to "id level side" of each requirement in RFC2645.txt and of each row of MORE_ROWS.
 requirements() {
     local entry='^  ([4-8][0-9.]*-[a-z])  ([MNmp])  (provider|customer|both|site)$'
     local requirement row words
@@ -9324,8 +9330,8 @@ requirements() {
         done
     done < <(sed -nE "s/$entry/\1 \2 \3/p" "$here/RFC2645.txt")
 }
-# What a requirement means for several messages, several sessions and lost connections: rows of their own, each with its
-# level, its side and what it asks for.
+# Further rows, for several messages, several sessions and lost connections. Each has its level, its side and its
+# requirement.
 MORE_ROWS=(
     '4-e2 p provider Several messages of one session all come, each once and unchanged.'
     '4-e3 p provider Inside TLS, several messages of one session all come, each once and unchanged.'
@@ -9342,13 +9348,14 @@ MORE_ROWS=(
     '5.3-a6 p customer LF, a dot, LF does not end a message.'
     '5.3-a7 m customer The reply to a recipient in a domain that was not asked for.'
 )
-# judged_here SIDE WHO ID. Only the customer waits for the reply to ATRN (5.2.1-c).
+# judged_here SIDE WHO ID: true if requirement ID, which binds WHO, is judged on SIDE. Only the customer waits for the
+# reply to ATRN (5.2.1-c).
 judged_here() {
     [ "$1 $3" != 'provider 5.2.1-c' ] || return 1
     [ "$2" = both ] || [ "$2" = "$1" ] || [ "$1 $2" = 'provider site' ]
 }
 
-# rules: RULE, the requirement of each row in one sentence: the first of the guide's "rule".
+# rules: sets RULE to the requirement of each row in one sentence, the first of "rule" in RFC2645.txt.
 rules() {
     local id text row
     declare -gA RULE=()
@@ -9363,13 +9370,13 @@ rules() {
         /^      [^ ]/ && rule { sub(/^ +/, ""); text = text " " $0; next }
         { over() }' "$here/RFC2645.txt")
     for row in "${MORE_ROWS[@]}"; do read -r id _ _ text <<< "$row"; RULE[$id]=$text; done
-    # Sentences that say nothing without those before them.
+    # The first sentences of these rules are not clear without the rule before them.
     RULE[5.2.1-f]='ATRN that names a domain without access is rejected with 450.'
     RULE[5.3-b]='After the success reply to ATRN the customer sends a standard SMTP greeting.'
     RULE[6-a]='The dialogue is that of the example session.'
 }
-# judge_all SIDE: ROWS, "level TAB id TAB verdict TAB seen TAB expected" for each requirement asked of this side, or for
-# each of JUDGE_ONLY. Those of the other side are counted in ELSEWHERE.
+# judge_all SIDE: sets ROWS to "level TAB id TAB verdict TAB seen TAB expected" for each requirement of this side, or
+# for each in JUDGE_ONLY. ELSEWHERE counts the requirements of the other side.
 judge_all() {
     local requirement level id who verdict text expected met= scratch
     ROWS=() ELSEWHERE=0
@@ -9391,7 +9398,7 @@ judge_all() {
     done
 }
 
-# report SIDE TARGET OPTION...: ROWS, the MUSTs apart from prose and from permitted choices. True: no MUST and no MUST
+# report SIDE TARGET OPTION...: prints ROWS, with MUST, prose and permitted choices apart. True if no MUST and no MUST
 # NOT failed.
 report() {
     local class row level id verdict text expected form=$JUDGE_REPORT
@@ -9419,7 +9426,7 @@ report() {
     "report_end_$form"
     [ "${count[MN fail]:-0}" = 0 ]
 }
-# command_line OPTION...: how this judge was started, into COMMAND.
+# command_line OPTION...: sets COMMAND to the command that started this judge.
 command_line() {
     local word
     COMMAND=./test_odmr.sh
@@ -9429,7 +9436,7 @@ command_line() {
     done
     COMMAND=${COMMAND//[!\ -~]/?}
 }
-# head_lines FORM SIDE TARGET OPTION...: HEAD, the lines below the title.
+# head_lines: sets HEAD to the lines below the title.
 head_lines() {
     local version
     version=$(sed -n 's/^#define ODMR_VERSION "\(.*\)"/\1/p' "$here/odmr.h" "$here/odmr.c" 2> /dev/null | head -n 1)
@@ -9470,9 +9477,9 @@ report_end_text() {
     echo "Asked of the other side: $ELSEWHERE."
 }
 
-# code_span TEXT: for Markdown, into MARKDOWN.
+# code_span TEXT: sets MARKDOWN to a code span of Markdown.
 code_span() { if [[ $1 == *\`* ]]; then MARKDOWN="\`\` $1 \`\`"; else MARKDOWN="\`$1\`"; fi; }
-# markdown_text TEXT: into MARKDOWN, with nothing in it that Markdown or HTML understands.
+# markdown_text TEXT: sets MARKDOWN to TEXT with all characters escaped that Markdown or HTML would interpret.
 markdown_text() { MARKDOWN=$(sed -e 's/[]\`*_[|]/\\&/g' -e 's/&/\&amp;/g' -e 's/</\&lt;/g' <<< "$1"); }
 report_head_markdown() {
     local line
@@ -9493,7 +9500,7 @@ report_row_markdown() {
 }
 report_end_markdown() { echo; count_line; printf '\nAsked of the other side: %s.\n' "$ELSEWHERE"; }
 
-# json NAME VALUE...: the fields, in JSON; all of it is printable ASCII by now.
+# json NAME VALUE...: prints the fields in JSON. The values are printable ASCII.
 json() {
     local value between=
     while [ $# -gt 0 ]; do
@@ -9524,7 +9531,7 @@ report_end_json() {
         "$(sed -e 's/"MN /"MUST /g' -e 's/"p /"prose /g' <<< "$pairs")"
 }
 
-# reach_provider: exits if there is nobody to be judged.
+# reach_provider: exits if the provider cannot be reached or does not serve the judge now.
 reach_provider() {
     local code=0 greeting
     greeting=$(timeout "$PATIENCE" bash -c 'exec 3<> "/dev/tcp/$0/$1" || exit 69
@@ -9544,7 +9551,7 @@ reach_provider() {
     esac
 }
 
-# enter_channel: JUDGE_TLS and JUDGE_MECHANISM, as learned from the provider.
+# enter_channel: sets JUDGE_TLS and JUDGE_MECHANISM to those that the provider allows.
 enter_channel() {
     mkdir "$JUDGE_DIR/learning"
     ( T=$JUDGE_DIR/learning; STARTED=(); judge_learn_channel ) > "$JUDGE_DIR/learning/log" 2>&1 < /dev/null
@@ -9575,7 +9582,7 @@ README, "Judging another implementation", explains them.
 END
     exit 64
 }
-# The options into JUDGE_ variables, which the rows' processes inherit.
+# judge_options OPTION...: sets the JUDGE_ variables, which the rows' processes inherit.
 judge_options() {
     local name='[A-Za-z0-9]([A-Za-z0-9-]*[A-Za-z0-9])?' domain id
     requirements
@@ -9644,7 +9651,7 @@ judge_options() {
     [ -z "$JUDGE_CUSTOMER" ] || [ -z "$JUDGE_HOST" ] || judge_usage 'either --provider or --customer'
 }
 
-# judge_needs PROGRAM...: exits with 69 if one is not installed, before a report begins.
+# judge_needs PROGRAM...: exits with 69 before the report if a program is not installed.
 judge_needs() {
     local name
     for name; do
@@ -9653,7 +9660,7 @@ judge_needs() {
     perl -MDigest::MD5 -MDigest::SHA -MMIME::Base64 -e 1 2> /dev/null ||
         { echo "$self: the judge needs perl's Digest::MD5, Digest::SHA and MIME::Base64" >&2; exit 69; }
 }
-# judge OPTION...: the whole run; its exit status says whether a MUST or MUST NOT failed.
+# judge OPTION...: runs all rows and prints the report. The exit status says if a MUST or MUST NOT failed.
 judge() {
     local side=provider target
     unset OVER_TLS
@@ -9690,7 +9697,7 @@ judge() {
 # ---- The judge, judged -----------------------------------------------------------------------------------
 
 needs_judge() { needs openssl socat perl; missing "perl's Digest::MD5"; }
-# run_judge CODE OPTION...: the judge, in this shell; its report is in $T/out.
+# run_judge CODE OPTION...: runs the judge in this shell. The report is in $T/out.
 run_judge() {
     local wanted=$1 code=0
     shift
@@ -9698,7 +9705,7 @@ run_judge() {
     ( PATIENCE=${JUDGE_PATIENCE:-$PATIENCE}; judge "$@" ) > "$T/out" 2> "$T/err" || code=$?
     [ "$code" = "$wanted" ] || { cat "$T/out" "$T/err" >&2; fail "exit $code, not $wanted, of the judge: $*"; }
 }
-# The provider in $PORT, queue in $T/queue.
+# run_judge_on_provider CODE OPTION...: judges the provider on $PORT with the queue $T/queue.
 run_judge_on_provider() {
     local code=$1
     shift
@@ -9716,13 +9723,13 @@ run_judge_on_customer() {
     command+=' ${ODMR_DOMAINS%,*} ${ODMR_DOMAINS#*,}'
     run_judge "$code" --customer "'$ODMR' $command" "$@"
 }
-# rows_with VERDICT: the ids that have it, in order.
+# rows_with VERDICT: prints the ids with this verdict, in order.
 rows_with() {
     awk -v verdict="$1" '/^[4-8][0-9.]*-[a-z][2-9]? / && substr($0, 20, length(verdict)) == verdict {
         print $1 }' "$T/out" | sort | tr '\n' ' '
 }
 
-# Our own program has nothing to fear, and no row is missing from either report.
+# No row of our own provider fails, and none is missing from the report.
 # not with: SANITIZE, OVER_TLS
 t_judge_our_provider() {
     notices_into_a_directory
@@ -9742,8 +9749,8 @@ notices_into_a_directory() {
     chmod 755 "$T/sendmail"
 }
 
-# No lawful configuration of our own provider breaks a MUST or MUST NOT: AUTH inside TLS only, by STARTTLS and with TLS
-# from the first octet, without CRAM-MD5, with an interval between two requests, with EXTERNAL.
+# No lawful configuration of our own provider breaks a MUST or MUST NOT. AUTH is inside TLS only, by STARTTLS or
+# implicit TLS, or without CRAM-MD5 and with an interval between two requests, or by EXTERNAL or PLAIN.
 BREACHES=5.1.1-b,5.1.2-c,5.2.1-b,5.2.1-e,5.2.1-e2,5.2.1-e3,5.2.1-f
 # not with: SANITIZE, OVER_TLS, BRIEF
 t_judge_lawful_configurations() {
@@ -9762,7 +9769,7 @@ t_judge_lawful_configurations() {
     wait
     equal "$(how_many '"$T"/*/passed')" 5
 }
-# in_configuration NAME PASSES CHANNEL PROVIDER-OPTION... -- JUDGE-OPTION...
+# in_configuration NAME PASSES CHANNEL PROVIDER-OPTION... -- JUDGE-OPTION...: judges a provider with these options.
 in_configuration() {
     local options=() passes=$2 channel=$3
     mkdir "$T/$1"
@@ -9781,7 +9788,7 @@ in_configuration() {
     : > passed
 }
 
-# A certificate that cannot be verified ends the run, and --insecure does without.
+# If the certificate cannot be verified, the run ends; --insecure skips the verification.
 # not with: SANITIZE, OVER_TLS
 t_judge_verifies_the_certificate() {
     tls_provider --require-tls
@@ -9807,7 +9814,7 @@ t_judge_our_customer_over_tls() {
     equal "$(rows_with pass)" ''
 }
 
-# A customer that logs in with a certificate and has no secret breaks no MUST. Without the certificate it cannot log in.
+# A customer that has a certificate and no secret breaks no MUST. Without the certificate it cannot log in.
 # not with: SANITIZE, OVER_TLS, BRIEF
 t_judge_our_customer_with_a_certificate() {
     local TO_CUSTOMER='--ca "$ODMR_CA" --mechanism EXTERNAL --cert "$ODMR_CERT"'
@@ -9838,7 +9845,7 @@ t_judge_our_customer() {
     has "$T/out" '^5\.2\.1-c  MUST      not observable silent for 2 s, and it waited; --atrn-wait 600 decides$'
 }
 
-# Every requirement of a side has its judge, and every judge its requirement.
+# Each requirement of a side has a judge function, and each judge function has a requirement.
 # not with: SANITIZE, OVER_TLS, BRIEF
 t_judge_each_requirement() {
     local side id who
@@ -9853,7 +9860,7 @@ t_judge_each_requirement() {
         diff - "$T/wanted")" ''
 }
 
-# Without --inject, with nobody there, with a busy or a hostile peer, and with the wrong words.
+# The exit code and the message are right without --inject, with no or a busy peer, and with wrong options.
 # not with: SANITIZE, OVER_TLS
 t_judge_options_and_exits() {
     local bad
@@ -9907,7 +9914,7 @@ t_judge_options_and_exits() {
 END
 }
 
-# What a hostile peer says is shown, and does nothing to a terminal or a table.
+# The text of a hostile peer is shown so that it cannot affect a terminal or a table.
 # not with: SANITIZE, OVER_TLS
 t_judge_prints_nothing_raw() {
     serve peer_hostile
@@ -9926,8 +9933,8 @@ peer_hostile() {
     say $'503 \e[2J | <b>\\\xe9'
 }
 
-# The three forms of a report say the same, and with the command that made it each stands alone. The dialogue of each
-# row is kept where --transcript says.
+# The three forms of a report have the same content and the command that made them. The dialogue of each row is in the
+# directory of --transcript.
 # not with: SANITIZE, OVER_TLS
 t_judge_report_stands_alone() {
     local version
@@ -9954,7 +9961,7 @@ t_judge_report_stands_alone() {
             $r->{counts}{"MUST fail"} == 1 && @{$r->{rows}} == 1 or exit 1' < "$T/out" || { cat "$T/out"; fail JSON; }
 }
 
-# Mail that the judge has not sent is put off, and stays.
+# The judge defers mail that it has not sent, so that mail stays queued.
 # not with: SANITIZE, OVER_TLS
 t_judge_takes_only_its_own() {
     provider
@@ -9985,9 +9992,9 @@ t_judge_waits_for_nobody_without_end() {
 peer_mute() { say '220 x'; expect_line '^EHLO'; sleep 10; }
 peer_endless() { say '220 x'; expect_line '^EHLO'; while say 250-x 2> /dev/null; do sleep 0.3; done; }
 
-# A mutant is our program with something broken; where none hides another, several things. Its list is the rows that
-# must say so, and FROM TO...: FROM, which must stand in odmr.c exactly once, is TO. It is a statement, or else an
-# expression, or TO says itself what holds if MUTANT. Lists follow each other, with -- between them.
+# A mutant is our program with one defect, or with several that do not hide each other. A mutant's list has the rows
+# that must fail, and pairs FROM TO. FROM must be in odmr.c exactly once, and the mutant has TO instead. FROM is a
+# statement or an expression, unless TO has its own condition with MUTANT. -- separates the lists.
 MUTANT_PROVIDERS=(
     5.1.2-a,5.1.3-a,5.2.1-b,5.2.1-f,5.2.1-g,5.2.1-j,6-a
     'return exchange_failed(s, NULL, "501 Authentication cancelled");'
@@ -10054,7 +10061,7 @@ MUTANT_CUSTOMERS=(
     'snprintf(encoded, sizeof encoded, "%s", response);'
     -- 5.1.2-c 'cram_md5_digest(digest, c->secret, s->response)' 'cram_md5_digest(digest, c->user, s->response)'
 )
-# Of the rows with several messages, sessions or lost connections.
+# Mutants that fail the rows with several messages, sessions or lost connections.
 MUTANTS_OF_MANY=(
     4-e4,4-e5,4-e6,5.2.1-e2,5.2.1-e3
     'flock(m->fd, LOCK_EX | LOCK_NB) < 0' 'false'
@@ -10098,7 +10105,7 @@ MORE_MUTANT_CUSTOMERS=(
             return false;' 'stream_end_input(&s->io);
             if (!MUTANT) return false; return true;'
 )
-# Not broken: it does otherwise wherever it may.
+# This mutant is lawful. It differs from our program in all that the standard leaves open.
 LAWFUL_STRANGER=(none
     'reply(s, "5.1", "220 %s on-demand mail relay server ready", s->name);'
     'reply(s, NULL, "220-%s"); reply(s, NULL, "220 come in");'
@@ -10118,15 +10125,15 @@ LAWFUL_STRANGER=(none
     'reply(s, NULL, "250-why not"); reply(s, NULL, "250 turn"); return GO_ON;'
     'reply(s, "5.2.1-j", "250 OK now reversing the connection");' 'reply(s, NULL, "250");'
 )
-# It wants a domain with each ATRN, as indimail-mta does.
+# This mutant requires a domain with each ATRN, as indimail-mta does.
 WITHOUT_BARE_ATRN=(5.2.1-d
     's->postponed = "a domain cannot be read";'
     'if (MUTANT && !s->argument) { reply(s, NULL, "553 which domain?"); return STAY; }
     s->postponed = "a domain cannot be read";'
 )
 
-# mutants LIST: ODMR is the program of all mutants, which is made once. ODMR_MUTANT chooses; of this list are the
-# numbers from ODMR_MUTANT, and ROWS_OF them are these rows.
+# mutants LIST: sets ODMR to the program with all mutants, which the first caller makes. The number ODMR_MUTANT selects
+# a mutant; it is set to the first of LIST. ROWS_OF has the rows of each mutant of LIST.
 mutants() {
     local list word ids
     [ -x "$SCRATCH/mutant" ] || ( flock 9; [ -x "$SCRATCH/mutant" ] || make_mutants ) 9> "$SCRATCH/lock.mutant" ||
@@ -10166,7 +10173,7 @@ make_mutants() {
     ${CC:-cc} -std=gnu11 -O0 -w -I "$here" -o "$SCRATCH/mutant" "$SCRATCH/mutant.c" -lssl -lcrypto -pthread ||
         fail 'the mutants do not compile'
 }
-# breach IDS: a failure of one of them would be one.
+# breach IDS: true if one of these requirements is a MUST or MUST NOT.
 breach() {
     local requirement
     requirements
@@ -10175,12 +10182,12 @@ breach() {
     done
     return 1
 }
-# fails_rows IDS: so says the report of each.
+# fails_rows IDS: checks that the report has a failure in each of these rows.
 fails_rows() {
     local id
     for id in ${1//,/ }; do match "$(< "$T/out")" $'\n'"$id  *[MTUSNOprose ]*fail  *[^ ]" "row $id"; done
 }
-# caught SIDE LIST: each of these mutants fails its rows.
+# caught SIDE LIST: checks that each of these mutants fails its rows.
 caught() {
     needs_judge
     local ODMR PROVIDER JUDGE_PATIENCE=6 ids code
@@ -10221,7 +10228,7 @@ t_mutants_of_many_messages() {
     caught provider MUTANTS_WITH_STARTTLS
 }
 
-# The same inside TLS, with SCRAM.
+# The mutants of TLS and those of several messages also fail their rows inside TLS, with SCRAM.
 # not with: SANITIZE, OVER_TLS, BRIEF
 t_mutants_over_tls() {
     local MUTANT_OPTIONS JUDGE_OPTIONS
@@ -10253,7 +10260,7 @@ t_mutants_of_the_customer_over_tls() {
     caught customer MORE_MUTANT_CUSTOMERS
 }
 
-# The judge is the standard, not our program: a provider that does otherwise wherever it may passes every row.
+# A provider that differs from our program in all that the standard leaves open fails no row.
 # not with: SANITIZE, OVER_TLS, BRIEF
 t_judge_a_lawful_stranger() {
     local ODMR
@@ -10266,7 +10273,7 @@ t_judge_a_lawful_stranger() {
     has "$T/out" '^5\.2\.1-h  MAY       pass           no mail: 250, then QUIT after EHLO$'
 }
 
-# Two strangers share no code with our program, and differ from it wherever the RFC allows. Both speak perl.
+# Writes a provider and a customer in perl that share no code with our program and differ where the RFC allows it.
 lawful_strangers() {
     needs_judge
     cat > "$T/stranger.pm" << 'END'
@@ -10398,8 +10405,7 @@ t_judge_a_customer_of_other_making() {
     equal "$(rows_with 'not observable')" '5.1.2-f 5.2.1-c '
 }
 
-# A provider that refuses ATRN without domains fails in the one row about that, and is judged with a domain in the
-# others.
+# If a provider refuses ATRN without domains, only the row about that fails, and the other rows name a domain.
 # not with: SANITIZE, OVER_TLS, BRIEF
 t_judge_one_cause_is_one_failure() {
     local ODMR
@@ -10413,10 +10419,10 @@ t_judge_one_cause_is_one_failure() {
 
 # ---- The runner --------------------------------------------------------------------------------------
 
-# all_tests: the names of the tests for this run. Under a sanitizer memory means nothing, the judge is no program of
-# ours, and a library that makes calls fail cannot be loaded. Over TLS the tests of TLS itself are left out, and those
-# where the tunnel's end is not the peer. BRIEF leaves out the long ones that a bare machine changes nothing for.
-# "# not with: SANITIZE, OVER_TLS" above a test says so.
+# all_tests: prints the names of the tests for this run. "# not with: SANITIZE, OVER_TLS" above a test leaves it out:
+#   SANITIZE  memory figures mean nothing, the judge is not our program, the library of failing calls cannot be loaded
+#   OVER_TLS  the test is about TLS itself, or needs the peer at the end of the connection, not the tunnel
+#   BRIEF     the test is long, and a bare machine makes no difference to it
 all_tests() {
     local left_out=nothing
     [ -z "${SANITIZED:-}" ] || left_out='SANITIZE'
@@ -10426,7 +10432,7 @@ all_tests() {
         /^t_[^ ()]*\(\) \{$/ { if (not_with !~ left_out) print substr($0, 1, index($0, "(") - 1) }
         /^t_|^$/ { not_with = "" }' "$self"
 }
-# So that none of them runs alone at the end.
+# The long tests come first, so that none of them runs alone at the end.
 long_ones_first() {
     local long='bench|mutants|judge|readme|_fills_|_hands_on_|fetchmail|megabytes|exactly|4-e_mail|memory|plain_by_hand'
     long+='|scram|verifier_is|silence|broken'
@@ -10437,7 +10443,7 @@ list_tests() {
         ids = "" }' "$self"
 }
 
-# What some tests need, and a machine with only the demo's packages lacks; into MISSING.
+# Sets MISSING to the programs that some tests need and this machine lacks, as one with only the demo's packages does.
 OPTIONAL=(openssl socat spin unbuffer faketime tshark fetchmail postfix smtp-sink smtp-source swaks gsasl adduser
     systemd-analyze chattr mandoc)
 look_for_what_is_missing() {
@@ -10450,23 +10456,23 @@ look_for_what_is_missing() {
     MISSING=${MISSING#, }
     export MISSING
 }
-# missing NAME: if it is one of them, then this test is skipped, whichever of its processes needs it.
+# missing NAME: if MISSING has NAME, this test is skipped, whichever of its processes needs NAME.
 missing() {
     [[ ", $MISSING, " == *", $1, "* ]] || return 0
     echo "$1 is not installed" > "$TEST_SKIPPED"
     kill -USR1 "$TEST"
 }
-# bash calls this.
+# bash calls this function if a command is not found.
 command_not_found_handle() {
     missing "$1"
     echo "$1: command not found" >&2
     return 127
 }
 
-# scratch NAME...: SCRATCH is a directory with one for each of these tests; it goes when this shell ends. The rest is
-# for tests only, not for what the judge starts for somebody else.
+# scratch NAME...: makes SCRATCH, with a directory for each of these tests. SCRATCH is removed when this shell ends. The
+# environment set here is for tests only, not for the programs that the judge starts.
 scratch() {
-    export SSL_CERT_FILE=/dev/null SSL_CERT_DIR=/dev/null # to read the system's authorities takes longer than a session
+    export SSL_CERT_FILE=/dev/null SSL_CERT_DIR=/dev/null # reading the system's authorities takes longer than a session
     umask 022
     SCRATCH=$(mktemp -d "${TMPDIR:-/tmp}/odmr-test-XXXXXX")
     trap 'rm -rf "$SCRATCH"' EXIT
@@ -10474,7 +10480,7 @@ scratch() {
     sendmail_stub
     look_for_what_is_missing
 }
-# Runs one test in this process; its verdict is the exit code.
+# run_one NAME: runs one test in this process. The exit code says if the test passed (0), was skipped (77) or failed.
 run_one() {
     local code=0
     export T=$SCRATCH/$1
@@ -10486,7 +10492,7 @@ run_one() {
         cd "$T" && "$1" && lawful_sessions
     ) > "$T/.output" 2>&1 < /dev/null
     code=$?
-    [ $code = 0 ] || chattr -R -a "$T" 2> /dev/null # or the directory could not be removed
+    [ $code = 0 ] || chattr -R -a "$T" 2> /dev/null # otherwise the directory cannot be removed
     case $code in
     0) content "$T/covered"; echo "ok      $1${CONTENT:+: ${CONTENT%$'\n'}}" ;;
     77) echo "skipped $1: $(cat "$T/skipped")" ;;
@@ -10496,8 +10502,8 @@ run_one() {
     return $code
 }
 
-# suite NAME...: these tests, JOBS at a time, each in a shell and a process group of its own; it says over a pipe when
-# it is over, and is ended when it takes longer than LIMIT seconds.
+# suite NAME...: runs these tests, JOBS at a time, each in its own shell and process group. A test reports its end over
+# a pipe. If a test takes longer than LIMIT seconds, the suite ends it.
 LIMIT=600
 suite() {
     local TEST_NAME
@@ -10530,17 +10536,17 @@ one_over() {
         [ ${#LEFT[@]} -lt 20 ] || { rm -rf "${LEFT[@]}"; LEFT=(); }
         return
     fi
-    RECORD+=$record # its time may run out in the middle of a line
+    RECORD+=$record # the time-out may come in the middle of a line
     for pid in "${!BEGAN[@]}"; do
         if kill -0 "$pid" 2> /dev/null && [ $((SECONDS - BEGAN[$pid])) -lt "$LIMIT" ]; then continue; fi
-        if [ -z "${GONE[$pid]:-}" ]; then GONE[$pid]=$SECONDS; continue; fi # it may have said so this moment
+        if [ -z "${GONE[$pid]:-}" ]; then GONE[$pid]=$SECONDS; continue; fi # the test may have just reported its end
         end_tests "$pid"
         echo "FAILED  ${NAME_OF[$pid]}: ended after $((SECONDS - BEGAN[$pid])) s"
         COUNT[1]=$((COUNT[1] + 1))
         unset "BEGAN[$pid]"
     done
 }
-# end_tests PID...: with all that they have started.
+# end_tests PID...: ends these tests with all processes that they have started.
 end_tests() {
     local pid
     for pid; do kill -TERM -- "-$pid"; done 2> /dev/null
@@ -10548,8 +10554,8 @@ end_tests() {
     for pid; do kill -KILL -- "-$pid"; done 2> /dev/null
 }
 
-# A signal that is ignored when bash starts stays ignored, in all that it starts: under nohup, for one. So perl gives
-# each signal its default, and starts this program again.
+# If a signal is ignored when bash starts, as under nohup, it stays ignored in bash and in all processes that bash
+# starts. So perl sets each signal to its default and starts this program again.
 default_signals() {
     local key mask
     while read -r key mask; do
