@@ -1031,7 +1031,8 @@ t_a_customer_is_a_provider_in_turn() {
 
 # ---- RFC 2645, 5: States -----------------------------------------------------------------------------
 
-# Only the command of a state that succeeds leads to that state, and QUIT ends the session in each state (RFC 2645, 5).
+# Each state begins when its command succeeds, a command that fails leads to no other state, and QUIT ends the session
+# in each state (RFC 2645, 5).
 # shows: 5-a 5-b
 t_5-a_the_three_states() {
     provider --trace
@@ -1596,7 +1597,8 @@ t_5.2.1-k_mail_that_cannot_be_opened() {
     ask ATRN '^250 '
 }
 
-# If the provider cannot read the queue of a domain, only an ATRN for that domain has the reply 451 (RFC 2645, 5.2.1).
+# If the provider cannot read a domain's queue, only an ATRN that includes the domain has the reply 451 (RFC 2645,
+# 5.2.1).
 # shows: 5.2.1-k 7-a
 t_5.2.1-k_queue_that_cannot_be_read() {
     needs_capabilities 'file that the provider may not read' CHOWN SETUID
@@ -1933,7 +1935,7 @@ t_a_server_that_refuses_everything() {
     equal "$(waiting) $(notices)" '0 14'
 }
 
-# Messages that were accepted before a connection broke have left the queue, so the next session goes on from there
+# Messages that were accepted before a connection broke have left the queue, so the next session sends only the rest
 # (RFC 2645, 5.3).
 t_a_broken_line_makes_progress() {
     local i way
@@ -2186,7 +2188,7 @@ check_content() {
     equal "$(waiting)" 0
 }
 
-# The provider refuses a command that has an octet outside SMTP or over 512 octets, and accepts LF alone as the line end
+# The provider refuses a command that is over 512 octets or has an octet outside SMTP, and accepts LF alone as line end
 # (RFC 5321, 2.3.8 and 4.5.3.1.4).
 t_bad_lines() {
     local long
@@ -2263,19 +2265,19 @@ END
     ask 'ATRN' '^453 '
 }
 
-# Content, envelopes and order survive when each command waits for its reply (RFC 5321, 4.5.2).
+# If each command waits for its reply, content, envelopes and order are preserved (RFC 5321, 4.5.2).
 t_content_plain() {
     OFFER='8BITMIME SIZE'
     check_content
 }
 
-# Content, envelopes and order survive with PIPELINING (RFC 5321, 4.5.2; RFC 2920, 3.1).
+# With PIPELINING, content, envelopes and order are preserved (RFC 5321, 4.5.2; RFC 2920, 3.1).
 t_content_pipelining() {
     OFFER='8BITMIME SIZE PIPELINING'
     check_content
 }
 
-# Content, envelopes and order survive with CHUNKING (RFC 5321, 2.3.8; RFC 3030, 2).
+# With CHUNKING, content, envelopes and order are preserved (RFC 5321, 2.3.8; RFC 3030, 2).
 t_content_chunking() {
     OFFER='8BITMIME SIZE PIPELINING CHUNKING'
     check_content
@@ -4989,7 +4991,7 @@ t_enqueue_copies_every_octet() {
     done
 }
 
-# enqueue removes the first line "From " of mbox, and keeps a field "From" with blanks before its colon.
+# odmr enqueue removes the first line "From " of mbox, and keeps a field "From" with blanks before its colon.
 t_enqueue_keeps_a_from_field() {
     local first
     mkdir "$T/queue"
@@ -5899,7 +5901,7 @@ t_sighup_keeps_what_works() {
     open_session; auth_cram_md5 example.org tanstaaf '^535 '
 }
 
-# The provider and its threads survive any number of SIGHUPs at any moment.
+# The provider and its threads keep running after any number of SIGHUPs at any moment.
 t_a_storm_of_sighups() {
     local i threads storm=()
     provider
@@ -6464,7 +6466,7 @@ t_customer_cannot_write() {
     equal "$(mailbox) $(waiting)" '2 0'
 }
 
-# On a full disk the customer replies 452, leaves no file behind, and the mail stays with the provider.
+# On a full disk the customer replies 452 and leaves no file, and the mail stays with the provider.
 t_customer_with_a_full_disk() {
     needs_namespaces -m 'a small disk'
     provider
@@ -7283,7 +7285,7 @@ t_model_names_exist() {
     none 'lines over 120 columns' "$(awk 'length > 120 { print FNR }' "$model")"
 }
 
-# .ci/legal says if a session keeps to the protocol, and which side departs from it.
+# The checker .ci/legal says if a session keeps to the protocol, and which side departs from it.
 # not with: SANITIZE, OVER_TLS
 t_legal_finds_what_departs() {
     cat > "$T/trace" << 'END'
@@ -7489,7 +7491,7 @@ t_manual_pages_are_true() {
     done < "$T/examples"
 }
 
-# mandoc finds no fault in the manual pages, their references exist, and they have the usual sections.
+# The manual pages have no fault that mandoc finds, no reference to a missing page, and the usual sections.
 # not with: OVER_TLS
 t_manual_pages_pass_lint() {
     local page
@@ -7883,10 +7885,10 @@ END
 
 # ---- Judging another implementation --------------------------------------------------------------------
 #
-# RFC2645.txt lists the requirements, the side that each binds, and its level. A requirement of the provider has a
-# function judge_provider_ID, one of the customer judge_customer_ID, and one of both sides has both. Each function is a
-# row of the report. A row has its own shell, scratch directory and connections, so a program that hangs or closes in
-# one row does not affect the next. A row ends with a verdict on the judged program:
+# RFC2645.txt lists the requirements, the side that each binds, and its level. A requirement of the provider or its site
+# has a function judge_provider_ID, one of the customer judge_customer_ID, and one of both sides has both (but see
+# judged_here). Each function is a row of the report. A row has its own shell, scratch directory and connections, so a
+# program that hangs or closes in one row does not affect the next. A row ends with a verdict on the judged program:
 #
 #   passes [TEXT]         it keeps the requirement; TEXT says what it chose, if it has a choice
 #   departs TEXT          it was seen to break the requirement
