@@ -7592,7 +7592,7 @@ END
 
 # README's experiments have the results that README shows. They use the shell and the certificates of "TLS and the
 # mechanisms". Without tshark, or the privilege to capture, the tenth is left out.
-# not with: OVER_TLS
+# not with: SANITIZE, OVER_TLS
 t_readme_experiments() {
     local README_SHOWN=$here/README
     needs openssl cc
@@ -9800,6 +9800,7 @@ t_judge_verifies_the_certificate() {
     equal "$(rows_with pass)" '5.2.1-b '
 }
 
+# Our customer passes inside TLS with SCRAM, PLAIN and implicit TLS, and no row passes if it cannot verify the judge.
 # not with: SANITIZE, OVER_TLS, BRIEF
 t_judge_our_customer_over_tls() {
     local TO_CUSTOMER='--ca "$ODMR_CA"'
@@ -9835,6 +9836,7 @@ t_judge_our_customer_with_a_certificate() {
     has "$T/out" '^5\.1\.2-a  prose     fail           it left without AUTH, after "STARTTLS"$'
 }
 
+# Our customer fails no row. Two rows are not observable in a run without waits.
 # not with: SANITIZE, OVER_TLS
 t_judge_our_customer() {
     run_judge_on_customer 0 --atrn-wait 2
@@ -10211,16 +10213,19 @@ mutant_provider() {
 MUTANT_OPTIONS=() JUDGE_OPTIONS=()
 mutant_customer() { run_judge_on_customer "$1" --only "$2" --atrn-wait 3 "${JUDGE_OPTIONS[@]}"; }
 
+# Each defect of a provider in the first list fails the rows that it breaks.
 # not with: SANITIZE, OVER_TLS, BRIEF
 t_mutants_of_the_provider() {
     caught provider MUTANT_PROVIDERS
 }
 
+# Each defect of a provider in the second list fails the rows that it breaks.
 # not with: SANITIZE, OVER_TLS, BRIEF
 t_mutants_of_the_provider_2() {
     caught provider MORE_MUTANT_PROVIDERS
 }
 
+# Each defect that shows only with several messages, sessions or a lost connection fails its rows.
 # not with: SANITIZE, OVER_TLS, BRIEF
 t_mutants_of_many_messages() {
     local MUTANT_OPTIONS=() JUDGE_OPTIONS=()
@@ -10246,16 +10251,19 @@ mutants_of_many() {
     caught provider MUTANTS_OF_MANY
 }
 
+# Each defect of a customer in the first list fails the rows that it breaks.
 # not with: SANITIZE, OVER_TLS, BRIEF
 t_mutants_of_the_customer() {
     caught customer MUTANT_CUSTOMERS
 }
 
+# Each defect of a customer in the second list fails the rows that it breaks.
 # not with: SANITIZE, OVER_TLS, BRIEF
 t_mutants_of_the_customer_2() {
     caught customer MORE_MUTANT_CUSTOMERS
 }
 
+# The defects of the second list also fail their rows inside TLS.
 # not with: SANITIZE, OVER_TLS, BRIEF
 t_mutants_of_the_customer_over_tls() {
     local TO_CUSTOMER='--ca "$ODMR_CA"' JUDGE_OPTIONS=(--starttls)
@@ -10398,6 +10406,7 @@ t_judge_a_provider_of_other_making() {
     equal "$(how_many '"$T"/mail/*')" 0
 }
 
+# This customer is lawful, so a row that fails is an error of the judge.
 # not with: SANITIZE, OVER_TLS, BRIEF
 t_judge_a_customer_of_other_making() {
     export PERL5LIB=$T
