@@ -5689,7 +5689,7 @@ t_listening_sockets() {
     run 68 "$ODMR" provider -l nonexistent.invalid:0 -q "$T/queue" -a "$T/accounts"
 }
 
-# Without sockets of an address family, or with too many sockets, each side ends with a message that gives the reason.
+# If a socket cannot be had, or there are too many, the message says why.
 # not with: SANITIZE, OVER_TLS
 t_sockets_that_cannot_be_had() {
     make -s -C "$here" build/fail.so || fail 'not built'
@@ -5918,7 +5918,7 @@ t_a_storm_of_sighups() {
 }
 poll_for_nothing() { login; ask ATRN '^453 '; ask QUIT '^221 '; closed; hang_up; until_true settled; }
 
-# The provider handles signals while waiting connections cannot be accepted, or when more arrive without pause.
+# The provider handles signals also while connections wait that it cannot accept, because it has too many open files.
 t_signals_are_heard_when_connections_wait() {
     local i
     AROUND=(bash -c 'ulimit -n 20; exec "$@"' -)
