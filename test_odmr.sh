@@ -1962,10 +1962,10 @@ t_a_broken_line_makes_progress() {
 # An accepted message leaves the queue during the session, so a provider that is killed sends few messages twice
 # (RFC 2645, 5.3).
 t_replies_are_settled_as_they_arrive() {
-    local i PATIENCE=$((PATIENCE * 3)) # 35 MB pass through the receiver
+    local i PATIENCE=$((PATIENCE * 3)) # 14 MB pass through the receiver
     provider
     for i in {10..79}; do
-        { letter "$i"; head -c 500000 /dev/zero | tr '\0' x | fold -w 70; } | put "$i.a" a@example.edu eva@example.org
+        { letter "$i"; head -c 200000 /dev/zero | tr '\0' x | fold -w 70; } | put "$i.a" a@example.edu eva@example.org
     done
     login; ask ATRN '^250 '
     receiver 'my $n = 0; greets(qw(PIPELINING CHUNKING));
@@ -2166,7 +2166,7 @@ make_messages() {
     : | put 8 a@example.edu eva@example.org
     printf 'Return-Path-Not: x\nDelivered-To: earlier@hop.example\n\nbody\n' | put 9 a@example.edu eva@example.org
     # 17 octets, repeated: wherever the sender divides the content, each octet is at a boundary once
-    perl -e 'print "Subject: edges\n\n", ".\r\na\r\n\n.b\n..\r\r\n\r." x 20000' | put 10 a@example.edu eva@example.org
+    perl -e 'print "Subject: edges\n\n", ".\r\na\r\n\n.b\n..\r\r\n\r." x 12000' | put 10 a@example.edu eva@example.org
     cp -r "$T/queue" "$T/copy"
 }
 # Checks each octet of the content, the envelopes and the order, at a receiver that is not our customer.
