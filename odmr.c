@@ -3117,11 +3117,15 @@ static bool hand_over_notice(const struct provider *p, FILE *notice, const struc
         return false;
     }
     status = finish_program(pid, NOTICE_TIMEOUT);
-    if (status != 0)
+    if (status > 0)
         log_event(s, LOG_ERR, "failure notice for %s not accepted: %s exited %d; message kept", m->path, p->sendmail,
                   status);
-    if (status < 0 && s)
-        s->no_notices = true;
+    if (status < 0) {
+        log_event(s, LOG_ERR, "failure notice for %s not accepted: %s did not end by itself; message kept", m->path,
+                  p->sendmail);
+        if (s)
+            s->no_notices = true;
+    }
     return status == 0;
 }
 
