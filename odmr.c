@@ -2441,9 +2441,9 @@ static int read_outcome(struct session *s, struct reply *r)
  *     name digest                ------------->     digest: HMAC-MD5 of the challenge, keyed with the secret
  *                                <-------------  235 */
 
-static void hex_digits(char *out, const unsigned char octets[16])
+static void hex_digits(char *out, const unsigned char *octets, size_t count)
 {
-    for (size_t i = 0; i < 16; i++)
+    for (size_t i = 0; i < count; i++)
         snprintf(out + 2 * i, 3, "%02x", octets[i]);
 }
 
@@ -2455,7 +2455,7 @@ static bool cram_md5_digest(char digest[33], const char *secret, const char *cha
     if (!HMAC(EVP_md5(), secret, (int)strlen(secret), (const unsigned char *)challenge, strlen(challenge), mac, &n) ||
         n != sizeof mac)
         return false;
-    hex_digits(digest, mac);
+    hex_digits(digest, mac, sizeof mac);
     return true;
 }
 
@@ -2465,7 +2465,7 @@ static bool cram_md5_challenge(char *out, size_t size, const char *host)
     char text[33];
     if (RAND_bytes(random, sizeof random) != 1)
         return false;
-    hex_digits(text, random);
+    hex_digits(text, random, sizeof random);
     return (size_t)snprintf(out, size, "<%s.%lld@%s>", text, (long long)time(NULL), host) < size;
 }
 
@@ -3083,8 +3083,7 @@ static bool write_notice(FILE *out, const char *host, const struct session *s, c
     bool done;
     if (RAND_bytes(random, sizeof random) != 1)
         return false;
-    for (size_t i = 0; i < sizeof random; i++)
-        snprintf(boundary + 2 * i, 3, "%02x", random[i]);
+    hex_digits(boundary, random, sizeof random);
     write_notice_top(out, host, m, boundary, utf8);
     fprintf(out, "--%s\nContent-Type: text/plain; charset=%s\n%s\n", boundary, utf8 ? "utf-8" : "us-ascii", eight_bit);
     fprintf(out, "This is the mail relay at %s.\n\nYour message could not be delivered to the recipients below, and "
@@ -3344,25 +3343,35 @@ static enum claim take_addresses(struct message *m, const struct line_reader *r,
     return result;
 }
 
-/* Reads the lines of the block. A second Return-Path is outside the block, because an earlier hop wrote it. */
+/* Reads the next line of the block, and returns its value. *field is the field that it belongs to; NO_FIELD before the
+ * first line. A second Return-Path is outside the block, because an earlier hop wrote it. Returns NULL if the message
+ * starts here, or the file ends or cannot be read. */
+static const char *next_envelope_line(struct line_reader *r, enum field *field, bool *has_sender)
+{
+    size_t value;
+    if (!next_line(r))
+        return NULL;
+    if (*field != NO_FIELD && (r->line[0] == ' ' || r->line[0] == '\t'))
+        return r->line; /* it continues the field above */
+    *field = envelope_field(r->line, &value);
+    if (*field == NO_FIELD || (*field == RETURN_PATH && *has_sender))
+        return NULL;
+    *has_sender |= *field == RETURN_PATH;
+    return r->line + value;
+}
+
 static enum claim take_lines(struct message *m)
 {
     struct line_reader r = {.of = m};
     enum field field = NO_FIELD;
     enum claim result = CLAIMED;
     bool has_sender = false;
-    while (result == CLAIMED && next_line(&r)) {
-        size_t value = 0;
-        if (field == NO_FIELD || (r.line[0] != ' ' && r.line[0] != '\t')) { /* else it continues the field above */
-            field = envelope_field(r.line, &value);
-            if (field == NO_FIELD || (field == RETURN_PATH && has_sender))
-                return CLAIMED; /* the message starts here */
-            has_sender |= field == RETURN_PATH;
-        }
+    const char *value;
+    while (result == CLAIMED && (value = next_envelope_line(&r, &field, &has_sender))) {
         if (r.cut || r.nul)
             return message_hold(m, r.cut ? "a line of its envelope is too long" : "a NUL octet in its envelope");
         m->start = r.end;
-        result = take_addresses(m, &r, field, r.line + value);
+        result = take_addresses(m, &r, field, value);
     }
     return r.failed ? message_trouble(m, "the file cannot be read") : result;
 }
@@ -3566,6 +3575,16 @@ static bool backlog_add(struct backlog *b, int dir, const char *domain, const ch
     return true;
 }
 
+/* Returns NULL if it cannot be opened, or is a link; errno says why. */
+static DIR *open_directory(int queue, const char *path)
+{
+    int fd = openat(queue, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
+    DIR *dir = fd < 0 ? NULL : fdopendir(fd);
+    if (fd >= 0 && !dir)
+        close(fd);
+    return dir;
+}
+
 /* Lists one of a Maildir's two boxes, new or cur. A missing directory holds no mail. False: the directory cannot be
  * read, so the customer must try later and must not be told that there is no mail. */
 static bool list_box(struct backlog *b, int queue, const char *domain, const char *box)
@@ -3574,16 +3593,11 @@ static bool list_box(struct backlog *b, int queue, const char *domain, const cha
     struct dirent *entry;
     bool complete = true;
     DIR *dir;
-    int fd, problem;
+    int problem;
     snprintf(path, sizeof path, "%s/%s", domain, box);
-    fd = openat(queue, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
-    if (fd < 0)
+    dir = open_directory(queue, path);
+    if (!dir)
         return errno == ENOENT;
-    dir = fdopendir(fd);
-    if (!dir) {
-        close(fd);
-        return false;
-    }
     while (complete) {
         errno = 0;
         entry = readdir(dir);
@@ -3591,7 +3605,7 @@ static bool list_box(struct backlog *b, int queue, const char *domain, const cha
             complete = errno == 0;
             break;
         }
-        if (entry->d_name[0] != '.' && !backlog_add(b, fd, domain, box, entry->d_name))
+        if (entry->d_name[0] != '.' && !backlog_add(b, dirfd(dir), domain, box, entry->d_name))
             complete = false;
     }
     problem = errno;
@@ -3666,15 +3680,11 @@ void backlog_free(struct backlog *b)
 
 bool for_each_name(int queue, bool all, bool (*visit)(void *context, int queue, const char *name), void *context)
 {
-    int fd = openat(queue, ".", O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    DIR *dir = fd < 0 ? NULL : fdopendir(fd);
+    DIR *dir = open_directory(queue, ".");
     struct dirent *entry;
     bool go_on = true;
-    if (!dir) {
-        if (fd >= 0)
-            close(fd);
+    if (!dir)
         return false;
-    }
     while (go_on && (entry = readdir(dir)))
         if (domain_valid(entry->d_name, strlen(entry->d_name)) || (all && entry->d_name[0] != '.'))
             go_on = visit(context, queue, entry->d_name);
@@ -3707,16 +3717,12 @@ static void clean_tmp(int queue, const char *maildir)
     struct dirent *entry;
     struct stat st;
     DIR *dir;
-    int fd;
     snprintf(path, sizeof path, "%s/tmp", maildir);
-    fd = is_maildir(queue, maildir) ? openat(queue, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC) : -1;
-    dir = fd < 0 ? NULL : fdopendir(fd);
-    if (!dir && fd >= 0)
-        close(fd);
+    dir = is_maildir(queue, maildir) ? open_directory(queue, path) : NULL;
     while (dir && (entry = readdir(dir)))
-        if (entry->d_name[0] != '.' && fstatat(fd, entry->d_name, &st, AT_SYMLINK_NOFOLLOW) == 0 &&
+        if (entry->d_name[0] != '.' && fstatat(dirfd(dir), entry->d_name, &st, AT_SYMLINK_NOFOLLOW) == 0 &&
             S_ISREG(st.st_mode) && time(NULL) - st.st_mtime > TMP_AGE && time(NULL) - st.st_atime > TMP_AGE &&
-            unlinkat(fd, entry->d_name, 0) == 0)
+            unlinkat(dirfd(dir), entry->d_name, 0) == 0)
             log_event(NULL, LOG_NOTICE, "removed %s/%s: unfinished for 36 hours", path, entry->d_name);
     if (dir)
         closedir(dir);
@@ -4899,7 +4905,7 @@ struct session *session_new(int fd, enum side self, int timeout, const char *nam
     struct session *s = malloc(sizeof *s);
     if (!s)
         return NULL;
-    memset(s, 0, offsetof(struct session, io)); /* not the buffers: untouched pages take no memory */
+    memset(s, 0, offsetof(struct session, io));
     stream_init(&s->io, fd, timeout);
     s->number = atomic_fetch_add(&numbers[self], 1) + 1;
     s->self = self;
@@ -5338,18 +5344,10 @@ int64_t now_ms(void)
 
 void stream_init(struct stream *s, int fd, int timeout)
 {
+    memset(s, 0, offsetof(struct stream, in)); /* not the buffers: untouched pages take no memory */
     s->fd = fd;
     s->wake_fd = -1;
-    s->tls = NULL;
     s->timeout = timeout;
-    s->deadline = s->until = 0;
-    s->broken = s->ended = NULL;
-    s->woken = s->timed_out = s->spoke = s->tls_failed = s->said_quit = s->line_records = s->dry = false;
-    s->in_at = s->in_end = s->out_end = 0;
-    s->line_octets = 0;
-    s->waits = 0;
-    s->sent = 0;
-    s->gone = 0;
 }
 
 void stream_break(struct stream *s, const char *why)
@@ -6490,10 +6488,11 @@ static void ladder_line(struct session *s, enum side who, const char *clause, co
     funlockfile(ladder_out());
 }
 
+static const char *const state_names[] = {"initial", "authenticated", "reversed"};
+
 /* The RFC's three states, the current one in capitals. */
 static void ladder_state(struct session *s)
 {
-    static const char *const small[] = {"initial", "authenticated", "reversed"};
     static const char *const capital[] = {"INITIAL", "AUTHENTICATED", "REVERSED"};
     static const char *const box[] = {"+---------+", "+---------------+", "+----------+"};
     static const char *const heavy[] = {"+=========+", "+===============+", "+==========+"};
@@ -6501,7 +6500,7 @@ static void ladder_state(struct session *s)
     FILE *out = ladder_out();
     int width = ladder_width();
     for (int i = 0; i < 3; i++) {
-        name[i] = i == (int)s->state ? capital[i] : small[i];
+        name[i] = i == (int)s->state ? capital[i] : state_names[i];
         frame[i] = i == (int)s->state ? heavy[i] : box[i];
     }
     flockfile(out);
@@ -7089,7 +7088,6 @@ static void reload(struct provider *p)
 /* SIGUSR1: logs all sessions. What a session changes meanwhile is atomic, and it leaves the list before it is freed. */
 static void report_sessions(struct provider *p)
 {
-    static const char *const name[] = {"initial", "authenticated", "reversed"};
     pthread_mutex_lock(&p->lock);
     log_event(NULL, LOG_NOTICE, "%zu session%s", p->session_count, plural(p->session_count));
     for (const struct session *s = p->sessions; s; s = s->next) {
@@ -7097,7 +7095,7 @@ static void report_sessions(struct provider *p)
         const struct account *account = s->account;
         size_t messages = s->messages;
         log_event(s, LOG_NOTICE, "%s, %s%s, %s state, %zu message%s so far", s->peer,
-                  account ? "account " : "no account yet", account ? account->name : "", name[state], messages,
+                  account ? "account " : "no account yet", account ? account->name : "", state_names[state], messages,
                   plural(messages));
     }
     pthread_mutex_unlock(&p->lock);
@@ -7308,7 +7306,8 @@ static bool copy_message(FILE *in, struct delivery *d, size_t count, const char 
     return !ferror(in);
 }
 
-int enqueue(int queue, const char *sender, const char *name, char **recipients, int count)
+/* Queues the message on standard input for all recipients or for none. Returns an exit code. */
+static int enqueue(int queue, const char *sender, const char *name, char **recipients, int count)
 {
     struct delivery *d = must_alloc(calloc((size_t)count, sizeof *d));
     size_t files = deliveries_open(d, queue, sender, recipients, (size_t)count);
@@ -7337,26 +7336,25 @@ static void list_envelope(const struct message *m)
     struct line_reader r = {.of = m};
     char address[sizeof r.line], safe[4 * sizeof r.line];
     enum field field = NO_FIELD;
-    while (next_line(&r)) {
-        const char *rest = r.line;
-        size_t value = 0;
-        if (field == NO_FIELD || (r.line[0] != ' ' && r.line[0] != '\t'))
-            field = envelope_field(r.line, &value);
-        if (field == NO_FIELD)
-            return;
-        rest += value;
+    bool has_sender = false;
+    const char *rest;
+    while ((rest = next_envelope_line(&r, &field, &has_sender)))
         while (field != DELIVERY_DATE && cut_address(&rest, address, sizeof address)) {
             escape(safe, sizeof safe, address);
             printf("      %s <%s>\n", field == RETURN_PATH ? "from" : "to", safe);
         }
-    }
+}
+
+static void arrival_text(char out[32], int64_t second)
+{
+    struct tm tm = local_time((time_t)second);
+    strftime(out, 32, "%Y-%m-%d %H:%M:%S", &tm);
 }
 
 static void list_message(const struct message *m, int64_t second)
 {
     char safe[2 * LOG_LINE], when[32];
-    struct tm tm = local_time((time_t)second);
-    strftime(when, sizeof when, "%Y-%m-%d %H:%M:%S", &tm);
+    arrival_text(when, second);
     escape(safe, sizeof safe, m->path);
     printf("  %s  %lld  %s\n", when, (long long)m->size, safe);
     if (m->held) {
@@ -7395,15 +7393,13 @@ static bool summarize_domain(int queue, const char *domain, bool list, const cha
     struct domain_summary sum = {0};
     struct backlog b;
     char when[32] = "-";
-    struct tm tm;
     if (!backlog_read(&b, NULL, queue, domain)) {
         show_oddity(domain, "cannot be read");
         backlog_free(&b);
         return false;
     }
-    tm = local_time(b.count > 0 ? (time_t)b.list[0].second : 0);
     if (b.count > 0)
-        strftime(when, sizeof when, "%Y-%m-%d %H:%M:%S", &tm);
+        arrival_text(when, b.list[0].second);
     for (int pass = 0; pass < (list ? 2 : 1); pass++) {
         for (size_t i = 0; i < b.count; i++) {
             struct message m;
@@ -7473,7 +7469,9 @@ static bool add_domain(void *context, int queue, const char *domain)
     return true;
 }
 
-int show_queue(int queue, char **domains, size_t count, bool list, const struct accounts *accounts)
+/* Prints the table of queued mail, with every message if `list`, and of all domains if count is 0. Domains that no
+ * account has are marked, unless accounts is NULL. Returns an exit code. */
+static int show_queue(int queue, char **domains, size_t count, bool list, const struct accounts *accounts)
 {
     struct domain_list all = {NULL, 0};
     bool done = true;
@@ -7550,7 +7548,8 @@ static bool print_verifier(const char *secret)
     return true;
 }
 
-int print_account(const char *name, const char *domains, bool scram)
+/* Asks for the secret and prints the line of an accounts file. Returns an exit code. */
+static int print_account(const char *name, const char *domains, bool scram)
 {
     char secret[SECRET_MAX], again[SECRET_MAX];
     ask_secret("Secret: ", secret);
@@ -7578,6 +7577,18 @@ int print_account(const char *name, const char *domains, bool scram)
 #define DEMO_DELAY 20 /* ms, of the line in each direction */
 #define DEMO_DOMAINS "example.org,example.com"
 #define DEMO_UNKNOWN_MAILBOX "nobody@example.com"
+#define DEMO_WAYS 3 /* ways to send the same mail */
+
+/* What makes a session fail. */
+enum demo_fault { NO_FAULT, FAIL_CUT, FAIL_REFUSE, FAIL_LATER, FAIL_LOST_REPLY, FAIL_FOREIGN, FAIL_LOCKED };
+
+/* What the demo shows, and how. */
+struct demo {
+    bool ways[DEMO_WAYS]; /* plain, with PIPELINING, with CHUNKING */
+    bool stepwise, tls;
+    enum mechanism mechanism;
+    enum demo_fault fault;
+};
 
 static const struct {
     const char *sender, *recipient, *other, *content;
@@ -7984,7 +7995,8 @@ static const struct demo_failure {
                      "Mail waits, but another session sends it. The customer tries again later.", EX_TEMPFAIL, true},
 };
 
-enum demo_fault demo_fault_named(const char *name)
+/* Returns NO_FAULT if no fault has that name. */
+static enum demo_fault demo_fault_named(const char *name)
 {
     for (int i = FAIL_CUT; i < (int)(sizeof demo_failures / sizeof *demo_failures); i++)
         if (strcmp(demo_failures[i].name, name) == 0)
@@ -8049,7 +8061,8 @@ static int demo_failing(const struct demo *d)
     return code == failure->code ? EX_OK : EX_SOFTWARE;
 }
 
-int demo(const struct demo *d)
+/* Runs sessions of this program with itself, and explains them on standard output. Returns an exit code. */
+static int demo(const struct demo *d)
 {
     int code;
     if (!mkdtemp(demo_dir))

@@ -723,33 +723,5 @@ int provider_run(struct provider *p);
 
 /* Opens the directory, and makes it first if `make`. The caller closes it. Returns -1 on failure; errno says why. */
 int open_queue(const char *dir, bool make);
-/* Queues the message on standard input for all recipients or for none. Returns an exit code. */
-int enqueue(int queue, const char *sender, const char *name, char **recipients, int count);
-/* Prints the table of queued mail, with every message if `list`, and of all domains if count is 0. Domains that no
- * account has are marked, unless accounts is NULL. Returns an exit code. */
-int show_queue(int queue, char **domains, size_t count, bool list, const struct accounts *accounts);
-/* Asks for the secret and prints the line of an accounts file. Returns an exit code. */
-int print_account(const char *name, const char *domains, bool scram);
-
-/* 15. The demo */
-
-#define DEMO_WAYS 3 /* ways to send the same mail */
-
-/* What makes a session fail. */
-enum demo_fault { NO_FAULT, FAIL_CUT, FAIL_REFUSE, FAIL_LATER, FAIL_LOST_REPLY, FAIL_FOREIGN, FAIL_LOCKED };
-
-/* Returns NO_FAULT if no fault has that name. */
-enum demo_fault demo_fault_named(const char *name);
-
-/* What the demo shows, and how. */
-struct demo {
-    bool ways[DEMO_WAYS]; /* plain, with PIPELINING, with CHUNKING */
-    bool stepwise, tls;
-    enum mechanism mechanism;
-    enum demo_fault fault;
-};
-
-/* Runs sessions of this program with itself, and explains them on standard output. Returns an exit code. */
-int demo(const struct demo *d);
 
 #endif

@@ -5165,6 +5165,8 @@ t_queue_lists_the_envelope_of_held_mail() {
         > "$box/3.c"
     : > "$box/4.d"; mkfifo "$box/5.e"; ln -s /etc/passwd "$box/6.f"
     printf 'Return-Path: <a@example.edu>\n%02000d\n' 1 > "$box/7.g"
+    printf '%s\n' 'Delivered-To: z@other.example' 'Return-Path: <c@example.edu>' 'Return-Path: <hop@example.edu>' \
+        'Delivered-To: hop@example.org' '' x > "$box/8.h" # the second Return-Path belongs to the message
     run 0 "$ODMR" queue -q "$T/queue" -l
     sed -n 's/^      \(from\|to\) /\1 /p' "$T/out" > "$T/envelopes"
     same - "$T/envelopes" << 'END'
@@ -5178,8 +5180,10 @@ to <folded@example.org>
 to <struck=example.org>
 to <e\x1b[31mva>
 from <a@example.edu>
+to <z@other.example>
+from <c@example.edu>
 END
-    equal "$(grep -c 'held: ' "$T/out")" 7
+    equal "$(grep -c 'held: ' "$T/out")" 8
 }
 
 # If the user cannot read all of the queue, odmr queue names the missing parts and ends with exit code 75.
