@@ -1428,13 +1428,12 @@ static int client_tls(struct session *s, const struct customer *c)
 static int client_authenticate(struct session *s, const struct customer *c, struct reply *r)
 {
     enum mechanism m = choose_mechanism(s, c, r);
-    const char *list;
+    char list[REPLY_TEXT];
     if (m != NO_MECHANISM)
         return sasl_prove(s, c, m, r);
-    list = reply_keyword(r, "AUTH");
-    log_event(s, LOG_ERR, "no usable SASL mechanism: %s offers %.*s%s%s", s->peer,
-              list ? (int)strcspn(list, "\n") : 4, list ? list : "none", c->mechanism ? "; wanted: " : "",
-              mechanism_name(c->mechanism));
+    reply_parameters(r, "AUTH", list, sizeof list);
+    log_event(s, LOG_ERR, "no usable SASL mechanism: %s offers %s%s%s", s->peer, *list ? list : "none",
+              c->mechanism ? "; wanted: " : "", mechanism_name(c->mechanism));
     return EX_NOPERM;
 }
 
@@ -5131,6 +5130,14 @@ static const char *next_keyword(const char *line, const char *keyword)
 const char *reply_keyword(const struct reply *r, const char *keyword)
 {
     return next_keyword(r->text, keyword); /* the first line is the greeting, not a keyword */
+}
+
+void reply_parameters(const struct reply *r, const char *keyword, char *out, size_t size)
+{
+    size_t used = 0;
+    *out = '\0';
+    for (const char *at = next_keyword(r->text, keyword); at && used < size; at = next_keyword(at, keyword))
+        used += (size_t)snprintf(out + used, size - used, "%s%.*s", used ? " " : "", (int)strcspn(at, "\n"), at);
 }
 
 bool reply_offers(const struct reply *r, const char *keyword, const char *word)

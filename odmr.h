@@ -574,6 +574,8 @@ void join_lines(const struct reply *r, char *out, size_t size);
 enum verdict reply_verdict(const struct reply *r);
 /* Returns the parameters of a keyword of an EHLO response, or NULL if the keyword is not there. */
 const char *reply_keyword(const struct reply *r, const char *keyword);
+/* All parameters of a keyword, on all its lines, with blanks between them; cut to size. */
+void reply_parameters(const struct reply *r, const char *keyword, char *out, size_t size);
 /* Is this one of the parameters of that keyword, on any of its lines? */
 bool reply_offers(const struct reply *r, const char *keyword, const char *word);
 /* Walks over words up to the end of the line. Returns NULL after the last. */

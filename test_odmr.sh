@@ -1195,6 +1195,7 @@ t_customer_wants_atrn_and_a_mechanism() {
     customer 69 "127.0.0.1:$PORT"
     serve peer_without_mechanism
     customer 77 "127.0.0.1:$PORT"
+    has "$T/err" 'no usable SASL mechanism: 127.0.0.1:[0-9]* offers FROB LOGIN X-FROB$'
     serve peer_busy
     customer 75 "127.0.0.1:$PORT"
     serve peer_closes
@@ -1215,7 +1216,8 @@ peer_without_mechanism() {
 P: 220 x
 C: EHLO *
 P: 250-x
-P: 250-AUTH FROB
+P: 250-AUTH FROB LOGIN
+P: 250-AUTH=X-FROB
 P: 250 ATRN
 C: QUIT
 END
