@@ -3232,6 +3232,17 @@ static enum claim message_trouble(struct message *m, const char *why)
     return BUSY;
 }
 
+/* Reads octets of its file, from memory if they are still there. Returns as pread(2). */
+static ssize_t message_octets(const struct message *m, char *data, size_t size, off_t at)
+{
+    size_t left = (uint64_t)at < m->top_len ? m->top_len - (size_t)at : 0;
+    if (left == 0)
+        return pread(m->fd, data, size, at);
+    size = size < left ? size : left;
+    memcpy(data, m->top + at, size);
+    return (ssize_t)size;
+}
+
 bool next_line(struct line_reader *r)
 {
     size_t n = 0, kept;
@@ -3434,7 +3445,7 @@ static enum claim sort_out_recipients(struct message *m)
     return ours > 0 ? CLAIMED : message_hold(m, "its recipients belong to another domain");
 }
 
-enum claim envelope_read(struct message *m)
+static enum claim envelope_read(struct message *m)
 {
     enum claim result = take_lines(m);
     return result == CLAIMED ? sort_out_recipients(m) : result;
@@ -3460,17 +3471,13 @@ const struct reason *message_reason(struct message *m, int code, const char *tex
     return r;
 }
 
-/* ==== 8. The queue: Maildirs, messages, claims =======================================================
+/* ==== 8. The queue: delivery into a Maildir ==========================================================
  *
- * The queue is DIR/<domain>/{new,cur,tmp}. A delivery agent writes into tmp and renames into new. A message in new is
- * therefore complete, and reading needs no lock. Only the holder of a message's claim changes the file, to strike out
- * recipients. Two sessions must not send the same message, so a session claims the message with flock(2) on its file.
- * A claim needs no clean-up, because it ends with its holder: a session, a process or a machine. */
+ * The customer and enqueue write the form that the provider reads: the envelope, then the message. A delivery is one
+ * file in tmp. It becomes mail when the file is flushed to disk, renamed into new, and the directory is flushed too.
+ * RFC 5321, 6.1, requires this: mail that was accepted must not be lost. */
 
-#define MESSAGE_TOP 65536        /* octets of a message that are kept in memory until it is sent */
-#define FIRST_SECOND 100000000   /* 1973: a file name that starts with a smaller number is not a Maildir name */
-#define LAST_SECOND 9999999999   /* 2286 */
-#define TMP_AGE (36 * 3600)      /* seconds: Maildir's rule for files in tmp */
+#define DELIVERY_PATH 448 /* octets of domain/new/name */
 
 static bool sync_directory(int queue, const char *path)
 {
@@ -3519,6 +3526,161 @@ static bool maildir_make(int queue, const char *maildir)
         snprintf(parent, sizeof parent, "%.*s", (int)(slash - maildir), maildir);
     return !made || (sync_directory(queue, maildir) && sync_directory(queue, parent));
 }
+
+/* The first file keeps the result for all files of a message, because all of them become mail or none does. */
+static struct delivery *first_of_message(struct delivery *d)
+{
+    while (d->same_message)
+        d--;
+    return d;
+}
+
+/* For `return`: stores the first reason of a failure and returns false. */
+static bool delivery_failed(struct delivery *d)
+{
+    struct delivery *first = first_of_message(d);
+    if (first->problem == 0)
+        first->problem = errno ? errno : EIO;
+    return false;
+}
+
+bool delivery_open(struct delivery *d, int queue, const char *domain)
+{
+    char path[DELIVERY_PATH];
+    int fd;
+
+    *d = (struct delivery){.queue = queue};
+    snprintf(d->domain, sizeof d->domain, "%s", domain);
+    if (!strchr(domain, '/'))
+        lower_case(d->domain);
+    unique_name(d->name, sizeof d->name);
+    if (!maildir_make(queue, d->domain))
+        return delivery_failed(d);
+
+    snprintf(path, sizeof path, "%s/tmp/%s", d->domain, d->name);
+    fd = openat(queue, path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    d->file = fd < 0 ? NULL : fdopen(fd, "w");
+    if (d->file)
+        return true;
+    delivery_failed(d);
+    if (fd >= 0) {
+        close(fd);
+        unlinkat(queue, path, 0);
+    }
+    return false;
+}
+
+void deliveries_discard(struct delivery *d, size_t count)
+{
+    char path[DELIVERY_PATH];
+    for (; count > 0; count--, d++) {
+        if (d->file)
+            fclose(d->file);
+        d->file = NULL;
+        snprintf(path, sizeof path, "%s/%s/%s", d->domain, d->published ? "new" : "tmp", d->name);
+        unlinkat(d->queue, path, 0);
+    }
+}
+
+size_t deliveries_open(struct delivery *d, int queue, const char *sender, char *const *recipients, size_t count)
+{
+    size_t files = 0;
+    for (size_t i = 0; i < count; i++) {
+        const char *domain = mailbox_domain(recipients[i]);
+        size_t f = 0;
+        while (f < files && strcasecmp(d[f].domain, domain) != 0)
+            f++;
+        if (f == files) {
+            if (!delivery_open(&d[f], queue, domain)) {
+                d->problem = d[f].problem;
+                deliveries_discard(d, files);
+                return 0;
+            }
+            d[f].same_message = f > 0;
+            fprintf(d[f].file, "Return-Path: <%s>\n", sender);
+            files++;
+        }
+        fprintf(d[f].file, "Delivered-To: %s\n", recipients[i]);
+    }
+    return files;
+}
+
+static bool delivery_written(struct delivery *d)
+{
+    return (fflush(d->file) == 0 && !ferror(d->file)) || delivery_failed(d);
+}
+
+bool deliveries_written(struct delivery *d, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        if (!delivery_written(&d[i]))
+            return false;
+    return count > 0;
+}
+
+/* Flushes the content to disk and closes the file. */
+static void delivery_sync(struct delivery *d)
+{
+    if (delivery_written(d) && fsync(fileno(d->file)) < 0)
+        delivery_failed(d);
+    if (fclose(d->file) != 0)
+        delivery_failed(d);
+    d->file = NULL;
+}
+
+static void delivery_publish(struct delivery *d)
+{
+    char from[DELIVERY_PATH], to[DELIVERY_PATH];
+    snprintf(from, sizeof from, "%s/tmp/%s", d->domain, d->name);
+    snprintf(to, sizeof to, "%s/new/%s", d->domain, d->name);
+    d->published = renameat(d->queue, from, d->queue, to) == 0;
+    if (!d->published)
+        delivery_failed(d);
+}
+
+/* Flushes the directory of d[last] to disk, unless this was done for another file in it. */
+static void box_sync(struct delivery *d, size_t last)
+{
+    char box[DELIVERY_PATH];
+    for (size_t i = 0; i < last; i++)
+        if (first_of_message(&d[i])->problem == 0 && strcmp(d[i].domain, d[last].domain) == 0)
+            return;
+    snprintf(box, sizeof box, "%s/new", d[last].domain);
+    if (!sync_directory(d[last].queue, box))
+        delivery_failed(&d[last]);
+}
+
+bool deliveries_store(struct delivery *d, size_t count)
+{
+    bool all = true;
+    for (size_t i = 0; i < count; i++) /* Linux starts to write all files before the first fsync() waits */
+        if (delivery_written(&d[i]))
+            posix_fadvise(fileno(d[i].file), 0, 0, POSIX_FADV_DONTNEED);
+    for (size_t i = 0; i < count; i++)
+        delivery_sync(&d[i]);
+
+    for (size_t i = 0; i < count; i++)
+        if (first_of_message(&d[i])->problem == 0)
+            delivery_publish(&d[i]);
+    for (size_t i = 0; i < count; i++)
+        if (first_of_message(&d[i])->problem == 0)
+            box_sync(d, i);
+    for (size_t i = 0; i < count; i++)
+        all = all && d[i].problem == 0;
+    return all;
+}
+
+/* ==== 8. The queue: Maildirs, messages, claims =======================================================
+ *
+ * The queue is DIR/<domain>/{new,cur,tmp}. A delivery agent writes into tmp and renames into new. A message in new is
+ * therefore complete, and reading needs no lock. Only the holder of a message's claim changes the file, to strike out
+ * recipients. Two sessions must not send the same message, so a session claims the message with flock(2) on its file.
+ * A claim needs no clean-up, because it ends with its holder: a session, a process or a machine. */
+
+#define MESSAGE_TOP 65536        /* octets of a message that are kept in memory until it is sent */
+#define FIRST_SECOND 100000000   /* 1973: a file name that starts with a smaller number is not a Maildir name */
+#define LAST_SECOND 9999999999   /* 2286 */
+#define TMP_AGE (36 * 3600)      /* seconds: Maildir's rule for files in tmp */
 
 /* A Maildir name starts with the second of delivery. Most writers add the microseconds after an M; Exim writes an H. If
  * a name does not start with a plausible second, the file's time of modification is used. */
@@ -3758,16 +3920,6 @@ void message_forget_top(struct message *m)
     free(m->top);
     m->top = NULL;
     m->top_len = 0;
-}
-
-ssize_t message_octets(const struct message *m, char *data, size_t size, off_t at)
-{
-    size_t left = (uint64_t)at < m->top_len ? m->top_len - (size_t)at : 0;
-    if (left == 0)
-        return pread(m->fd, data, size, at);
-    size = size < left ? size : left;
-    memcpy(data, m->top + at, size);
-    return (ssize_t)size;
 }
 
 /* Stores the state that must be the same when the last octet is sent and when the file is marked or removed. */
@@ -4171,157 +4323,6 @@ enum update message_remove(struct message *m)
     return result;
 }
 
-/* ==== 8. The queue: delivery into a Maildir ==========================================================
- *
- * The customer and enqueue write the form that the provider reads: the envelope, then the message. A delivery is one
- * file in tmp. It becomes mail when the file is flushed to disk, renamed into new, and the directory is flushed too.
- * RFC 5321, 6.1, requires this: mail that was accepted must not be lost. */
-
-#define DELIVERY_PATH 448 /* octets of domain/new/name */
-
-/* The first file keeps the result for all files of a message, because all of them become mail or none does. */
-static struct delivery *first_of_message(struct delivery *d)
-{
-    while (d->same_message)
-        d--;
-    return d;
-}
-
-/* For `return`: stores the first reason of a failure and returns false. */
-static bool delivery_failed(struct delivery *d)
-{
-    struct delivery *first = first_of_message(d);
-    if (first->problem == 0)
-        first->problem = errno ? errno : EIO;
-    return false;
-}
-
-bool delivery_open(struct delivery *d, int queue, const char *domain)
-{
-    char path[DELIVERY_PATH];
-    int fd;
-
-    *d = (struct delivery){.queue = queue};
-    snprintf(d->domain, sizeof d->domain, "%s", domain);
-    if (!strchr(domain, '/'))
-        lower_case(d->domain);
-    unique_name(d->name, sizeof d->name);
-    if (!maildir_make(queue, d->domain))
-        return delivery_failed(d);
-
-    snprintf(path, sizeof path, "%s/tmp/%s", d->domain, d->name);
-    fd = openat(queue, path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
-    d->file = fd < 0 ? NULL : fdopen(fd, "w");
-    if (d->file)
-        return true;
-    delivery_failed(d);
-    if (fd >= 0) {
-        close(fd);
-        unlinkat(queue, path, 0);
-    }
-    return false;
-}
-
-size_t deliveries_open(struct delivery *d, int queue, const char *sender, char *const *recipients, size_t count)
-{
-    size_t files = 0;
-    for (size_t i = 0; i < count; i++) {
-        const char *domain = mailbox_domain(recipients[i]);
-        size_t f = 0;
-        while (f < files && strcasecmp(d[f].domain, domain) != 0)
-            f++;
-        if (f == files) {
-            if (!delivery_open(&d[f], queue, domain)) {
-                d->problem = d[f].problem;
-                deliveries_discard(d, files);
-                return 0;
-            }
-            d[f].same_message = f > 0;
-            fprintf(d[f].file, "Return-Path: <%s>\n", sender);
-            files++;
-        }
-        fprintf(d[f].file, "Delivered-To: %s\n", recipients[i]);
-    }
-    return files;
-}
-
-void deliveries_discard(struct delivery *d, size_t count)
-{
-    char path[DELIVERY_PATH];
-    for (; count > 0; count--, d++) {
-        if (d->file)
-            fclose(d->file);
-        d->file = NULL;
-        snprintf(path, sizeof path, "%s/%s/%s", d->domain, d->published ? "new" : "tmp", d->name);
-        unlinkat(d->queue, path, 0);
-    }
-}
-
-static bool delivery_written(struct delivery *d)
-{
-    return (fflush(d->file) == 0 && !ferror(d->file)) || delivery_failed(d);
-}
-
-bool deliveries_written(struct delivery *d, size_t count)
-{
-    for (size_t i = 0; i < count; i++)
-        if (!delivery_written(&d[i]))
-            return false;
-    return count > 0;
-}
-
-/* Flushes the content to disk and closes the file. */
-static void delivery_sync(struct delivery *d)
-{
-    if (delivery_written(d) && fsync(fileno(d->file)) < 0)
-        delivery_failed(d);
-    if (fclose(d->file) != 0)
-        delivery_failed(d);
-    d->file = NULL;
-}
-
-static void delivery_publish(struct delivery *d)
-{
-    char from[DELIVERY_PATH], to[DELIVERY_PATH];
-    snprintf(from, sizeof from, "%s/tmp/%s", d->domain, d->name);
-    snprintf(to, sizeof to, "%s/new/%s", d->domain, d->name);
-    d->published = renameat(d->queue, from, d->queue, to) == 0;
-    if (!d->published)
-        delivery_failed(d);
-}
-
-/* Flushes the directory of d[last] to disk, unless this was done for another file in it. */
-static void box_sync(struct delivery *d, size_t last)
-{
-    char box[DELIVERY_PATH];
-    for (size_t i = 0; i < last; i++)
-        if (first_of_message(&d[i])->problem == 0 && strcmp(d[i].domain, d[last].domain) == 0)
-            return;
-    snprintf(box, sizeof box, "%s/new", d[last].domain);
-    if (!sync_directory(d[last].queue, box))
-        delivery_failed(&d[last]);
-}
-
-bool deliveries_store(struct delivery *d, size_t count)
-{
-    bool all = true;
-    for (size_t i = 0; i < count; i++) /* Linux starts to write all files before the first fsync() waits */
-        if (delivery_written(&d[i]))
-            posix_fadvise(fileno(d[i].file), 0, 0, POSIX_FADV_DONTNEED);
-    for (size_t i = 0; i < count; i++)
-        delivery_sync(&d[i]);
-
-    for (size_t i = 0; i < count; i++)
-        if (first_of_message(&d[i])->problem == 0)
-            delivery_publish(&d[i]);
-    for (size_t i = 0; i < count; i++)
-        if (first_of_message(&d[i])->problem == 0)
-            box_sync(d, i);
-    for (size_t i = 0; i < count; i++)
-        all = all && d[i].problem == 0;
-    return all;
-}
-
 /* ==== 9. Handing the session on: --smtp and --exec ===================================================
  *
  * The receiver is the customer's own mail server and speaks SMTP. Its connection and the provider's are therefore
@@ -4353,124 +4354,7 @@ struct relay {
     uint64_t passed; /* octets from the provider to the receiver */
 };
 
-static int relay_mail(struct session *s, struct receiver *receiver);
-static void join_streams(struct relay *r);
-static bool pass_on(struct relay *r, enum side side);
-static void follow(struct relay *r, enum side side, const char *data, size_t len);
-
-/* If the receiver has closed the connection or sent 421 since its greeting, it is connected or started again first. */
-int hand_session_on(struct session *s, const struct customer *c, struct receiver *receiver)
-{
-    if (stream_ready(&receiver->session->io)) {
-        leave_receiver(c, receiver);
-        if (reach_receiver(c, receiver, "the mail stays with the provider") != EX_OK) {
-            reply(s, NULL, "421 4.3.2 %s: the receiver has gone, closing connection", s->name);
-            return EX_TEMPFAIL;
-        }
-    }
-    return relay_mail(s, receiver);
-}
-
-/* Passes on a reply of the receiver that the customer has read. */
-static void pass_reply(struct session *s, const struct reply *r)
-{
-    for (const char *line = r->text; line; line = strchr(line, '\n')) {
-        line += *line == '\n';
-        reply(s, "5.3-b", "%d%c%.*s", r->code, strchr(line, '\n') ? '-' : ' ', (int)strcspn(line, "\n"), line);
-    }
-}
-
-static int relay_mail(struct session *s, struct receiver *receiver)
-{
-    struct relay *r = must_alloc(calloc(1, sizeof *r));
-    struct session *gone; /* the side to report if the session had no proper end */
-    int code;
-    r->s = s;
-    r->from[PROVIDER] = &s->io;
-    r->from[CUSTOMER] = &receiver->session->io;
-    pass_reply(s, &receiver->greeting); /* read before ATRN was sent; now it is the customer's first line (5.3-b) */
-    join_streams(r);
-
-    gone = r->first_over == PROVIDER ? s : receiver->session;
-    if (r->hidden) {
-        r->quit = stream_closed_by_peer(&s->io) && stream_closed_by_peer(&receiver->session->io);
-        log_event(s, LOG_INFO, "the provider and the mail server use TLS: the number of messages is unknown");
-    }
-    if (gone->io.ended)
-        stream_break(&gone->io, gone->io.ended);
-    code = session_outcome(gone, r->quit, r->hidden ? 1 : r->messages, 0);
-    show_summary(s, "handed on", r->messages, r->passed);
-    free(r);
-    return code;
-}
-
-/* Waits for input or a signal. The time-out is at least FINAL_REPLY_TIMEOUT for the reply to the last octet of a
- * message and, if the dialogue is hidden, for all input. False: both sides have been silent for too long since then. */
-static bool wait_for_either(const struct relay *r, int64_t since)
-{
-    struct pollfd p[3] = {[2] = {.fd = customer_stops ? -1 : stop_pipe[0], .events = POLLIN}};
-    bool final = r->hidden || (r->count > (r->chunk > 0) && r->awaited[r->oldest] == CONTENT_REPLY);
-    int seconds = final && r->s->io.timeout < FINAL_REPLY_TIMEOUT ? FINAL_REPLY_TIMEOUT : r->s->io.timeout;
-    int64_t left = since + (int64_t)seconds * 1000 - now_ms();
-    for (int side = 0; side < 2; side++)
-        p[side] = (struct pollfd){.fd = r->over[side] ? -1 : r->from[side]->fd, .events = POLLIN};
-    if (left > 0)
-        poll(p, 3, (int)left);
-    return left > 0;
-}
-
-/* Joins the two connections until both are over, or one of them after QUIT was answered. */
-static void join_streams(struct relay *r)
-{
-    int64_t since = now_ms();
-    enter_state(r->s, REVERSED);
-    r->s->io.wake_fd = -1;
-    while (r->over[PROVIDER] + r->over[CUSTOMER] < (r->quit ? 1 : 2)) {
-        bool moved;
-        if (customer_stops && (r->hidden || (!r->in_mail && r->count == 0))) {
-            r->quit = true;
-            end_with_421(r->s, "this server is shutting down");
-            break;
-        }
-        moved = pass_on(r, CUSTOMER);
-        moved |= pass_on(r, PROVIDER);
-        if (moved) {
-            since = now_ms();
-        } else if (!wait_for_either(r, since)) {
-            stream_break(&r->s->io, "both sides were silent for longer than --timeout");
-            r->first_over = PROVIDER;
-            break;
-        }
-    }
-}
-
-/* Passes on what has arrived from one side, and then its end. The other side may still send its replies. If writing to
- * the receiver fails, the provider's side is over too. False: nothing has arrived. */
-static bool pass_on(struct relay *r, enum side side)
-{
-    struct stream *from = r->from[side], *to = r->from[other_side(side)];
-    size_t passed = 0, len;
-    const char *data;
-    if (r->over[side])
-        return false;
-    while (passed < STREAM_OUT && stream_ready(from) && !stream_over(from) && stream_peek(from, &data, &len)) {
-        follow(r, side, data, len);
-        stream_write(to, data, len);
-        stream_skip(from, len);
-        passed += len;
-    }
-    stream_flush(to);
-    r->passed += side == PROVIDER ? passed : 0;
-    show_progress(r->s, r->messages, r->passed);
-
-    r->over[side] = stream_over(from) || (side == PROVIDER && to->broken);
-    if (r->over[side]) {
-        if (!r->over[other_side(side)])
-            r->first_over = r->from[CUSTOMER]->broken ? CUSTOMER : side;
-        stream_end(to);
-    }
-    return passed > 0 || r->over[side];
-}
+/* ---- What passes, followed for the trace and the count ---- */
 
 static void await_reply(struct relay *r, enum awaited what)
 {
@@ -4578,6 +4462,109 @@ static void follow(struct relay *r, enum side side, const char *data, size_t len
     }
 }
 
+/* ---- The two directions ---- */
+
+/* Passes on what has arrived from one side, and then its end. The other side may still send its replies. If writing to
+ * the receiver fails, the provider's side is over too. False: nothing has arrived. */
+static bool pass_on(struct relay *r, enum side side)
+{
+    struct stream *from = r->from[side], *to = r->from[other_side(side)];
+    size_t passed = 0, len;
+    const char *data;
+    if (r->over[side])
+        return false;
+    while (passed < STREAM_OUT && stream_ready(from) && !stream_over(from) && stream_peek(from, &data, &len)) {
+        follow(r, side, data, len);
+        stream_write(to, data, len);
+        stream_skip(from, len);
+        passed += len;
+    }
+    stream_flush(to);
+    r->passed += side == PROVIDER ? passed : 0;
+    show_progress(r->s, r->messages, r->passed);
+
+    r->over[side] = stream_over(from) || (side == PROVIDER && to->broken);
+    if (r->over[side]) {
+        if (!r->over[other_side(side)])
+            r->first_over = r->from[CUSTOMER]->broken ? CUSTOMER : side;
+        stream_end(to);
+    }
+    return passed > 0 || r->over[side];
+}
+
+/* Waits for input or a signal. The time-out is at least FINAL_REPLY_TIMEOUT for the reply to the last octet of a
+ * message and, if the dialogue is hidden, for all input. False: both sides have been silent for too long since then. */
+static bool wait_for_either(const struct relay *r, int64_t since)
+{
+    struct pollfd p[3] = {[2] = {.fd = customer_stops ? -1 : stop_pipe[0], .events = POLLIN}};
+    bool final = r->hidden || (r->count > (r->chunk > 0) && r->awaited[r->oldest] == CONTENT_REPLY);
+    int seconds = final && r->s->io.timeout < FINAL_REPLY_TIMEOUT ? FINAL_REPLY_TIMEOUT : r->s->io.timeout;
+    int64_t left = since + (int64_t)seconds * 1000 - now_ms();
+    for (int side = 0; side < 2; side++)
+        p[side] = (struct pollfd){.fd = r->over[side] ? -1 : r->from[side]->fd, .events = POLLIN};
+    if (left > 0)
+        poll(p, 3, (int)left);
+    return left > 0;
+}
+
+/* Joins the two connections until both are over, or one of them after QUIT was answered. */
+static void join_streams(struct relay *r)
+{
+    int64_t since = now_ms();
+    enter_state(r->s, REVERSED);
+    r->s->io.wake_fd = -1;
+    while (r->over[PROVIDER] + r->over[CUSTOMER] < (r->quit ? 1 : 2)) {
+        bool moved;
+        if (customer_stops && (r->hidden || (!r->in_mail && r->count == 0))) {
+            r->quit = true;
+            end_with_421(r->s, "this server is shutting down");
+            break;
+        }
+        moved = pass_on(r, CUSTOMER);
+        moved |= pass_on(r, PROVIDER);
+        if (moved) {
+            since = now_ms();
+        } else if (!wait_for_either(r, since)) {
+            stream_break(&r->s->io, "both sides were silent for longer than --timeout");
+            r->first_over = PROVIDER;
+            break;
+        }
+    }
+}
+
+/* Passes on a reply of the receiver that the customer has read. */
+static void pass_reply(struct session *s, const struct reply *r)
+{
+    for (const char *line = r->text; line; line = strchr(line, '\n')) {
+        line += *line == '\n';
+        reply(s, "5.3-b", "%d%c%.*s", r->code, strchr(line, '\n') ? '-' : ' ', (int)strcspn(line, "\n"), line);
+    }
+}
+
+static int relay_mail(struct session *s, struct receiver *receiver)
+{
+    struct relay *r = must_alloc(calloc(1, sizeof *r));
+    struct session *gone; /* the side to report if the session had no proper end */
+    int code;
+    r->s = s;
+    r->from[PROVIDER] = &s->io;
+    r->from[CUSTOMER] = &receiver->session->io;
+    pass_reply(s, &receiver->greeting); /* read before ATRN was sent; now it is the customer's first line (5.3-b) */
+    join_streams(r);
+
+    gone = r->first_over == PROVIDER ? s : receiver->session;
+    if (r->hidden) {
+        r->quit = stream_closed_by_peer(&s->io) && stream_closed_by_peer(&receiver->session->io);
+        log_event(s, LOG_INFO, "the provider and the mail server use TLS: the number of messages is unknown");
+    }
+    if (gone->io.ended)
+        stream_break(&gone->io, gone->io.ended);
+    code = session_outcome(gone, r->quit, r->hidden ? 1 : r->messages, 0);
+    show_summary(s, "handed on", r->messages, r->passed);
+    free(r);
+    return code;
+}
+
 /* ---- The receiver ---- */
 
 /* Starts COMMAND with one end of a socket pair as its standard input and output. Returns the other end, or -1. The
@@ -4622,6 +4609,19 @@ void leave_receiver(const struct customer *c, struct receiver *receiver)
     if (receiver->child > 0)
         finish_program(receiver->child, greeted && !customer_stops ? c->timeout : 0);
     *receiver = (struct receiver){.session = NULL};
+}
+
+/* If the receiver has closed the connection or sent 421 since its greeting, it is connected or started again first. */
+int hand_session_on(struct session *s, const struct customer *c, struct receiver *receiver)
+{
+    if (stream_ready(&receiver->session->io)) {
+        leave_receiver(c, receiver);
+        if (reach_receiver(c, receiver, "the mail stays with the provider") != EX_OK) {
+            reply(s, NULL, "421 4.3.2 %s: the receiver has gone, closing connection", s->name);
+            return EX_TEMPFAIL;
+        }
+    }
+    return relay_mail(s, receiver);
 }
 
 /* ==== 10. Accounts ===================================================================================
@@ -4881,6 +4881,7 @@ struct accounts *accounts_load(const char *path, char *why, size_t why_size)
  * The dialogue consists of lines. send_text() sends all of them and read_line() reads all of them, so the trace can
  * show each. A reply is validated before it is used. */
 
+#define SEND_LINE (AUTH_LINE + 64)
 #define REPLY_LINE 2046          /* RFC 5321, 4.5.3.1.5 says 512 with CRLF; some servers send more */
 #define REPLY_LINES 128          /* no reply needs more lines */
 #define REPLY_TIMEOUT 600        /* seconds, at most, from the first line of a reply to its last */
@@ -5115,6 +5116,27 @@ enum verdict reply_verdict(const struct reply *r)
     return r->code < 300 ? DELIVERED : r->code < 500 ? DEFERRED : REFUSED;
 }
 
+const char *next_word(const char **list, size_t *len)
+{
+    const char *word;
+    while (**list == ' ' || **list == '\t')
+        (*list)++;
+    word = *list;
+    *len = strcspn(word, " \t\n");
+    *list += *len;
+    return *len ? word : NULL;
+}
+
+bool list_has(const char *list, const char *wanted)
+{
+    size_t len;
+    const char *word;
+    while (list && (word = next_word(&list, &len)))
+        if (len == strlen(wanted) && strncasecmp(word, wanted, len) == 0)
+            return true;
+    return false;
+}
+
 /* Finds the first line after `line` that starts with the keyword. Returns the text after the keyword, or NULL. */
 static const char *next_keyword(const char *line, const char *keyword)
 {
@@ -5146,27 +5168,6 @@ bool reply_offers(const struct reply *r, const char *keyword, const char *word)
     while (list && !list_has(list, word))
         list = next_keyword(list, keyword);
     return list != NULL;
-}
-
-const char *next_word(const char **list, size_t *len)
-{
-    const char *word;
-    while (**list == ' ' || **list == '\t')
-        (*list)++;
-    word = *list;
-    *len = strcspn(word, " \t\n");
-    *list += *len;
-    return *len ? word : NULL;
-}
-
-bool list_has(const char *list, const char *wanted)
-{
-    size_t len;
-    const char *word;
-    while (list && (word = next_word(&list, &len)))
-        if (len == strlen(wanted) && strncasecmp(word, wanted, len) == 0)
-            return true;
-    return false;
 }
 
 /* ==== 11. Addresses and domains ======================================================================
@@ -5548,26 +5549,6 @@ static bool tls_wants_more(struct stream *s, int returned)
     return false;
 }
 
-bool stream_start_tls(struct stream *s, SSL *tls, const char *host)
-{
-    int n;
-    stream_flush(s);
-    s->tls = tls;
-    s->in_at = s->in_end = 0;
-    set_patience(s);
-    do {
-        ERR_clear_error();
-        n = host ? SSL_connect(tls) : SSL_accept(tls);
-    } while (n <= 0 && tls_wants_more(s, n) && socket_wait(s, POLLIN));
-    if (s->ended)
-        stream_break(s, s->ended);
-    if (n <= 0)
-        stream_break(s, SSL_get_verify_result(tls) == X509_V_OK
-                            ? "the TLS handshake failed"
-                            : X509_verify_cert_error_string(SSL_get_verify_result(tls)));
-    return !s->broken;
-}
-
 /* Reads the application data of the next record; never waits. -1: there is none (yet). Some records carry none, for
  * example a key update or a session ticket. A peer that sends nothing else must not keep the thread here. */
 static ssize_t encrypted_read(struct stream *s, void *data, size_t size)
@@ -5616,6 +5597,26 @@ bool stream_flush(struct stream *s)
     s->gone += !s->tls || !s->broken ? at : 0;
     s->spoke = true;
     s->out_end = 0;
+    return !s->broken;
+}
+
+bool stream_start_tls(struct stream *s, SSL *tls, const char *host)
+{
+    int n;
+    stream_flush(s);
+    s->tls = tls;
+    s->in_at = s->in_end = 0;
+    set_patience(s);
+    do {
+        ERR_clear_error();
+        n = host ? SSL_connect(tls) : SSL_accept(tls);
+    } while (n <= 0 && tls_wants_more(s, n) && socket_wait(s, POLLIN));
+    if (s->ended)
+        stream_break(s, s->ended);
+    if (n <= 0)
+        stream_break(s, SSL_get_verify_result(tls) == X509_V_OK
+                            ? "the TLS handshake failed"
+                            : X509_verify_cert_error_string(SSL_get_verify_result(tls)));
     return !s->broken;
 }
 
@@ -7265,6 +7266,7 @@ int provider_run(struct provider *p)
  * enqueue puts a message into the queue, queue shows what is in it, account prints a line for the accounts file. */
 
 #define SECRET_LONGEST (SECRET_MAX - 2)
+#define TIMEOUT_MAX 86400        /* seconds: the most that --timeout takes */
 
 int open_queue(const char *dir, bool make)
 {
@@ -8087,6 +8089,7 @@ static int demo(const struct demo *d)
 
 /* ==== 15. Options and main =========================================================================== */
 
+#define ODMR_VERSION "0.1"
 #define POLL_MOST 3600           /* seconds: the longest pause of --poll after a failed log-in */
 #define MAX_AGE_MOST 36500       /* days */
 #define QUEUE_DIR "/var/spool/odmr"

@@ -7,7 +7,7 @@
  *    5  the customer as the server; answers that wait for the disk   receive_mail; answer, answer_when_stored
  *    6  SASL: each mechanism with its two halves                     sasl_serve, sasl_prove
  *    7  failure notices; the fates of recipients go into the queue   update_queue
- *    8  the queue: envelope, message, claim, delivery                envelope_read, message_claim, deliveries_store
+ *    8  the queue: envelope, delivery, message, claim                deliveries_store, message_claim
  *    9  the session handed on to another mail server                 hand_session_on
  *   10  accounts                                                     accounts_load
  *   11  lines and replies; addresses and domains                     command, reply, read_reply; recipient_valid
@@ -40,15 +40,12 @@
 #include <sys/types.h>
 #include <time.h>
 
-#define ODMR_VERSION "0.1"
-
 /* ---- Constants ---- */
 
 #define ODMR_PORT "366"          /* 4-a: reserved for On-Demand Mail Relay */
 #define COMMAND_LINE 512         /* RFC 5321, 4.5.3.1.4: octets with CRLF */
 #define ATRN_LINE 8192           /* our own limit, because ATRN may name many domains */
 #define AUTH_LINE 12288          /* RFC 4954, 4 */
-#define SEND_LINE (AUTH_LINE + 64)
 #define IDLE_COMMANDS 100        /* in a row without ATRN or mail; after them either side says 421 */
 #define DOMAIN_MAX 255           /* RFC 5321, 4.5.3.1.2 */
 #define MAILBOX_MAX 320          /* 64 + @ + 255 (RFC 5321, 4.5.3.1) */
@@ -66,7 +63,6 @@
 #define BYTE_ORDER_MARK "\xef\xbb\xbf" /* UTF-8's; some editors write it */
 #define LISTENERS_MAX 32
 #define NETWORKS_MAX 64
-#define TIMEOUT_MAX 86400
 #define NAME_SIZE 128            /* octets of the name that we give a file in a Maildir */
 #define UNDELIVERABLE ".Undeliverable" /* a Maildir++ folder */
 #define MAILDIR_PATH (DOMAIN_MAX + 32) /* octets: a domain's Maildir or a folder in it, box included */
@@ -436,11 +432,26 @@ bool update_queue(const struct provider *p, struct session *s, struct message *m
 enum field envelope_field(const char *line, size_t *value);
 /* Reads the next line without its end. False: the file ends here, or cannot be read. */
 bool next_line(struct line_reader *r);
-/* Reads the envelope into m: sender, recipients, where the message starts. BUSY: it cannot be read now, and m->trouble
- * says why. */
-enum claim envelope_read(struct message *m);
 /* Keeps the escaped text as a reason of the message. Code 0: the reason is ours. Returns NULL if out of memory. */
 const struct reason *message_reason(struct message *m, int code, const char *text);
+
+/* 8. The queue: delivery into a Maildir */
+
+/* Makes a file in tmp of the domain's Maildir or of a folder in it, and the directories if they are missing. False: no
+ * file is left, and d->problem says why. */
+bool delivery_open(struct delivery *d, int queue, const char *domain);
+/* Closes and removes these files, in tmp or in new. */
+void deliveries_discard(struct delivery *d, size_t count);
+/* Opens one delivery for each domain of the recipients, with the envelope as its first fields. Returns their number.
+ * Returns 0 if no file is left; then d->problem says why. */
+size_t deliveries_open(struct delivery *d, int queue, const char *sender, char *const *recipients, size_t count);
+/* Writes out the buffers of the files, which shows a full disk. False: no file is open, or a write failed; d->problem
+ * says why. */
+bool deliveries_written(struct delivery *d, size_t count);
+/* Makes mail of the deliveries: puts each file on disk, renames it into new, and puts that directory on disk, too
+ * (RFC 5321, 6.1). The files of one message become mail together, or none does. False: `problem` of the first file of a
+ * message says whether and why the message failed. Discard those that did. */
+bool deliveries_store(struct delivery *d, size_t count);
 
 /* 8. The queue: Maildirs, messages, claims */
 
@@ -464,12 +475,11 @@ bool for_each_domain(int queue, bool (*visit)(void *context, int queue, const ch
 bool clean_domain(void *context, int queue, const char *domain);
 /* Frees message.top; from now on the file is read. */
 void message_forget_top(struct message *m);
-/* Reads octets of its file, from memory if they are still there. Returns as pread(2). */
-ssize_t message_octets(const struct message *m, char *data, size_t size, off_t at);
 /* Opens a message without claiming it; access is O_RDWR or O_RDONLY. BUSY: m->trouble says why; if it is NULL, another
  * session was faster. Call message_close() in any case. */
 enum claim message_open(struct message *m, int queue, const char *path, int access);
-/* Reads the envelope of a message that is open. Results as of envelope_read(). */
+/* Reads the envelope of a message that is open: sender, recipients, where the message starts. BUSY: it cannot be read
+ * now, and m->trouble says why. */
 enum claim message_read(struct message *m);
 /* Opens, claims, reads and scans a message. Call message_close() in any case. */
 enum claim message_claim(struct message *m, int queue, const char *path);
@@ -484,33 +494,15 @@ enum update message_strike_out(struct message *m);
 /* Removes the file from the queue, because the message is delivered or its sender has been told. */
 enum update message_remove(struct message *m);
 
-/* 8. The queue: delivery into a Maildir */
-
-/* Makes a file in tmp of the domain's Maildir or of a folder in it, and the directories if they are missing. False: no
- * file is left, and d->problem says why. */
-bool delivery_open(struct delivery *d, int queue, const char *domain);
-/* Opens one delivery for each domain of the recipients, with the envelope as its first fields. Returns their number.
- * Returns 0 if no file is left; then d->problem says why. */
-size_t deliveries_open(struct delivery *d, int queue, const char *sender, char *const *recipients, size_t count);
-/* Closes and removes these files, in tmp or in new. */
-void deliveries_discard(struct delivery *d, size_t count);
-/* Writes out the buffers of the files, which shows a full disk. False: no file is open, or a write failed; d->problem
- * says why. */
-bool deliveries_written(struct delivery *d, size_t count);
-/* Makes mail of the deliveries: puts each file on disk, renames it into new, and puts that directory on disk, too
- * (RFC 5321, 6.1). The files of one message become mail together, or none does. False: `problem` of the first file of a
- * message says whether and why the message failed. Discard those that did. */
-bool deliveries_store(struct delivery *d, size_t count);
-
 /* 9. Handing the session on: --smtp and --exec */
 
-/* Joins the session with the receiver. If the receiver has gone, it is reached again, once. Returns an exit code. */
-int hand_session_on(struct session *s, const struct customer *c, struct receiver *receiver);
 /* Connects to the receiver or starts it, and reads its greeting. Returns an exit code. If it is not EX_OK, the log says
  * why, and the consequence. */
 int reach_receiver(const struct customer *c, struct receiver *receiver, const char *consequence);
 /* Closes the connection to the receiver and ends the program of --exec. */
 void leave_receiver(const struct customer *c, struct receiver *receiver);
+/* Joins the session with the receiver. If the receiver has gone, it is reached again, once. Returns an exit code. */
+int hand_session_on(struct session *s, const struct customer *c, struct receiver *receiver);
 
 /* 10. Accounts */
 
@@ -572,16 +564,16 @@ bool reply_arrived(struct session *s);
 void join_lines(const struct reply *r, char *out, size_t size);
 /* DELIVERED: 2xx. DEFERRED: 4xx, and 3xx, because it is no acceptance. REFUSED: 5xx. */
 enum verdict reply_verdict(const struct reply *r);
+/* Walks over words up to the end of the line. Returns NULL after the last. */
+const char *next_word(const char **list, size_t *len);
+/* Is this one of the words of a list, in any case of letters? False if list is NULL. */
+bool list_has(const char *list, const char *wanted);
 /* Returns the parameters of a keyword of an EHLO response, or NULL if the keyword is not there. */
 const char *reply_keyword(const struct reply *r, const char *keyword);
 /* All parameters of a keyword, on all its lines, with blanks between them; cut to size. */
 void reply_parameters(const struct reply *r, const char *keyword, char *out, size_t size);
 /* Is this one of the parameters of that keyword, on any of its lines? */
 bool reply_offers(const struct reply *r, const char *keyword, const char *word);
-/* Walks over words up to the end of the line. Returns NULL after the last. */
-const char *next_word(const char **list, size_t *len);
-/* Is this one of the words of a list, in any case of letters? False if list is NULL. */
-bool list_has(const char *list, const char *wanted);
 
 /* 11. Addresses and domains */
 
@@ -618,10 +610,10 @@ void stream_bound(struct stream *s, int seconds);
 /* Prepares TLS over this stream. host: we are the client, and the certificate must be for this host; NULL: we are the
  * server. Returns NULL if TLS is not available now. */
 SSL *stream_offer_tls(struct stream *s, SSL_CTX *context, const char *host);
-/* Starts TLS with the result of stream_offer_tls(), which the stream then owns. False: the stream is broken. */
-bool stream_start_tls(struct stream *s, SSL *tls, const char *host);
 /* Sends what was written so far. False: the stream is broken. */
 bool stream_flush(struct stream *s);
+/* Starts TLS with the result of stream_offer_tls(), which the stream then owns. False: the stream is broken. */
+bool stream_start_tls(struct stream *s, SSL *tls, const char *host);
 /* Buffers octets, and sends them when the buffer is full. A failure is noted in s->broken. */
 void stream_write(struct stream *s, const char *data, size_t len);
 /* Returns room for len octets, at most 2 * WIRE_PART, in the stream's own buffer, which is sent first if necessary.

@@ -7269,6 +7269,35 @@ t_guide_names_exist() {
         sort | uniq -d)"
 }
 
+# odmr.c is in the order that its head promises: in parts 6 to 15 no function calls one that stands below it in the same
+# part, and odmr.h declares the functions in the order of odmr.c.
+# not with: SANITIZE, OVER_TLS
+t_source_is_in_order() {
+    perl -0777 -e '
+        my ($code, $header) = map { open my $in, "<", $_ or die; <$in> } @ARGV;
+        $code =~ s!/\*.*?\*/|\x27(?:\\.|[^\\])\x27|"(?:\\.|[^"\\])*"!
+            my $text = $&; $text =~ /^.. ==== (\d+)\./ ? "\@$1\n" : ""!gse;
+        my ($part, $n, %part, %place, %body) = (0, 0);
+        while ($code =~ /^\@(\d+)$|^[A-Za-z_][^;{}#]*?\b(\w+)\([^;{}]*\)\n\{\n(.*?)^\}$/gms) {
+            if (defined $1) { $part = $1; next }
+            ($part{$2}, $place{$2}, $body{$2}) = ($part, $n++, $3);
+        }
+        $n > 400 && $part == 15 or die "only $n functions in $part parts were found\n";
+        for my $f (sort keys %body) {
+            next if $part{$f} < 6;
+            $place{$f} < ($place{$_} // 0) && $part{$f} == $part{$_} and print "$f calls $_, which stands below it\n"
+                for $body{$f} =~ /\w+/g;
+        }
+        $header =~ s!.*/\* ---- Functions!!s; $header =~ s!/\*.*?\*/!!gs; my ($last, $declared) = (-1, 0);
+        for my $f ($header =~ /\b(\w+)\([^;]*;/g) {
+            next unless defined $place{$f};
+            $declared++; $place{$f} > $last or print "odmr.h declares $f too late\n"; $last = $place{$f};
+        }
+        $declared > 80 or die "only $declared declarations\n"' "$here/odmr.c" "$here/odmr.h" > "$T/found" ||
+        fail 'odmr.c cannot be read'
+    none 'not in order' "$(cat "$T/found")"
+}
+
 # The model uses the names of odmr.c and the ids of the guide: its processes, its labels and the functions in its
 # comments are functions of odmr.c.
 # not with: OVER_TLS
@@ -9440,7 +9469,7 @@ command_line() {
 # head_lines: sets HEAD to the lines below the title.
 head_lines() {
     local version
-    version=$(sed -n 's/^#define ODMR_VERSION "\(.*\)"/\1/p' "$here/odmr.h" "$here/odmr.c" 2> /dev/null | head -n 1)
+    version=$(sed -n 's/^#define ODMR_VERSION "\(.*\)"/\1/p' "$here/odmr.c" 2> /dev/null)
     HEAD=("Judged on $(date -u +%Y-%m-%dT%H:%M:%SZ) by test_odmr.sh of odmr${version:+ $version}.")
     HEAD+=("Judged ${channel[$JUDGE_TLS]}, with $JUDGE_MECHANISM.")
     [ ! -s "$JUDGE_DIR/bare" ] || { printed "$(< "$JUDGE_DIR/bare")"
@@ -9945,7 +9974,7 @@ t_judge_report_stands_alone() {
     echo x > "$T/secret"
     set -- --provider "127.0.0.1:$PORT" --user a --secret-file "$T/secret" --domains a.example \
         --foreign-domain b.example --only 5.2.1-b,5.3-b --inject "echo it's"
-    version=$(sed -n 's/^#define ODMR_VERSION "\(.*\)"/\1/p' "$here/odmr.h")
+    version=$(sed -n 's/^#define ODMR_VERSION "\(.*\)"/\1/p' "$here/odmr.c")
     mkdir "$T/transcript"
     run_judge 1 "$@" --transcript "$T/transcript"
     has "$T/out" "^Command: \./test_odmr\.sh --provider 127\.0\.0\.1:$PORT .* --inject 'echo it'\\\\''s'"
