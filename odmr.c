@@ -723,22 +723,19 @@ static void log_fate(const struct session *s, int priority, const char *fate, co
  * without a reply stays queued, unchanged. */
 static void send_mail(struct session *s)
 {
-    struct sender x = {.s = s, .rcpt_max = RECIPIENTS_A_TRANSACTION};
+    struct sender x = {.s = s, .rcpt_max = RECIPIENTS_A_TRANSACTION, .window = reply_window(s)};
+    bool good = greet_customer(&x);
     struct message *m;
-    bool good, answered;
-
-    x.window = reply_window(s);
-    good = greet_customer(&x);
     while (good && !x.over && !atomic_load(&s->provider->stopping) && (m = next_message(&x)))
         good = send_message(&x, m) && take_arrived_replies(&x);
 
     /* QUIT is sent after the queue has been updated with all replies. */
-    answered = await_replies(&x, 0) && !s->io.broken;
+    good = await_replies(&x, 0) && !s->io.broken;
     if (s->messages > 0)
         start_interval(s);
-    if (answered) {
+    if (good) {
         command(s, "5-b", "QUIT");
-        good = expect(&x, FOR_QUIT, NULL, NULL);
+        expect(&x, FOR_QUIT, NULL, NULL);
     }
     abandon(&x);
 
@@ -746,9 +743,9 @@ static void send_mail(struct session *s)
               "%s: %zu message%s, %llu octets, recipients: %zu delivered, %zu deferred, %zu refused; %lu wait%s",
               s->account->name, s->messages, plural(s->messages), (unsigned long long)x.octets, x.delivered, x.deferred,
               x.refused, s->io.waits, plural(s->io.waits));
-    if (!good || s->io.broken)
+    if (s->io.broken)
         log_event(s, LOG_WARNING, "the reversed session ended early: %s; what is not delivered stays queued",
-                  s->io.broken ? s->io.broken : "the customer does not take mail");
+                  s->io.broken);
 }
 
 /* How many replies our receive buffer holds while we do not read. Linux reports twice the size that was set, because
@@ -762,35 +759,42 @@ static size_t reply_window(const struct session *s)
     return window < 1 ? 1 : window < REPLIES_IN_FLIGHT ? window : REPLIES_IN_FLIGHT;
 }
 
-/* 5.3-b: the customer greets. 5.3-c: the provider says EHLO or, if EHLO is refused with 5xx, HELO. */
+/* 5.3-b: the customer greets. 5.3-c: the provider says EHLO or, if EHLO is refused with 5xx, HELO. False: the
+ * connection is broken, or the customer takes no mail now. */
 static bool greet_customer(struct sender *x)
 {
     struct session *s = x->s;
     struct reply r;
-    if (!read_reply(s, "5.3-b", &r) || r.code != 220)
+    if (!read_reply(s, "5.3-b", &r))
         return false;
-    command(s, "5.3-c", "EHLO %s", s->name);
-    if (!read_ehlo_reply(s, "5.3-a", &r))
-        return false;
-    if (r.code < 300) {
-        read_capabilities(x, &r);
-        return true;
+    if (r.code == 220) {
+        command(s, "5.3-c", "EHLO %s", s->name);
+        if (!read_ehlo_reply(s, "5.3-a", &r))
+            return false;
+        if (r.code < 300)
+            read_capabilities(x, &r);
+        if (r.code >= 500) {
+            command(s, "5.3-c", "HELO %s", s->name);
+            if (!read_reply(s, "5.3-a", &r))
+                return false;
+        }
+        if (r.code < 300)
+            return true;
     }
-    if (r.code < 500)
-        return false;
-    command(s, "5.3-c", "HELO %s", s->name);
-    return read_reply(s, "5.3-a", &r) && r.code < 300;
+    not_ready(x, &r);
+    return false;
 }
 
 static void read_capabilities(struct sender *x, const struct reply *r)
 {
-    const char *size = reply_keyword(r, "SIZE"), *limits = reply_keyword(r, "LIMITS");
+    char size[REPLY_PARAMETERS], limits[REPLY_PARAMETERS];
+    reply_parameters(r, "LIMITS", limits, sizeof limits);
     x->pipelining = reply_keyword(r, "PIPELINING") != NULL;
     x->chunking = x->pipelining && reply_keyword(r, "CHUNKING") != NULL;
     x->eight_bit = reply_keyword(r, "8BITMIME") != NULL;
     x->utf8 = reply_keyword(r, "SMTPUTF8") != NULL;
-    x->size = size != NULL;
-    x->size_limit = size && isdigit((unsigned char)*size) ? strtoull(size, NULL, 10) : 0;
+    x->size = reply_parameters(r, "SIZE", size, sizeof size);
+    x->size_limit = isdigit((unsigned char)*size) ? strtoull(size, NULL, 10) : 0;
     x->mail_max = limit_of(limits, "MAILMAX=", 0);
     if (limit_of(limits, "RCPTMAX=", x->rcpt_max) < x->rcpt_max)
         x->rcpt_max = limit_of(limits, "RCPTMAX=", x->rcpt_max);
@@ -801,7 +805,7 @@ static size_t limit_of(const char *limits, const char *name, size_t none)
 {
     size_t len, before = strlen(name);
     const char *word;
-    while (limits && (word = next_word(&limits, &len))) {
+    while ((word = next_word(&limits, &len))) {
         size_t limit = strncasecmp(word, name, before) == 0 ? strtoull(word + before, NULL, 10) : 0;
         if (limit > 0 && len <= before + 6 && strspn(word + before, "0123456789") == len - before)
             return limit;
@@ -1428,7 +1432,7 @@ static int client_tls(struct session *s, const struct customer *c)
 static int client_authenticate(struct session *s, const struct customer *c, struct reply *r)
 {
     enum mechanism m = choose_mechanism(s, c, r);
-    char list[REPLY_TEXT];
+    char list[REPLY_PARAMETERS];
     if (m != NO_MECHANISM)
         return sasl_prove(s, c, m, r);
     reply_parameters(r, "AUTH", list, sizeof list);
@@ -1820,15 +1824,16 @@ static const char *recipient_refusal(const struct smtp_server *server, const cha
     const char *domain = mailbox_domain(mailbox);
     if (strcasecmp(mailbox, "postmaster") == 0)
         return "450 4.7.1 Not known yet which domain's postmaster is meant";
-    if (!recipient_valid(mailbox) || !domain_valid(domain, strlen(domain)))
+    if (!recipient_valid(mailbox))
         return "501 5.1.3 Not a mailbox";
-    if (*parameters != '\0')
-        return "555 5.5.4 Parameter not known";
-    if (*c->domains && !domain_in_list(c->domains, domain, strlen(domain))) {
+    if (!domain_valid(domain, strlen(domain)) ||
+        (*c->domains && !domain_in_list(c->domains, domain, strlen(domain)))) {
         log_event(server->s, LOG_WARNING, "the provider sent mail for %s, outside the requested domains; answered 450",
                   mailbox);
         return "450 4.7.1 Not a domain that was asked for"; /* 5xx would bounce this mail */
     }
+    if (*parameters != '\0')
+        return "555 5.5.4 Parameter not known";
     if (c->unknown_mailbox && strcasecmp(mailbox, c->unknown_mailbox) == 0)
         return "550 5.1.1 Nobody of that name here";
     return NULL;
@@ -2192,9 +2197,13 @@ static void answer_stored(struct smtp_server *server, struct delivery *d, size_t
 
 static void note_domain(struct smtp_server *server, const char *domain)
 {
-    size_t used = strlen(server->stored);
-    if (used + strlen(domain) + 2 < sizeof server->stored && !domain_in_list(server->stored, domain, strlen(domain)))
-        snprintf(server->stored + used, sizeof server->stored - used, "%s%s", used ? "," : "", domain);
+    char *stored = server->stored;
+    size_t used = strlen(stored);
+    if (domain_in_list(stored, domain, strlen(domain)) || domain_in_list(stored, "...", 3))
+        return;
+    if (used + strlen(domain) + sizeof ",,..." > sizeof server->stored)
+        domain = "...";
+    snprintf(stored + used, sizeof server->stored - used, "%s%s", used ? "," : "", domain);
 }
 
 /* Logs why a message cannot be stored, and counts it. Returns the reply. */
@@ -3422,10 +3431,11 @@ static bool find_repeated(struct message *m)
     return true;
 }
 
-/* Checks that each recipient is a mailbox, and marks those of other domains. */
+/* Marks the recipients that get nothing here: those of other domains, and those that are not mailboxes. */
 static enum claim sort_out_recipients(struct message *m)
 {
     size_t domain_len = strcspn(m->path, "/"), ours = 0;
+    bool valid = true;
     if (m->recipients == 0)
         return message_hold(m, m->field == NO_FIELD ? "no recipient in its envelope"
                                                     : "no recipient is left in its envelope: all are struck out");
@@ -3433,16 +3443,21 @@ static enum claim sort_out_recipients(struct message *m)
     for (size_t i = 0; i < m->recipients; i++) {
         struct recipient *r = &m->list[i];
         const char *domain = mailbox_domain(r->address);
-        if (!recipient_valid(r->address))
-            return message_hold(m, "a recipient in its envelope is not a mailbox");
-        m->utf8_address |= !ascii(r->address);
         if (strlen(domain) != domain_len || strncasecmp(domain, m->path, domain_len) != 0)
             r->fate = FOREIGN;
+        if (!recipient_valid(r->address)) {
+            r->fate = FOREIGN;
+            valid = false;
+        }
+        m->utf8_address |= r->fate == OWED && !ascii(r->address);
         ours += r->fate == OWED;
     }
     if (m->recipients > 1 && !find_repeated(m))
         return message_trouble(m, "out of memory for its recipients");
-    return ours > 0 ? CLAIMED : message_hold(m, "its recipients belong to another domain");
+    if (ours > 0)
+        return CLAIMED;
+    return message_hold(m, valid ? "its recipients belong to another domain"
+                                 : "a recipient in its envelope is not a mailbox");
 }
 
 static enum claim envelope_read(struct message *m)
@@ -5154,12 +5169,13 @@ const char *reply_keyword(const struct reply *r, const char *keyword)
     return next_keyword(r->text, keyword); /* the first line is the greeting, not a keyword */
 }
 
-void reply_parameters(const struct reply *r, const char *keyword, char *out, size_t size)
+bool reply_parameters(const struct reply *r, const char *keyword, char *out, size_t size)
 {
     size_t used = 0;
     *out = '\0';
     for (const char *at = next_keyword(r->text, keyword); at && used < size; at = next_keyword(at, keyword))
         used += (size_t)snprintf(out + used, size - used, "%s%.*s", used ? " " : "", (int)strcspn(at, "\n"), at);
+    return reply_keyword(r, keyword) != NULL;
 }
 
 bool reply_offers(const struct reply *r, const char *keyword, const char *word)
@@ -6657,13 +6673,24 @@ static bool expire_message(struct provider *p, const char *path)
     return go_on;
 }
 
+/* When a file of the domain last arrived or left, as the file system has it. */
+static int64_t last_change(int queue, const char *domain)
+{
+    char box[MAILDIR_PATH];
+    struct stat st;
+    snprintf(box, sizeof box, "%s/new", domain);
+    return fstatat(queue, box, &st, AT_SYMLINK_NOFOLLOW) == 0 ? st.st_mtim.tv_sec : 0;
+}
+
 /* If the clock is years ahead when the provider starts, all mail seems too old. If even the newest message of a domain
- * is too old, the first scan therefore leaves them queued. The next scan, an hour later, returns them. */
+ * is too old, and its directory has not changed since, the first scan therefore leaves them queued. The next scan, an
+ * hour later, returns them. */
 static void expire_domain(struct provider *p, struct backlog *b, const char *domain)
 {
     int64_t oldest = time(NULL) - (int64_t)p->max_age * 86400;
     size_t i = 0;
-    if (p->first_look && b->count > 0 && b->list[b->count - 1].second <= oldest) {
+    if (p->first_look && b->count > 0 && b->list[b->count - 1].second <= oldest &&
+        last_change(p->queue, domain) <= oldest) {
         log_event(NULL, LOG_ERR, "all mail of %s is older than --max-age %d days: none is returned for an hour; check "
                                  "the clock", domain, p->max_age);
         return;
@@ -8508,6 +8535,8 @@ static int main_enqueue(const struct command *command, int argc, char **argv)
         sender = "";
     if (!sender_valid(sender))
         die(EX_DATAERR, "enqueue: -f %s: not a mailbox", sender);
+    if (argc - optind > ENVELOPE_RECIPIENTS_MAX)
+        die(EX_DATAERR, "enqueue: more than %d recipients; nothing is queued", ENVELOPE_RECIPIENTS_MAX);
     for (int i = optind; i < argc; i++) {
         const char *domain = mailbox_domain(argv[i]);
         if (!recipient_valid(argv[i]) || !domain_valid(domain, strlen(domain)))
@@ -8624,7 +8653,7 @@ static const struct command commands[] = {
     {"enqueue", "[options] [--] RECIPIENT...", "put the message on standard input into the queue", main_enqueue,
      "\nExample:\n"
      "  odmr enqueue --from ned@example.edu eva@example.org < message\n"
-     "\nExit: 0 queued; 64 wrong usage; 65 a bad address; 75 try later, nothing is queued.\n"
+     "\nExit: 0 queued; 64 wrong usage; 65 a bad address, or more than 100,000; 75 try later, nothing is queued.\n"
      "\nFiles: /var/spool/odmr/DOMAIN/new, see odmr-queue(5).\n"},
     {"queue", "[options] [DOMAIN...]", "show what waits: domain, messages, octets, oldest, held", main_queue,
      "\nWithout a DOMAIN it also shows what is in the directory and is not a domain.\n"

@@ -55,7 +55,7 @@
 #define STREAM_OUT 131072
 #define COPY_SIZE 131072
 #define WIRE_PART 4096           /* octets of content converted at once; the wire form has at most twice as many */
-#define LOG_LINE 1024            /* octets; longer lines of the log are cut */
+#define LOG_LINE 2048            /* octets; longer lines of the log are cut */
 #define SALT_MAX 64
 #define SCRAM_SCHEME "{SCRAM-SHA-256}"
 #define SCRAM_ITERATIONS 4096    /* RFC 7677, 4: the minimum; for new verifiers, and if no account has one */
@@ -66,6 +66,7 @@
 #define NAME_SIZE 128            /* octets of the name that we give a file in a Maildir */
 #define UNDELIVERABLE ".Undeliverable" /* a Maildir++ folder */
 #define MAILDIR_PATH (DOMAIN_MAX + 32) /* octets: a domain's Maildir or a folder in it, box included */
+#define REPLY_PARAMETERS 512     /* octets of the parameters of an EHLO keyword */
 #define REFUSAL_SIZE 512         /* octets of a reply in a failure notice */
 #define NOTICE_TIMEOUT 60        /* seconds for sendmail to accept a notice */
 #define BASE64_SIZE(n) (((n) + 2) / 3 * 4)
@@ -182,7 +183,8 @@ struct backlog {
 };
 
 /* The fate of a recipient. DELIVERED and RETURNED (refused, and the sender was told) are struck out in the file.
- * REPEATED: the same address is in the envelope before; this recipient shares the fate of that one. */
+ * FOREIGN: of another domain, or not a mailbox. REPEATED: the same address is in the envelope before; this recipient
+ * shares the fate of that one. */
 enum verdict { OWED, FOREIGN, REPEATED, ACCEPTED, DELIVERED, DEFERRED, REFUSED, RETURNED, VERDICTS };
 
 /* The text of a reply, kept for the notice: one copy for consecutive recipients with the same reply. */
@@ -570,8 +572,9 @@ const char *next_word(const char **list, size_t *len);
 bool list_has(const char *list, const char *wanted);
 /* Returns the parameters of a keyword of an EHLO response, or NULL if the keyword is not there. */
 const char *reply_keyword(const struct reply *r, const char *keyword);
-/* All parameters of a keyword, on all its lines, with blanks between them; cut to size. */
-void reply_parameters(const struct reply *r, const char *keyword, char *out, size_t size);
+/* Copies all parameters of a keyword, on all its lines, with blanks between them; cut to size. False: there is no such
+ * keyword. */
+bool reply_parameters(const struct reply *r, const char *keyword, char *out, size_t size);
 /* Is this one of the parameters of that keyword, on any of its lines? */
 bool reply_offers(const struct reply *r, const char *keyword, const char *word);
 

@@ -309,7 +309,7 @@ static void refused_beforehand(struct referee *x)
     cut_line(&t, &line);
     while (cut_line(&t, &line) && !limited)
         if (line.len > 9 && begins((struct text){line.at + 4, 4}, "SIZE") && strchr(" =\r\n", line.at[8])) {
-            limited = true;
+            limited = !strchr("\r\n", line.at[9]); /* another line may have the number */
             most = isdigit((unsigned char)line.at[9]) ? strtoull(line.at + 9, NULL, 10) : 0;
         }
     for (struct letter *l = letters; l < letters + LETTERS; l++)
@@ -995,8 +995,8 @@ static size_t list_owed(const struct message *m, char *out, size_t size)
     size_t count = 0, n = 0;
     out[0] = '\0';
     for (size_t i = 0; i < m->recipients; i++) {
-        const struct recipient *r = &m->list[i];
-        must(recipient_valid(r->address) && strlen(r->address) <= MAILBOX_MAX);
+        const struct recipient *r = &m->list[i], *as = r->fate == REPEATED ? r->first : r;
+        must(as->fate == FOREIGN || (recipient_valid(r->address) && strlen(r->address) <= MAILBOX_MAX));
         must(r->fate != REPEATED || strcasecmp(r->address, r->first->address) == 0);
         if (r->fate != OWED)
             continue;
