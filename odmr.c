@@ -6167,10 +6167,10 @@ static void clear_progress(void)
 __attribute__((format(printf, 3, 0)))
 static void print_line(int priority, const char *prefix, const char *fmt, va_list args)
 {
-    char plain[LOG_LINE], safe[LOG_LINE * 2], start[64] = "", line[sizeof safe + 128], zone[8] = "";
+    char plain[LOG_LINE], start[64] = "", line[2 * LOG_LINE + 128], zone[8] = "";
     struct tm now = local_time(time(NULL));
+    size_t len;
     vsnprintf(plain, sizeof plain, fmt, args);
-    escape(safe, sizeof safe, plain);
     if (log_form == TIMED_LINES) {
         size_t n = strftime(start, sizeof start, "%Y-%m-%dT%H:%M:%S", &now);
         strftime(zone, sizeof zone, "%z", &now);
@@ -6178,7 +6178,9 @@ static void print_line(int priority, const char *prefix, const char *fmt, va_lis
     } else if (log_form == JOURNAL_LINES) {
         snprintf(start, sizeof start, "<%d>", priority);
     }
-    snprintf(line, sizeof line, "%s%s%s\n", start, prefix, safe);
+    len = (size_t)snprintf(line, sizeof line, "%s%s", start, prefix);
+    escape(line + len, sizeof line - len - 1, plain);
+    strcat(line + len, "\n");
     clear_progress();
     fputs(line, stderr);
 }
