@@ -2,7 +2,7 @@
  *
  * Read odmr.h first; it lists the parts. Then read this file from top to bottom. Parts 1 to 5 are the protocol, in the
  * order of time. There a function comes before the functions that it calls, after their prototypes. Parts 6 to 15
- * support the protocol. There a function comes after the functions that it calls.
+ * support the protocol. In each of them a function comes after those that it calls.
  *
  * A mark such as (5.2.1-f) names a requirement of the RFC. RFC2645.txt lists them all, each with the function that
  * keeps it and the test that checks it. The code that keeps it passes the mark to the trace: grep for "5.2.1-f". */
@@ -787,7 +787,7 @@ static bool greet_customer(struct sender *x)
 
 static void read_capabilities(struct sender *x, const struct reply *r)
 {
-    char size[REPLY_PARAMETERS], limits[REPLY_PARAMETERS];
+    char size[REPLY_TEXT_MAX], limits[REPLY_TEXT_MAX];
     reply_parameters(r, "LIMITS", limits, sizeof limits);
     x->pipelining = reply_keyword(r, "PIPELINING") != NULL;
     x->chunking = x->pipelining && reply_keyword(r, "CHUNKING") != NULL;
@@ -1432,7 +1432,7 @@ static int client_tls(struct session *s, const struct customer *c)
 static int client_authenticate(struct session *s, const struct customer *c, struct reply *r)
 {
     enum mechanism m = choose_mechanism(s, c, r);
-    char list[REPLY_PARAMETERS];
+    char list[REPLY_TEXT_MAX];
     if (m != NO_MECHANISM)
         return sasl_prove(s, c, m, r);
     reply_parameters(r, "AUTH", list, sizeof list);
@@ -1543,7 +1543,6 @@ static void stop_customer(int number)
 #define BAD_COMMANDS_SERVER 100  /* the customer allows more than the provider does (BAD_COMMANDS) */
 #define RECIPIENTS_MAX 1000      /* that the customer accepts for a message */
 #define DOMAINS_A_MESSAGE 32     /* of these recipients, at most */
-#define LONE_DOT 3               /* octets: the dot and CRLF that end the content of DATA */
 #define TRACE_FIELDS_MAX 100     /* RFC 5321, 6.3: more Received fields mean a loop */
 #define DELIVERIES_MAX 96 /* files that go to disk together */
 #define ANSWERS_MAX 512   /* answers that wait for these files */
@@ -1588,7 +1587,7 @@ struct smtp_server {
 
     size_t messages, unwritten; /* stored; answered with 452 */
     uint64_t octets;            /* of content */
-    char stored[STORED_SIZE];   /* a,b,c: the domains that mail was stored for, as many as fit */
+    char stored[STORED_SIZE];   /* a,b,c: the domains that mail was stored for; then ... if others did not fit */
     unsigned idle;              /* commands in a row without a recipient or content */
 };
 
@@ -1828,8 +1827,8 @@ static const char *recipient_refusal(const struct smtp_server *server, const cha
         return "501 5.1.3 Not a mailbox";
     if (!domain_valid(domain, strlen(domain)) ||
         (*c->domains && !domain_in_list(c->domains, domain, strlen(domain)))) {
-        log_event(server->s, LOG_WARNING, "the provider sent mail for %s, outside the requested domains; answered 450",
-                  mailbox);
+        log_event(server->s, LOG_WARNING, "the provider sent mail for %s, whose domain ATRN did not request or cannot "
+                                          "name; answered 450", mailbox);
         return "450 4.7.1 Not a domain that was asked for"; /* 5xx would bounce this mail */
     }
     if (*parameters != '\0')
@@ -3207,8 +3206,6 @@ bool update_queue(const struct provider *p, struct session *s, struct message *m
  * @ of its address is in the file. When a recipient is delivered or returned, this @ is overwritten with "=", which
  * strikes the recipient out. An address without @ is not a recipient. */
 
-#define ENVELOPE_RECIPIENTS_MAX 100000 /* of one file in the queue; each takes about 100 octets of memory */
-
 static const struct {
     const char *name;
     enum field field;
@@ -3486,205 +3483,6 @@ const struct reason *message_reason(struct message *m, int code, const char *tex
     return r;
 }
 
-/* ==== 8. The queue: delivery into a Maildir ==========================================================
- *
- * The customer and enqueue write the form that the provider reads: the envelope, then the message. A delivery is one
- * file in tmp. It becomes mail when the file is flushed to disk, renamed into new, and the directory is flushed too.
- * RFC 5321, 6.1, requires this: mail that was accepted must not be lost. */
-
-#define DELIVERY_PATH 448 /* octets of domain/new/name */
-
-static bool sync_directory(int queue, const char *path)
-{
-    int fd = openat(queue, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-    bool done = fd >= 0 && fsync(fd) == 0;
-    if (fd >= 0)
-        close(fd);
-    return done;
-}
-
-static atomic_uint names_given; /* by this process; the number tells names of the same microsecond apart */
-
-/* Makes a name that no other file in any Maildir has: the time, its microseconds, the process, a number, 64 random
- * bits, the host. Two hosts, or two containers of one host, can differ in the random bits alone. */
-static void unique_name(char *out, size_t size)
-{
-    struct timespec t;
-    uint64_t random = 0;
-    char host[64] = "localhost";
-    RAND_bytes((unsigned char *)&random, sizeof random);
-    gethostname(host, sizeof host - 1);
-    for (char *p = host; *p; p++)
-        if (*p == '/' || *p == ':')
-            *p = '_';
-    clock_gettime(CLOCK_REALTIME, &t);
-    snprintf(out, size, "%lld.M%06ldP%ldQ%uR%016llx.%s", (long long)t.tv_sec, t.tv_nsec / 1000, (long)getpid(),
-             atomic_fetch_add(&names_given, 1), (unsigned long long)random, host);
-}
-
-/* Makes the missing directories of a Maildir and flushes them to disk, as the mail in them will be. maildir is a
- * domain, or a folder of a domain. */
-static bool maildir_make(int queue, const char *maildir)
-{
-    static const char *const box[] = {"", "/tmp", "/new", "/cur"};
-    const char *slash = strchr(maildir, '/');
-    char path[MAILDIR_PATH], parent[MAILDIR_PATH] = ".";
-    bool made = false;
-    for (size_t i = 0; i < sizeof box / sizeof *box; i++) {
-        snprintf(path, sizeof path, "%s%s", maildir, box[i]);
-        if (mkdirat(queue, path, 0700) == 0)
-            made = true;
-        else if (errno != EEXIST)
-            return false;
-    }
-    if (slash)
-        snprintf(parent, sizeof parent, "%.*s", (int)(slash - maildir), maildir);
-    return !made || (sync_directory(queue, maildir) && sync_directory(queue, parent));
-}
-
-/* The first file keeps the result for all files of a message, because all of them become mail or none does. */
-static struct delivery *first_of_message(struct delivery *d)
-{
-    while (d->same_message)
-        d--;
-    return d;
-}
-
-/* For `return`: stores the first reason of a failure and returns false. */
-static bool delivery_failed(struct delivery *d)
-{
-    struct delivery *first = first_of_message(d);
-    if (first->problem == 0)
-        first->problem = errno ? errno : EIO;
-    return false;
-}
-
-bool delivery_open(struct delivery *d, int queue, const char *domain)
-{
-    char path[DELIVERY_PATH];
-    int fd;
-
-    *d = (struct delivery){.queue = queue};
-    snprintf(d->domain, sizeof d->domain, "%s", domain);
-    if (!strchr(domain, '/'))
-        lower_case(d->domain);
-    unique_name(d->name, sizeof d->name);
-    if (!maildir_make(queue, d->domain))
-        return delivery_failed(d);
-
-    snprintf(path, sizeof path, "%s/tmp/%s", d->domain, d->name);
-    fd = openat(queue, path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
-    d->file = fd < 0 ? NULL : fdopen(fd, "w");
-    if (d->file)
-        return true;
-    delivery_failed(d);
-    if (fd >= 0) {
-        close(fd);
-        unlinkat(queue, path, 0);
-    }
-    return false;
-}
-
-void deliveries_discard(struct delivery *d, size_t count)
-{
-    char path[DELIVERY_PATH];
-    for (; count > 0; count--, d++) {
-        if (d->file)
-            fclose(d->file);
-        d->file = NULL;
-        snprintf(path, sizeof path, "%s/%s/%s", d->domain, d->published ? "new" : "tmp", d->name);
-        unlinkat(d->queue, path, 0);
-    }
-}
-
-size_t deliveries_open(struct delivery *d, int queue, const char *sender, char *const *recipients, size_t count)
-{
-    size_t files = 0;
-    for (size_t i = 0; i < count; i++) {
-        const char *domain = mailbox_domain(recipients[i]);
-        size_t f = 0;
-        while (f < files && strcasecmp(d[f].domain, domain) != 0)
-            f++;
-        if (f == files) {
-            if (!delivery_open(&d[f], queue, domain)) {
-                d->problem = d[f].problem;
-                deliveries_discard(d, files);
-                return 0;
-            }
-            d[f].same_message = f > 0;
-            fprintf(d[f].file, "Return-Path: <%s>\n", sender);
-            files++;
-        }
-        fprintf(d[f].file, "Delivered-To: %s\n", recipients[i]);
-    }
-    return files;
-}
-
-static bool delivery_written(struct delivery *d)
-{
-    return (fflush(d->file) == 0 && !ferror(d->file)) || delivery_failed(d);
-}
-
-bool deliveries_written(struct delivery *d, size_t count)
-{
-    for (size_t i = 0; i < count; i++)
-        if (!delivery_written(&d[i]))
-            return false;
-    return count > 0;
-}
-
-/* Flushes the content to disk and closes the file. */
-static void delivery_sync(struct delivery *d)
-{
-    if (delivery_written(d) && fsync(fileno(d->file)) < 0)
-        delivery_failed(d);
-    if (fclose(d->file) != 0)
-        delivery_failed(d);
-    d->file = NULL;
-}
-
-static void delivery_publish(struct delivery *d)
-{
-    char from[DELIVERY_PATH], to[DELIVERY_PATH];
-    snprintf(from, sizeof from, "%s/tmp/%s", d->domain, d->name);
-    snprintf(to, sizeof to, "%s/new/%s", d->domain, d->name);
-    d->published = renameat(d->queue, from, d->queue, to) == 0;
-    if (!d->published)
-        delivery_failed(d);
-}
-
-/* Flushes the directory of d[last] to disk, unless this was done for another file in it. */
-static void box_sync(struct delivery *d, size_t last)
-{
-    char box[DELIVERY_PATH];
-    for (size_t i = 0; i < last; i++)
-        if (first_of_message(&d[i])->problem == 0 && strcmp(d[i].domain, d[last].domain) == 0)
-            return;
-    snprintf(box, sizeof box, "%s/new", d[last].domain);
-    if (!sync_directory(d[last].queue, box))
-        delivery_failed(&d[last]);
-}
-
-bool deliveries_store(struct delivery *d, size_t count)
-{
-    bool all = true;
-    for (size_t i = 0; i < count; i++) /* Linux starts to write all files before the first fsync() waits */
-        if (delivery_written(&d[i]))
-            posix_fadvise(fileno(d[i].file), 0, 0, POSIX_FADV_DONTNEED);
-    for (size_t i = 0; i < count; i++)
-        delivery_sync(&d[i]);
-
-    for (size_t i = 0; i < count; i++)
-        if (first_of_message(&d[i])->problem == 0)
-            delivery_publish(&d[i]);
-    for (size_t i = 0; i < count; i++)
-        if (first_of_message(&d[i])->problem == 0)
-            box_sync(d, i);
-    for (size_t i = 0; i < count; i++)
-        all = all && d[i].problem == 0;
-    return all;
-}
-
 /* ==== 8. The queue: Maildirs, messages, claims =======================================================
  *
  * The queue is DIR/<domain>/{new,cur,tmp}. A delivery agent writes into tmp and renames into new. A message in new is
@@ -3751,7 +3549,7 @@ static bool backlog_add(struct backlog *b, int dir, const char *domain, const ch
     return true;
 }
 
-/* Returns NULL if it cannot be opened, or is a link; errno says why. */
+/* Returns NULL if the directory cannot be opened or the path is a link; errno says why. */
 static DIR *open_directory(int queue, const char *path)
 {
     int fd = openat(queue, path, O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
@@ -4233,43 +4031,6 @@ bool message_send(const struct message *m, struct stream *to, bool dots)
     return sent - w.doubled == m->wire_size;
 }
 
-/* Writes an envelope of the refused recipients and the unchanged content. The copy has the same time of arrival. */
-static bool write_refused(const struct message *m, FILE *out)
-{
-    struct timespec times[2] = {{.tv_nsec = UTIME_OMIT}, m->arrived};
-    char data[COPY_SIZE];
-    off_t at = m->start;
-    ssize_t n;
-    fprintf(out, "Return-Path: <%s>\n", m->sender);
-    for (size_t i = 0; i < m->recipients; i++)
-        if (m->list[i].fate == REFUSED)
-            fprintf(out, "Delivered-To: %s\n", m->list[i].address);
-    while ((n = message_octets(m, data, sizeof data, at)) > 0) {
-        fwrite(data, 1, (size_t)n, out);
-        at += n;
-    }
-    return n == 0 && fflush(out) == 0 && !ferror(out) && futimens(fileno(out), times) == 0;
-}
-
-bool message_set_aside(const struct message *m)
-{
-    char folder[MAILDIR_PATH], path[MAILDIR_PATH + sizeof "/maildirfolder"];
-    struct delivery d;
-    int fd;
-    snprintf(folder, sizeof folder, "%.*s/%s", (int)strcspn(m->path, "/"), m->path, UNDELIVERABLE);
-    if (!delivery_open(&d, m->queue, folder))
-        return false;
-    if (!write_refused(m, d.file) || !deliveries_store(&d, 1)) {
-        deliveries_discard(&d, 1);
-        return false;
-    }
-    snprintf(path, sizeof path, "%s/maildirfolder", folder); /* Maildir++: this file marks a folder */
-    fd = openat(m->queue, path, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
-    if (fd >= 0)
-        close(fd);
-    return true;
-}
-
 /* Is the file in the queue still the one that is claimed, and unchanged since the scan? Results as of message_remove().
  * UPDATED with *dir -1: the name no longer exists. After this check another program can still replace the file before
  * the caller changes it, because no system call checks and removes in one step. */
@@ -4336,6 +4097,244 @@ enum update message_remove(struct message *m)
     if (dir >= 0)
         close(dir);
     return result;
+}
+
+/* ==== 8. The queue: delivery into a Maildir ==========================================================
+ *
+ * The customer and enqueue write the form that the provider reads: the envelope, then the message. A delivery is one
+ * file in tmp. It becomes mail when the file is flushed to disk, renamed into new, and the directory is flushed too.
+ * RFC 5321, 6.1, requires this: mail that was accepted must not be lost. */
+
+#define DELIVERY_PATH 448 /* octets of domain/new/name */
+
+static bool sync_directory(int queue, const char *path)
+{
+    int fd = openat(queue, path, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    bool done = fd >= 0 && fsync(fd) == 0;
+    if (fd >= 0)
+        close(fd);
+    return done;
+}
+
+static atomic_uint names_given; /* by this process; the number tells names of the same microsecond apart */
+
+/* Makes a name that no other file in any Maildir has: the time, its microseconds, the process, a number, 64 random
+ * bits, the host. Two hosts, or two containers of one host, can differ in the random bits alone. */
+static void unique_name(char *out, size_t size)
+{
+    struct timespec t;
+    uint64_t random = 0;
+    char host[64] = "localhost";
+    RAND_bytes((unsigned char *)&random, sizeof random);
+    gethostname(host, sizeof host - 1);
+    for (char *p = host; *p; p++)
+        if (*p == '/' || *p == ':')
+            *p = '_';
+    clock_gettime(CLOCK_REALTIME, &t);
+    snprintf(out, size, "%lld.M%06ldP%ldQ%uR%016llx.%s", (long long)t.tv_sec, t.tv_nsec / 1000, (long)getpid(),
+             atomic_fetch_add(&names_given, 1), (unsigned long long)random, host);
+}
+
+/* Makes the missing directories of a Maildir and flushes them to disk, as the mail in them will be. maildir is a
+ * domain, or a folder of a domain. */
+static bool maildir_make(int queue, const char *maildir)
+{
+    static const char *const box[] = {"", "/tmp", "/new", "/cur"};
+    const char *slash = strchr(maildir, '/');
+    char path[MAILDIR_PATH], parent[MAILDIR_PATH] = ".";
+    bool made = false;
+    for (size_t i = 0; i < sizeof box / sizeof *box; i++) {
+        snprintf(path, sizeof path, "%s%s", maildir, box[i]);
+        if (mkdirat(queue, path, 0700) == 0)
+            made = true;
+        else if (errno != EEXIST)
+            return false;
+    }
+    if (slash)
+        snprintf(parent, sizeof parent, "%.*s", (int)(slash - maildir), maildir);
+    return !made || (sync_directory(queue, maildir) && sync_directory(queue, parent));
+}
+
+/* The first file keeps the result for all files of a message, because all of them become mail or none does. */
+static struct delivery *first_of_message(struct delivery *d)
+{
+    while (d->same_message)
+        d--;
+    return d;
+}
+
+/* For `return`: stores the first reason of a failure and returns false. */
+static bool delivery_failed(struct delivery *d)
+{
+    struct delivery *first = first_of_message(d);
+    if (first->problem == 0)
+        first->problem = errno ? errno : EIO;
+    return false;
+}
+
+bool delivery_open(struct delivery *d, int queue, const char *domain)
+{
+    char path[DELIVERY_PATH];
+    int fd;
+
+    *d = (struct delivery){.queue = queue};
+    snprintf(d->domain, sizeof d->domain, "%s", domain);
+    if (!strchr(domain, '/'))
+        lower_case(d->domain);
+    unique_name(d->name, sizeof d->name);
+    if (!maildir_make(queue, d->domain))
+        return delivery_failed(d);
+
+    snprintf(path, sizeof path, "%s/tmp/%s", d->domain, d->name);
+    fd = openat(queue, path, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, 0600);
+    d->file = fd < 0 ? NULL : fdopen(fd, "w");
+    if (d->file)
+        return true;
+    delivery_failed(d);
+    if (fd >= 0) {
+        close(fd);
+        unlinkat(queue, path, 0);
+    }
+    return false;
+}
+
+void deliveries_discard(struct delivery *d, size_t count)
+{
+    char path[DELIVERY_PATH];
+    for (; count > 0; count--, d++) {
+        if (d->file)
+            fclose(d->file);
+        d->file = NULL;
+        snprintf(path, sizeof path, "%s/%s/%s", d->domain, d->published ? "new" : "tmp", d->name);
+        unlinkat(d->queue, path, 0);
+    }
+}
+
+size_t deliveries_open(struct delivery *d, int queue, const char *sender, char *const *recipients, size_t count)
+{
+    size_t files = 0;
+    for (size_t i = 0; i < count; i++) {
+        const char *domain = mailbox_domain(recipients[i]);
+        size_t f = 0;
+        while (f < files && strcasecmp(d[f].domain, domain) != 0)
+            f++;
+        if (f == files) {
+            if (!delivery_open(&d[f], queue, domain)) {
+                d->problem = d[f].problem;
+                deliveries_discard(d, files);
+                return 0;
+            }
+            d[f].same_message = f > 0;
+            fprintf(d[f].file, "Return-Path: <%s>\n", sender);
+            files++;
+        }
+        fprintf(d[f].file, "Delivered-To: %s\n", recipients[i]);
+    }
+    return files;
+}
+
+static bool delivery_written(struct delivery *d)
+{
+    return (fflush(d->file) == 0 && !ferror(d->file)) || delivery_failed(d);
+}
+
+bool deliveries_written(struct delivery *d, size_t count)
+{
+    for (size_t i = 0; i < count; i++)
+        if (!delivery_written(&d[i]))
+            return false;
+    return count > 0;
+}
+
+/* Flushes the content to disk and closes the file. */
+static void delivery_sync(struct delivery *d)
+{
+    if (delivery_written(d) && fsync(fileno(d->file)) < 0)
+        delivery_failed(d);
+    if (fclose(d->file) != 0)
+        delivery_failed(d);
+    d->file = NULL;
+}
+
+static void delivery_publish(struct delivery *d)
+{
+    char from[DELIVERY_PATH], to[DELIVERY_PATH];
+    snprintf(from, sizeof from, "%s/tmp/%s", d->domain, d->name);
+    snprintf(to, sizeof to, "%s/new/%s", d->domain, d->name);
+    d->published = renameat(d->queue, from, d->queue, to) == 0;
+    if (!d->published)
+        delivery_failed(d);
+}
+
+/* Flushes the directory of d[last] to disk, unless this was done for another file in it. */
+static void box_sync(struct delivery *d, size_t last)
+{
+    char box[DELIVERY_PATH];
+    for (size_t i = 0; i < last; i++)
+        if (first_of_message(&d[i])->problem == 0 && strcmp(d[i].domain, d[last].domain) == 0)
+            return;
+    snprintf(box, sizeof box, "%s/new", d[last].domain);
+    if (!sync_directory(d[last].queue, box))
+        delivery_failed(&d[last]);
+}
+
+bool deliveries_store(struct delivery *d, size_t count)
+{
+    bool all = true;
+    for (size_t i = 0; i < count; i++) /* Linux starts to write all files before the first fsync() waits */
+        if (delivery_written(&d[i]))
+            posix_fadvise(fileno(d[i].file), 0, 0, POSIX_FADV_DONTNEED);
+    for (size_t i = 0; i < count; i++)
+        delivery_sync(&d[i]);
+
+    for (size_t i = 0; i < count; i++)
+        if (first_of_message(&d[i])->problem == 0)
+            delivery_publish(&d[i]);
+    for (size_t i = 0; i < count; i++)
+        if (first_of_message(&d[i])->problem == 0)
+            box_sync(d, i);
+    for (size_t i = 0; i < count; i++)
+        all = all && d[i].problem == 0;
+    return all;
+}
+
+/* ---- Mail that is returned to nobody ---- */
+
+/* Writes an envelope of the refused recipients and the unchanged content. The copy has the same time of arrival. */
+static bool write_refused(const struct message *m, FILE *out)
+{
+    struct timespec times[2] = {{.tv_nsec = UTIME_OMIT}, m->arrived};
+    char data[COPY_SIZE];
+    off_t at = m->start;
+    ssize_t n;
+    fprintf(out, "Return-Path: <%s>\n", m->sender);
+    for (size_t i = 0; i < m->recipients; i++)
+        if (m->list[i].fate == REFUSED)
+            fprintf(out, "Delivered-To: %s\n", m->list[i].address);
+    while ((n = message_octets(m, data, sizeof data, at)) > 0) {
+        fwrite(data, 1, (size_t)n, out);
+        at += n;
+    }
+    return n == 0 && fflush(out) == 0 && !ferror(out) && futimens(fileno(out), times) == 0;
+}
+
+bool message_set_aside(const struct message *m)
+{
+    char folder[MAILDIR_PATH], path[MAILDIR_PATH + sizeof "/maildirfolder"];
+    struct delivery d;
+    int fd;
+    snprintf(folder, sizeof folder, "%.*s/%s", (int)strcspn(m->path, "/"), m->path, UNDELIVERABLE);
+    if (!delivery_open(&d, m->queue, folder))
+        return false;
+    if (!write_refused(m, d.file) || !deliveries_store(&d, 1)) {
+        deliveries_discard(&d, 1);
+        return false;
+    }
+    snprintf(path, sizeof path, "%s/maildirfolder", folder); /* Maildir++: this file marks a folder */
+    fd = openat(m->queue, path, O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, 0600);
+    if (fd >= 0)
+        close(fd);
+    return true;
 }
 
 /* ==== 9. Handing the session on: --smtp and --exec ===================================================
@@ -5596,8 +5595,6 @@ static ssize_t encrypted_write(struct stream *s, const void *data, size_t size)
     return n;
 }
 
-/* ---- Buffered octets ---- */
-
 bool stream_flush(struct stream *s)
 {
     size_t at = 0;
@@ -5635,6 +5632,8 @@ bool stream_start_tls(struct stream *s, SSL *tls, const char *host)
                             : X509_verify_cert_error_string(SSL_get_verify_result(tls)));
     return !s->broken;
 }
+
+/* ---- Buffered octets ---- */
 
 void stream_write(struct stream *s, const char *data, size_t len)
 {
@@ -6675,7 +6674,7 @@ static bool expire_message(struct provider *p, const char *path)
     return go_on;
 }
 
-/* When a file of the domain last arrived or left, as the file system has it. */
+/* The time when a file last entered or left the domain's new; 0: unknown. */
 static int64_t last_change(int queue, const char *domain)
 {
     char box[MAILDIR_PATH];
@@ -6685,14 +6684,14 @@ static int64_t last_change(int queue, const char *domain)
 }
 
 /* If the clock is years ahead when the provider starts, all mail seems too old. If even the newest message of a domain
- * is too old, and its directory has not changed since, the first scan therefore leaves them queued. The next scan, an
- * hour later, returns them. */
+ * is too old, the first scan therefore leaves them queued, and the next scan, an hour later, returns them. The clock is
+ * right if the domain's directory has changed within --max-age, before this start. */
 static void expire_domain(struct provider *p, struct backlog *b, const char *domain)
 {
-    int64_t oldest = time(NULL) - (int64_t)p->max_age * 86400;
+    int64_t oldest = time(NULL) - (int64_t)p->max_age * 86400, changed = last_change(p->queue, domain);
     size_t i = 0;
     if (p->first_look && b->count > 0 && b->list[b->count - 1].second <= oldest &&
-        last_change(p->queue, domain) <= oldest) {
+        (changed <= oldest || changed > p->started)) {
         log_event(NULL, LOG_ERR, "all mail of %s is older than --max-age %d days: none is returned for an hour; check "
                                  "the clock", domain, p->max_age);
         return;
@@ -6720,6 +6719,7 @@ static void *caretaker(void *argument)
     struct provider *p = argument;
     struct pollfd wake = {.fd = p->wake_fd, .events = POLLIN};
     p->first_look = true;
+    p->started = time(NULL);
     do {
         for_each_domain(p->queue, care_for_domain, p);
         p->first_look = false;
@@ -8655,7 +8655,8 @@ static const struct command commands[] = {
     {"enqueue", "[options] [--] RECIPIENT...", "put the message on standard input into the queue", main_enqueue,
      "\nExample:\n"
      "  odmr enqueue --from ned@example.edu eva@example.org < message\n"
-     "\nExit: 0 queued; 64 wrong usage; 65 a bad address, or more than 100,000; 75 try later, nothing is queued.\n"
+     "\nExit: 0 queued; 64 wrong usage; 65 a bad address, or more than 100,000 recipients; 75 try later.\n"
+     "After 65 and 75 nothing is queued.\n"
      "\nFiles: /var/spool/odmr/DOMAIN/new, see odmr-queue(5).\n"},
     {"queue", "[options] [DOMAIN...]", "show what waits: domain, messages, octets, oldest, held", main_queue,
      "\nWithout a DOMAIN it also shows what is in the directory and is not a domain.\n"

@@ -7,7 +7,7 @@
  *    5  the customer as the server; answers that wait for the disk   receive_mail; answer, answer_when_stored
  *    6  SASL: each mechanism with its two halves                     sasl_serve, sasl_prove
  *    7  failure notices; the fates of recipients go into the queue   update_queue
- *    8  the queue: envelope, delivery, message, claim                deliveries_store, message_claim
+ *    8  the queue: envelope, message, claim, delivery                message_claim, deliveries_store
  *    9  the session handed on to another mail server                 hand_session_on
  *   10  accounts                                                     accounts_load
  *   11  lines and replies; addresses and domains                     command, reply, read_reply; recipient_valid
@@ -54,6 +54,8 @@
 #define STREAM_IN 16384
 #define STREAM_OUT 131072
 #define COPY_SIZE 131072
+#define LONE_DOT 3               /* octets: the dot and CRLF that end the content of DATA */
+#define ENVELOPE_RECIPIENTS_MAX 100000 /* of a file in the queue, 100 octets of memory each; in all of an enqueue */
 #define WIRE_PART 4096           /* octets of content converted at once; the wire form has at most twice as many */
 #define LOG_LINE 2048            /* octets; longer lines of the log are cut */
 #define SALT_MAX 64
@@ -66,7 +68,7 @@
 #define NAME_SIZE 128            /* octets of the name that we give a file in a Maildir */
 #define UNDELIVERABLE ".Undeliverable" /* a Maildir++ folder */
 #define MAILDIR_PATH (DOMAIN_MAX + 32) /* octets: a domain's Maildir or a folder in it, box included */
-#define REPLY_PARAMETERS 512     /* octets of the parameters of an EHLO keyword */
+#define REPLY_TEXT_MAX 2048
 #define REFUSAL_SIZE 512         /* octets of a reply in a failure notice */
 #define NOTICE_TIMEOUT 60        /* seconds for sendmail to accept a notice */
 #define BASE64_SIZE(n) (((n) + 2) / 3 * 4)
@@ -136,7 +138,7 @@ struct stream {
 struct reply {
     int code;
     size_t octets;   /* as received, with line ends */
-    char text[2048]; /* without code; lines separated by \n; of an EHLO response only the known keywords */
+    char text[REPLY_TEXT_MAX]; /* without code; lines separated by \n; of an EHLO response only the known keywords */
 };
 
 struct scram_keys {
@@ -226,7 +228,7 @@ struct message {
     bool lf_only;      /* the content has no CR */
     bool eight_bit;    /* the content has octets over 127 */
     bool utf8_header;  /* the header has octets over 127, and they are UTF-8 */
-    bool utf8_address; /* the sender's address or a recipient's is in UTF-8 */
+    bool utf8_address; /* the address of the sender, or of a recipient who is owed it, is in UTF-8 */
     unsigned holders;  /* transactions under way, and send_message() */
     bool again;        /* it must be sent to some of its recipients again in this session */
     struct message *next; /* the next message that must be sent again */
@@ -272,6 +274,7 @@ struct provider {
     const char *queue_path, *accounts_path, *name, *user, *sendmail;
     int max_age; /* days; 0: mail is never too old */
     bool first_look; /* the caretaker's first look through the queue */
+    int64_t started; /* the second when that look began */
     enum trace trace;
     int interval, timeout, login_timeout; /* seconds */
     int max_sessions, max_per_address;
@@ -437,24 +440,6 @@ bool next_line(struct line_reader *r);
 /* Keeps the escaped text as a reason of the message. Code 0: the reason is ours. Returns NULL if out of memory. */
 const struct reason *message_reason(struct message *m, int code, const char *text);
 
-/* 8. The queue: delivery into a Maildir */
-
-/* Makes a file in tmp of the domain's Maildir or of a folder in it, and the directories if they are missing. False: no
- * file is left, and d->problem says why. */
-bool delivery_open(struct delivery *d, int queue, const char *domain);
-/* Closes and removes these files, in tmp or in new. */
-void deliveries_discard(struct delivery *d, size_t count);
-/* Opens one delivery for each domain of the recipients, with the envelope as its first fields. Returns their number.
- * Returns 0 if no file is left; then d->problem says why. */
-size_t deliveries_open(struct delivery *d, int queue, const char *sender, char *const *recipients, size_t count);
-/* Writes out the buffers of the files, which shows a full disk. False: no file is open, or a write failed; d->problem
- * says why. */
-bool deliveries_written(struct delivery *d, size_t count);
-/* Makes mail of the deliveries: puts each file on disk, renames it into new, and puts that directory on disk, too
- * (RFC 5321, 6.1). The files of one message become mail together, or none does. False: `problem` of the first file of a
- * message says whether and why the message failed. Discard those that did. */
-bool deliveries_store(struct delivery *d, size_t count);
-
 /* 8. The queue: Maildirs, messages, claims */
 
 /* Does this errno say that there are too many open files, here or on this machine? */
@@ -489,12 +474,30 @@ enum claim message_claim(struct message *m, int queue, const char *path);
 void message_close(struct message *m);
 /* Writes the content to the stream. False: the file could not be read, or was changed after the scan. */
 bool message_send(const struct message *m, struct stream *to, bool dots);
-/* Stores a copy for the refused recipients on disk, in the folder .Undeliverable of the domain. */
-bool message_set_aside(const struct message *m);
 /* Strikes out in the file the recipients that are delivered or returned. */
 enum update message_strike_out(struct message *m);
 /* Removes the file from the queue, because the message is delivered or its sender has been told. */
 enum update message_remove(struct message *m);
+
+/* 8. The queue: delivery into a Maildir */
+
+/* Makes a file in tmp of the domain's Maildir or of a folder in it, and the directories if they are missing. False: no
+ * file is left, and d->problem says why. */
+bool delivery_open(struct delivery *d, int queue, const char *domain);
+/* Closes and removes these files, in tmp or in new. */
+void deliveries_discard(struct delivery *d, size_t count);
+/* Opens one delivery for each domain of the recipients, with the envelope as its first fields. Returns their number.
+ * Returns 0 if no file is left; then d->problem says why. */
+size_t deliveries_open(struct delivery *d, int queue, const char *sender, char *const *recipients, size_t count);
+/* Writes out the buffers of the files, which shows a full disk. False: no file is open, or a write failed; d->problem
+ * says why. */
+bool deliveries_written(struct delivery *d, size_t count);
+/* Makes mail of the deliveries: puts each file on disk, renames it into new, and puts that directory on disk, too
+ * (RFC 5321, 6.1). The files of one message become mail together, or none does. False: `problem` of the first file of a
+ * message says whether and why the message failed. Discard those that did. */
+bool deliveries_store(struct delivery *d, size_t count);
+/* Stores a copy for the refused recipients on disk, in the folder .Undeliverable of the domain. */
+bool message_set_aside(const struct message *m);
 
 /* 9. Handing the session on: --smtp and --exec */
 
