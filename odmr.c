@@ -4,8 +4,8 @@
  * order of time. There a function comes before the functions that it calls, after their prototypes. Parts 6 to 15
  * support the protocol. In each of them a function comes after those that it calls.
  *
- * A mark such as (5.2.1-f) names a requirement of the RFC. RFC2645.txt lists them all, each with the function that
- * keeps it and the test that checks it. The code that keeps it passes the mark to the trace: grep for "5.2.1-f". */
+ * A mark such as (7-a) names a requirement of the RFC. RFC2645.txt lists them all, each with the function that keeps it
+ * and the test that checks it. The call that sends or reads a line has its mark as an argument, for trace and grep. */
 
 #include "odmr.h"
 
@@ -201,8 +201,8 @@ static bool read_command(struct session *s)
     return false;
 }
 
-/* ATRN is answered by its own rules even if its argument has octets that are not printable (5.2.1-b, 5.2.1-l). They
- * become question marks, which no domain has. */
+/* ATRN is answered by its own rules even if its argument has octets that are not printable. They become question marks,
+ * which no domain has. */
 static bool command_readable(struct session *s)
 {
     bool readable = printable(s->line, s->line_len);
@@ -429,7 +429,7 @@ static enum next atrn_command(struct session *s)
 {
     enum claim got;
     bool complete;
-    if (s->argument && !domain_list_valid(s->argument)) { /* (5.2.1-l) */
+    if (s->argument && !domain_list_valid(s->argument)) {
         reply_bad_command(s, "5.2.1-l", "501 ATRN takes domains, with commas and without blanks between them");
         return STAY;
     }
@@ -448,7 +448,7 @@ static enum next atrn_command(struct session *s)
     got = claim_next(s, &s->backlog, &s->first);
     if (got == NOTHING && !complete)
         got = BUSY; /* a domain that cannot be read may have mail */
-    if (got == CLAIMED) { /* (5.2.1-j) */
+    if (got == CLAIMED) {
         reply(s, "5.2.1-j", "250 OK now reversing the connection");
         return GO_ON;
     }

@@ -7604,11 +7604,12 @@ t_map_is_in_order() {
 }
 
 # odmr.c has the protocol first, in the order of time, and the parts that odmr.h lists, each with its entry functions.
+# The id of each reply to ATRN is found first in the line that sends it.
 # not with: SANITIZE, OVER_TLS
 t_program_is_in_the_order_of_the_protocol() {
     none 'not where a reader looks for it' "$(perl -e '
         my ($map, $program) = map { local $/; open my $in, "<", $_ or die; <$in> } @ARGV;
-        my ($line, $part, %at, %in) = (0, 0);
+        my ($line, $part, %at, %in, %replied) = (0, 0);
         for (split /\n/, $program) {
             $line++;
             if (/^\/\* ==== (\d+)\. /) {
@@ -7616,7 +7617,12 @@ t_program_is_in_the_order_of_the_protocol() {
                 $part = $1;
             }
             ($at{$1}, $in{$1}) = ($line, $part) if /^[a-z][^;(]*[ *]([a-z_0-9]+)\([^;]*$/;
+            for my $id (grep { !$replied{$_} } /\b(5\.2\.1-[bfgjkl])\b/g) {
+                $replied{$id} = 1;
+                /\breply(_bad_command)?\(s, "$id"/ or print "$id stands first in line $line, which sends no reply\n";
+            }
         }
+        print "not all replies to ATRN were found\n" unless 6 == keys %replied;
         print "$part parts\n" if $part != 15;
         my %before = (initial_state => 200, authenticated_state => 200, reversed_state => 200, atrn_command => 500,
             send_mail => 950, client_dialogue => 1350, hello_command => 1900, mail_command => 1900,
