@@ -7917,6 +7917,7 @@ static int demo_session(struct provider *p, struct customer *c, enum demo_fault 
     for (int i = 0; i < 2; i++)
         close(p->sockets[i]);
     p->socket_count = 0;
+    c->provider = NULL;
     *waits = side.waits;
     return code;
 }
