@@ -2,7 +2,7 @@
  *
  * Read odmr.h first; it lists the parts. Then read this file from top to bottom. Parts 1 to 5 are the protocol, in the
  * order of time. There a function comes before the functions that it calls, after their prototypes. Parts 6 to 15
- * support the protocol. In each of them a function comes after those that it calls.
+ * support the protocol. Within each of them a function comes after the functions that it calls.
  *
  * A mark such as (7-a) names a requirement of the RFC. RFC2645.txt lists them all, each with the function that keeps it
  * and the test that checks it. The call that sends or reads a line has its mark as an argument, for trace and grep. */
@@ -787,7 +787,7 @@ static bool greet_customer(struct sender *x)
 
 static void read_capabilities(struct sender *x, const struct reply *r)
 {
-    char size[REPLY_TEXT_MAX], limits[REPLY_TEXT_MAX];
+    char size[REPLY_KEPT], limits[REPLY_KEPT];
     reply_parameters(r, "LIMITS", limits, sizeof limits);
     x->pipelining = reply_keyword(r, "PIPELINING") != NULL;
     x->chunking = x->pipelining && reply_keyword(r, "CHUNKING") != NULL;
@@ -1432,7 +1432,7 @@ static int client_tls(struct session *s, const struct customer *c)
 static int client_authenticate(struct session *s, const struct customer *c, struct reply *r)
 {
     enum mechanism m = choose_mechanism(s, c, r);
-    char list[REPLY_TEXT_MAX];
+    char list[REPLY_KEPT];
     if (m != NO_MECHANISM)
         return sasl_prove(s, c, m, r);
     reply_parameters(r, "AUTH", list, sizeof list);
@@ -1825,8 +1825,7 @@ static const char *recipient_refusal(const struct smtp_server *server, const cha
         return "450 4.7.1 Not known yet which domain's postmaster is meant";
     if (!recipient_valid(mailbox))
         return "501 5.1.3 Not a mailbox";
-    if (!domain_valid(domain, strlen(domain)) ||
-        (*c->domains && !domain_in_list(c->domains, domain, strlen(domain)))) {
+    if (*c->domains ? !domain_in_list(c->domains, domain, strlen(domain)) : !domain_valid(domain, strlen(domain))) {
         log_event(server->s, LOG_WARNING, "the provider sent mail for %s, whose domain ATRN did not request or cannot "
                                           "name; answered 450", mailbox);
         return "450 4.7.1 Not a domain that was asked for"; /* 5xx would bounce this mail */
@@ -3440,12 +3439,10 @@ static enum claim sort_out_recipients(struct message *m)
     for (size_t i = 0; i < m->recipients; i++) {
         struct recipient *r = &m->list[i];
         const char *domain = mailbox_domain(r->address);
-        if (strlen(domain) != domain_len || strncasecmp(domain, m->path, domain_len) != 0)
+        bool mailbox = recipient_valid(r->address);
+        if (!mailbox || strlen(domain) != domain_len || strncasecmp(domain, m->path, domain_len) != 0)
             r->fate = FOREIGN;
-        if (!recipient_valid(r->address)) {
-            r->fate = FOREIGN;
-            valid = false;
-        }
+        valid = valid && mailbox;
         m->utf8_address |= r->fate == OWED && !ascii(r->address);
         ours += r->fate == OWED;
     }
@@ -4895,7 +4892,7 @@ struct accounts *accounts_load(const char *path, char *why, size_t why_size)
  * The dialogue consists of lines. send_text() sends all of them and read_line() reads all of them, so the trace can
  * show each. A reply is validated before it is used. */
 
-#define SEND_LINE (AUTH_LINE + 64)
+#define SEND_LINE (AUTH_LINE + 64) /* octets of the longest line that we send, without CRLF */
 #define REPLY_LINE 2046          /* RFC 5321, 4.5.3.1.5 says 512 with CRLF; some servers send more */
 #define REPLY_LINES 128          /* no reply needs more lines */
 #define REPLY_TIMEOUT 600        /* seconds, at most, from the first line of a reply to its last */
@@ -6674,24 +6671,25 @@ static bool expire_message(struct provider *p, const char *path)
     return go_on;
 }
 
-/* The time when a file last entered or left the domain's new; 0: unknown. */
-static int64_t last_change(int queue, const char *domain)
+/* Has a file entered or left the domain's new after `oldest`, and before this start? Then the clock is right. */
+static bool changed_lately(const struct provider *p, const char *domain, int64_t oldest)
 {
     char box[MAILDIR_PATH];
     struct stat st;
     snprintf(box, sizeof box, "%s/new", domain);
-    return fstatat(queue, box, &st, AT_SYMLINK_NOFOLLOW) == 0 ? st.st_mtim.tv_sec : 0;
+    return fstatat(p->queue, box, &st, AT_SYMLINK_NOFOLLOW) == 0 && st.st_mtim.tv_sec > oldest &&
+           st.st_mtim.tv_sec <= p->started;
 }
 
 /* If the clock is years ahead when the provider starts, all mail seems too old. If even the newest message of a domain
- * is too old, the first scan therefore leaves them queued, and the next scan, an hour later, returns them. The clock is
- * right if the domain's directory has changed within --max-age, before this start. */
+ * is too old, and nothing shows that the clock is right, the first scan leaves them queued. The next scan, an hour
+ * later, returns them. */
 static void expire_domain(struct provider *p, struct backlog *b, const char *domain)
 {
-    int64_t oldest = time(NULL) - (int64_t)p->max_age * 86400, changed = last_change(p->queue, domain);
+    int64_t oldest = time(NULL) - (int64_t)p->max_age * 86400;
     size_t i = 0;
     if (p->first_look && b->count > 0 && b->list[b->count - 1].second <= oldest &&
-        (changed <= oldest || changed > p->started)) {
+        !changed_lately(p, domain, oldest)) {
         log_event(NULL, LOG_ERR, "all mail of %s is older than --max-age %d days: none is returned for an hour; check "
                                  "the clock", domain, p->max_age);
         return;

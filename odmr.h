@@ -55,7 +55,7 @@
 #define STREAM_OUT 131072
 #define COPY_SIZE 131072
 #define LONE_DOT 3               /* octets: the dot and CRLF that end the content of DATA */
-#define ENVELOPE_RECIPIENTS_MAX 100000 /* of a file in the queue, 100 octets of memory each; in all of an enqueue */
+#define ENVELOPE_RECIPIENTS_MAX 100000 /* in a file of the queue, or in one enqueue; each needs 100 octets of memory */
 #define WIRE_PART 4096           /* octets of content converted at once; the wire form has at most twice as many */
 #define LOG_LINE 2048            /* octets; longer lines of the log are cut */
 #define SALT_MAX 64
@@ -68,7 +68,7 @@
 #define NAME_SIZE 128            /* octets of the name that we give a file in a Maildir */
 #define UNDELIVERABLE ".Undeliverable" /* a Maildir++ folder */
 #define MAILDIR_PATH (DOMAIN_MAX + 32) /* octets: a domain's Maildir or a folder in it, box included */
-#define REPLY_TEXT_MAX 2048
+#define REPLY_KEPT 2048          /* octets of the text of a reply; the rest is dropped */
 #define REFUSAL_SIZE 512         /* octets of a reply in a failure notice */
 #define NOTICE_TIMEOUT 60        /* seconds for sendmail to accept a notice */
 #define BASE64_SIZE(n) (((n) + 2) / 3 * 4)
@@ -138,7 +138,7 @@ struct stream {
 struct reply {
     int code;
     size_t octets;   /* as received, with line ends */
-    char text[REPLY_TEXT_MAX]; /* without code; lines separated by \n; of an EHLO response only the known keywords */
+    char text[REPLY_KEPT]; /* without code; lines separated by \n; of an EHLO response only the known keywords */
 };
 
 struct scram_keys {
@@ -228,7 +228,7 @@ struct message {
     bool lf_only;      /* the content has no CR */
     bool eight_bit;    /* the content has octets over 127 */
     bool utf8_header;  /* the header has octets over 127, and they are UTF-8 */
-    bool utf8_address; /* the address of the sender, or of a recipient who is owed it, is in UTF-8 */
+    bool utf8_address; /* the address of the sender, or of a recipient who is owed the message, is in UTF-8 */
     unsigned holders;  /* transactions under way, and send_message() */
     bool again;        /* it must be sent to some of its recipients again in this session */
     struct message *next; /* the next message that must be sent again */
